@@ -1,0 +1,38 @@
+"""CLIP (Radford et al., 2021): the model, its tokenizer, its preprocessing and its weights."""
+
+from .model import CLIP, convert_weights_to_fp16, infer_config
+from .preprocess import Preprocess, normalize
+from .tokenizer import SimpleTokenizer, tokenize, tokenize_with_lengths
+from .weights import (
+    CheckpointError,
+    available_models,
+    describe,
+    from_hf,
+    load,
+    load_state_dict_into,
+    read_checkpoint,
+    read_state_dict,
+    save_hf,
+    to_hf,
+)
+
+__all__ = [
+    "CLIP",
+    "CheckpointError",
+    "Preprocess",
+    "SimpleTokenizer",
+    "available_models",
+    "convert_weights_to_fp16",
+    "describe",
+    "from_hf",
+    "infer_config",
+    "load",
+    "load_state_dict_into",
+    "normalize",
+    "read_checkpoint",
+    "read_state_dict",
+    "save_hf",
+    "to_hf",
+    "tokenize",
+    "tokenize_with_lengths",
+]

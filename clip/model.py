@@ -1,0 +1,400 @@
+"""CLIP's two encoders (Radford et al., "Learning Transferable Visual Models From Natural Language
+Supervision", 2021): a Vision Transformer or a modified ResNet for images, a causal transformer for
+text, both projected into one space of `embed_dim` dimensions.
+
+Parameter names and numerics are those of OpenAI's released weights, so that these load with
+strict=True.  The residual stream has the dtype of the weights; layer norms are computed in at least
+float32.
+
+Shapes in the comments: n images or texts, L tokens, d width of a tower, h heads, D embed_dim.
+"""
+
+import math
+from collections import OrderedDict
+from contextlib import contextmanager, nullcontext
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+HEAD_WIDTH = 64  # every released model uses heads of 64 dimensions, in both towers
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer norm in float32 (in float64 for float64 input); the output has the input's dtype."""
+
+    def forward(self, x):
+        wide = torch.promote_types(x.dtype, torch.float32)
+        weight, bias = self.weight.to(wide), self.bias.to(wide)
+        return F.layer_norm(x.to(wide), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
+
+
+class QuickGELU(nn.Module):
+    """x * sigmoid(1.702 x), the sigmoid approximation of GELU (Hendrycks & Gimpel, 2016)."""
+
+    def forward(self, x):
+        return x * torch.sigmoid(1.702 * x)
+
+
+def attend(q, k, v, heads, causal=False):
+    """Multi-head attention (Vaswani et al., 2017) of q (n, Lq, d) over k and v (n, Lk, d)."""
+    q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))  # (n, h, L, d/h)
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=causal)  # (n, h, Lq, d/h)
+    return out.transpose(1, 2).flatten(2)  # (n, Lq, d)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention; the query, key and value projections are one matrix."""
+
+    def __init__(self, width, heads, causal):
+        super().__init__()
+        self.heads, self.causal = heads, causal
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
+        self.out_proj = nn.Linear(width, width)
+        nn.init.xavier_uniform_(self.in_proj_weight)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def forward(self, x):
+        q, k, v = F.linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
+        return self.out_proj(attend(q, k, v, self.heads, self.causal))
+
+
+class ResidualAttentionBlock(nn.Module):
+    """Pre-norm transformer block: attention, then a two-layer perceptron four times as wide."""
+
+    def __init__(self, width, heads, causal):
+        super().__init__()
+        self.ln_1 = LayerNorm(width)
+        self.attn = SelfAttention(width, heads, causal)
+        self.ln_2 = LayerNorm(width)
+        self.mlp = nn.Sequential(
+            OrderedDict(
+                c_fc=nn.Linear(width, 4 * width),
+                gelu=QuickGELU(),
+                c_proj=nn.Linear(4 * width, width),
+            )
+        )
+
+    def forward(self, x):
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
+
+
+class Transformer(nn.Module):
+    """A stack of residual attention blocks: (n, L, d) -> (n, L, d)."""
+
+    def __init__(self, width, layers, heads, causal=False):
+        super().__init__()
+        self.resblocks = nn.Sequential(
+            *(ResidualAttentionBlock(width, heads, causal) for _ in range(layers))
+        )
+
+    def forward(self, x, recompute=False):
+        return run_blocks(self.resblocks, x, recompute)
+
+
+class VisionTransformer(nn.Module):
+    """ViT (Dosovitskiy et al., 2021) with a layer norm before the blocks as well: (n, 3, R, R) ->
+    (n, D), the projected class token."""
+
+    def __init__(self, input_resolution, patch_size, width, layers, heads, output_dim):
+        super().__init__()
+        self.input_resolution = input_resolution
+        scale = width**-0.5
+        patches = (input_resolution // patch_size) ** 2
+        self.conv1 = nn.Conv2d(3, width, patch_size, stride=patch_size, bias=False)
+        self.class_embedding = nn.Parameter(scale * torch.randn(width))
+        self.positional_embedding = nn.Parameter(scale * torch.randn(patches + 1, width))
+        self.ln_pre = LayerNorm(width)
+        self.transformer = Transformer(width, layers, heads)
+        self.ln_post = LayerNorm(width)
+        self.proj = nn.Parameter(scale * torch.randn(width, output_dim))
+
+    def forward(self, images, recompute=False):
+        dtype = self.conv1.weight.dtype
+        x = self.conv1(images).to(dtype).flatten(2).transpose(1, 2)  # (n, patches, d)
+        first = self.class_embedding.to(dtype).expand(len(x), 1, -1)  # (n, 1, d)
+        x = torch.cat([first, x], dim=1) + self.positional_embedding.to(dtype)  # (n, patches+1, d)
+        x = self.transformer(self.ln_pre(x), recompute)
+        return self.ln_post(x[:, 0]) @ self.proj  # (n, D)
+
+
+class Bottleneck(nn.Module):
+    """ResNet bottleneck whose stride is an average pooling before the last convolution, and before
+    the one on the shortcut (anti-aliasing; Zhang, 2019)."""
+
+    def __init__(self, inplanes, planes, stride):
+        super().__init__()
+        self.conv1 = nn.Conv2d(inplanes, planes, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(planes)
+        self.conv2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.avgpool = nn.AvgPool2d(stride)
+        self.conv3 = nn.Conv2d(planes, 4 * planes, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(4 * planes)
+        nn.init.zeros_(self.bn3.weight)  # each block starts as its shortcut
+        self.downsample = None
+        if stride > 1 or inplanes != 4 * planes:
+            parts = [
+                ("-1", nn.AvgPool2d(stride)),
+                ("0", nn.Conv2d(inplanes, 4 * planes, 1, bias=False)),
+                ("1", nn.BatchNorm2d(4 * planes)),
+            ]
+            self.downsample = nn.Sequential(OrderedDict(parts))
+
+    def forward(self, x):
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = F.relu(self.bn2(self.conv2(out)))
+        out = self.bn3(self.conv3(self.avgpool(out)))
+        return F.relu(out + (x if self.downsample is None else self.downsample(x)))
+
+
+class AttentionPool2d(nn.Module):
+    """Attention pooling: the mean of all positions is the query over itself and every position."""
+
+    def __init__(self, side, width, heads, output_dim):
+        super().__init__()
+        self.heads = heads
+        self.positional_embedding = nn.Parameter(torch.randn(side**2 + 1, width) / width**0.5)
+        self.k_proj = nn.Linear(width, width)
+        self.q_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.c_proj = nn.Linear(width, output_dim)
+        for projection in (self.k_proj, self.q_proj, self.v_proj, self.c_proj):
+            nn.init.normal_(projection.weight, std=width**-0.5)
+
+    def forward(self, x):
+        x = x.flatten(2).transpose(1, 2)  # (n, side*side, d)
+        x = torch.cat([x.mean(dim=1, keepdim=True), x], dim=1)  # (n, side*side+1, d)
+        x = x + self.positional_embedding.to(x.dtype)
+        x = attend(self.q_proj(x[:, :1]), self.k_proj(x), self.v_proj(x), self.heads)  # (n, 1, d)
+        return self.c_proj(x[:, 0])  # (n, D)
+
+
+class ModifiedResNet(nn.Module):
+    """ResNet with a stem of three convolutions (He et al., 2019), anti-aliased strides and
+    attention pooling: (n, 3, R, R) -> (n, D)."""
+
+    def __init__(self, input_resolution, width, layers, heads, output_dim):
+        super().__init__()
+        self.input_resolution = input_resolution
+        self.conv1 = nn.Conv2d(3, width // 2, 3, stride=2, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width // 2)
+        self.conv2 = nn.Conv2d(width // 2, width // 2, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width // 2)
+        self.conv3 = nn.Conv2d(width // 2, width, 3, padding=1, bias=False)
+        self.bn3 = nn.BatchNorm2d(width)
+        self.layer1 = self._stage(width, width, layers[0], stride=1)
+        self.layer2 = self._stage(4 * width, 2 * width, layers[1], stride=2)
+        self.layer3 = self._stage(8 * width, 4 * width, layers[2], stride=2)
+        self.layer4 = self._stage(16 * width, 8 * width, layers[3], stride=2)
+        self.attnpool = AttentionPool2d(input_resolution // 32, 32 * width, heads, output_dim)
+
+    @staticmethod
+    def _stage(inplanes, planes, blocks, stride):
+        rest = (Bottleneck(4 * planes, planes, 1) for _ in range(blocks - 1))
+        return nn.Sequential(Bottleneck(inplanes, planes, stride), *rest)
+
+    def forward(self, images, recompute=False):
+        x = F.relu(self.bn1(self.conv1(images)))  # (n, d/2, R/2, R/2)
+        x = F.relu(self.bn2(self.conv2(x)))
+        x = F.relu(self.bn3(self.conv3(x)))
+        x = F.avg_pool2d(x, 2)  # (n, d, R/4, R/4)
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            x = run_blocks(stage, x, recompute)
+        return self.attnpool(x)  # from (n, 32 d, R/32, R/32)
+
+
+class CLIP(nn.Module):
+    """The two encoders and the temperature.
+
+    `config` holds the arguments: CLIP(**model.config) is the same architecture.  `vision_layers` is
+    an int for a Vision Transformer, four ints for a ResNet (`vision_patch_size` is None then).
+    Initialisation is that of OpenAI's release.  With `grad_checkpointing = True`, training keeps
+    only the input of each residual block and recomputes the rest in the backward pass.
+    """
+
+    def __init__(
+        self,
+        embed_dim,
+        image_resolution,
+        vision_layers,
+        vision_width,
+        vision_patch_size,
+        context_length,
+        vocab_size,
+        transformer_width,
+        transformer_heads,
+        transformer_layers,
+    ):
+        super().__init__()
+        is_vit = isinstance(vision_layers, int)
+        self.config = {
+            "embed_dim": embed_dim,
+            "image_resolution": image_resolution,
+            "vision_layers": vision_layers if is_vit else tuple(vision_layers),
+            "vision_width": vision_width,
+            "vision_patch_size": vision_patch_size,
+            "context_length": context_length,
+            "vocab_size": vocab_size,
+            "transformer_width": transformer_width,
+            "transformer_heads": transformer_heads,
+            "transformer_layers": transformer_layers,
+        }
+        self.embed_dim = embed_dim
+        self.context_length = context_length
+        self.vocab_size = vocab_size
+        self.grad_checkpointing = False
+        if is_vit:
+            heads = vision_width // HEAD_WIDTH
+            self.visual = VisionTransformer(
+                image_resolution, vision_patch_size, vision_width, vision_layers, heads, embed_dim
+            )
+        else:
+            heads = vision_width * 32 // HEAD_WIDTH
+            self.visual = ModifiedResNet(
+                image_resolution, vision_width, vision_layers, heads, embed_dim
+            )
+        width = transformer_width
+        self.transformer = Transformer(width, transformer_layers, transformer_heads, causal=True)
+        self.token_embedding = nn.Embedding(vocab_size, width)
+        self.positional_embedding = nn.Parameter(torch.empty(context_length, width))
+        self.ln_final = LayerNorm(width)
+        self.text_projection = nn.Parameter(torch.empty(width, embed_dim))
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self._init_text()
+
+    def _init_text(self):
+        width = self.config["transformer_width"]
+        residual = (2 * self.config["transformer_layers"]) ** -0.5  # additions to the stream
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.positional_embedding, std=0.01)
+        nn.init.normal_(self.text_projection, std=width**-0.5)
+        for block in self.transformer.resblocks:
+            nn.init.normal_(block.attn.in_proj_weight, std=width**-0.5)
+            nn.init.normal_(block.attn.out_proj.weight, std=width**-0.5 * residual)
+            nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
+            nn.init.normal_(block.mlp.c_proj.weight, std=width**-0.5 * residual)
+
+    @property
+    def dtype(self):
+        """Dtype of the large weights, and of what the encoders return outside of autocast."""
+        return self.visual.conv1.weight.dtype
+
+    def encode_image(self, images):
+        """Floating-point images (n, 3, R, R), normalised as by `clip.normalize`, R =
+        visual.input_resolution -> embeddings (n, D), not normalised."""
+        return self.visual(images.to(self.dtype), self.grad_checkpointing)
+
+    def encode_text(self, tokens):
+        """Integer tokens (n, L) with L <= context_length -> embeddings (n, D), not normalised.
+
+        A text is read at its end token, the largest id.  As attention is causal, nothing behind
+        that matters: a batch may be cut at the end of its longest text.  Raises ValueError if L is
+        too large.
+        """
+        length = tokens.shape[1]
+        if length > self.context_length:
+            raise ValueError(f"{length} tokens, but the context length is {self.context_length}")
+        x = self.token_embedding(tokens).to(self.dtype)  # (n, L, d)
+        x = x + self.positional_embedding[:length].to(self.dtype)
+        x = self.transformer(x, self.grad_checkpointing)
+        end = tokens.argmax(dim=-1)  # (n,)
+        x = self.ln_final(x[torch.arange(len(x), device=x.device), end])  # (n, d)
+        return x @ self.text_projection  # (n, D)
+
+    def forward(self, images, tokens):
+        """Images (n, 3, R, R) and tokens (m, L) -> exp(logit_scale) times the cosine similarities:
+        (logits_per_image (n, m), logits_per_text (m, n))."""
+        image = self.encode_image(images)
+        text = self.encode_text(tokens)
+        image = image / image.norm(dim=-1, keepdim=True)
+        text = text / text.norm(dim=-1, keepdim=True)
+        logits = self.logit_scale.exp() * image @ text.T
+        return logits, logits.T
+
+
+def run_blocks(blocks, x, recompute):
+    """Apply `blocks` one after the other; with `recompute`, keep only their inputs for the backward
+    pass.  Batch norm's running statistics are updated by the first computation alone."""
+    for block in blocks:
+        if recompute and torch.is_grad_enabled():
+            contexts = partial(_recompute_contexts, block)
+            x = checkpoint(block, x, use_reentrant=False, context_fn=contexts)
+        else:
+            x = block(x)
+    return x
+
+
+def _recompute_contexts(block):
+    return nullcontext(), _frozen_statistics(block)
+
+
+@contextmanager
+def _frozen_statistics(block):
+    norms = [m for m in block.modules() if isinstance(m, nn.BatchNorm2d)]
+    kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        norm.momentum, norm.num_batches_tracked = 0.0, None
+    try:
+        yield
+    finally:
+        for norm, (momentum, count) in zip(norms, kept, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, count
+
+
+def convert_weights_to_fp16(model):
+    """Put a CLIP model's convolutions, linear layers, attention weights and projections into half
+    precision, in place, as OpenAI's loader does for a GPU.  Layer and batch norms, embeddings of
+    tokens and positions, and logit_scale keep their dtype.  Returns the model."""
+    for module in model.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            module.half()
+        for name in ("in_proj_weight", "in_proj_bias", "text_projection", "proj"):
+            parameter = getattr(module, name, None)
+            if parameter is not None:
+                parameter.data = parameter.data.half()
+    return model
+
+
+def infer_config(state_dict):
+    """The `config` of the CLIP model that `state_dict` (with OpenAI's names) belongs to, from the
+    shapes of its tensors.  Raises ValueError if these are not a CLIP model's."""
+    shape = {key: tuple(value.shape) for key, value in state_dict.items()}
+
+    def count(prefix):
+        return len({key[len(prefix) :].split(".")[0] for key in shape if key.startswith(prefix)})
+
+    try:
+        vocab_size, width = shape["token_embedding.weight"]
+        if "visual.proj" in shape:
+            vision_width, _, patch, _ = shape["visual.conv1.weight"]
+            side = math.isqrt(shape["visual.positional_embedding"][0] - 1)
+            resolution = side * patch
+            layers = count("visual.transformer.resblocks.")
+        else:
+            vision_width, patch = shape["visual.layer1.0.conv1.weight"][0], None
+            resolution = math.isqrt(shape["visual.attnpool.positional_embedding"][0] - 1) * 32
+            layers = tuple(count(f"visual.layer{stage}.") for stage in (1, 2, 3, 4))
+        config = {
+            "embed_dim": shape["text_projection"][1],
+            "image_resolution": resolution,
+            "vision_layers": layers,
+            "vision_width": vision_width,
+            "vision_patch_size": patch,
+            "context_length": shape["positional_embedding"][0],
+            "vocab_size": vocab_size,
+            "transformer_width": width,
+            "transformer_heads": width // HEAD_WIDTH,
+            "transformer_layers": count("transformer.resblocks."),
+        }
+    except KeyError as error:
+        raise ValueError(f"not the weights of a CLIP model: no {error}") from None
+    except (IndexError, ValueError):
+        raise ValueError("not the weights of a CLIP model: unexpected shapes") from None
+    if width % HEAD_WIDTH or (patch and vision_width % HEAD_WIDTH):
+        raise ValueError(f"the width of a tower is not a multiple of {HEAD_WIDTH}")
+    return config

@@ -1,0 +1,68 @@
+"""CLIP's image preprocessing: bicubic resize of the shorter side, centre crop, RGB, scaling to
+[0, 1] and normalisation with the mean and standard deviation of CLIP's training images.
+
+The resize happens in the image's own mode and the conversion to RGB after it, as in OpenAI's
+release.  EXIF rotation is not applied, as there.  Of an animation, the current frame is used (the
+first one, after Image.open).
+"""
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as TF
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)  # red, green, blue, in [0, 1]
+STD = (0.26862954, 0.26130258, 0.27577711)
+HIGH_RANGE = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
+CONVERT_FIRST = {"PA": "RGBA", "La": "LA"}  # modes that Pillow cannot resize or convert to RGB
+
+
+def normalize(images, dtype=torch.float32):
+    """uint8 images (..., 3, H, W), on any device -> the same scaled to [0, 1], less the mean, over
+    the standard deviation, as `dtype`; computed in at least float32."""
+    wide = torch.promote_types(dtype, torch.float32)
+    mean = torch.tensor(MEAN, dtype=wide, device=images.device).view(3, 1, 1)
+    std = torch.tensor(STD, dtype=wide, device=images.device).view(3, 1, 1)
+    return images.to(wide).div_(255).sub_(mean).div_(std).to(dtype)
+
+
+def to_8_bit(image):
+    """A PIL image of one high-range channel ("I", "I;16", "F") -> mode "L".
+
+    Pillow's own conversion would clip at 255, and so turn 16-bit images white.  Here, the white
+    level is 65535 for "I;16"; for "I" and "F", whose files do not say, the least of 1 ("F" only),
+    255, 65535 that no pixel exceeds, or else the largest pixel.
+    """
+    values = np.nan_to_num(np.asarray(image).astype(np.float64), posinf=0, neginf=0)
+    if image.mode.startswith("I;16"):
+        white = 65535
+    else:
+        levels = (1, 255, 65535) if image.mode == "F" else (255, 65535)
+        peak = values.max()
+        white = next((level for level in levels if level >= peak), peak)
+    return Image.fromarray(np.rint(values.clip(0, white) * (255 / white)).astype(np.uint8))
+
+
+class Preprocess:
+    """PIL image of any mode and size -> what a CLIP model of `resolution` R takes.
+
+    preprocess(image): float32 tensor (3, R, R), normalised.
+    preprocess.crop(image): uint8 array (3, R, R), RGB, everything but the normalisation; then
+    normalize(torch.from_numpy(crop)) is preprocess(image) exactly.
+    """
+
+    def __init__(self, resolution):
+        self.resolution = resolution
+
+    def crop(self, image):
+        if image.mode in HIGH_RANGE:
+            image = to_8_bit(image)
+        if image.mode in CONVERT_FIRST:
+            image = image.convert(CONVERT_FIRST[image.mode])
+        image = TF.resize(image, self.resolution, InterpolationMode.BICUBIC)
+        image = TF.center_crop(image, self.resolution).convert("RGB")
+        return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+
+    def __call__(self, image):
+        return normalize(torch.from_numpy(self.crop(image)))

@@ -1,0 +1,139 @@
+"""CLIP's tokenizer: byte-pair encoding (Sennrich et al., 2016) over bytes, lower-cased, with the
+merges that OpenAI published beside the model (bpe_simple_vocab_16e6.txt.gz).
+
+The 49,408 ids, in order: 256 byte symbols, the same 256 at the end of a word ("</w>"), one per
+merge, <|startoftext|> and <|endoftext|>.
+"""
+
+import functools
+import gzip
+import html
+import itertools
+from pathlib import Path
+
+import ftfy
+import regex
+import torch
+
+VOCABULARY = Path(__file__).with_name("bpe_simple_vocab_16e6.txt.gz")
+N_MERGES = 49408 - 2 * 256 - 2  # the file lists more than CLIP uses
+START, END = "<|startoftext|>", "<|endoftext|>"
+WORDS = regex.compile(
+    r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+",
+    regex.IGNORECASE,
+)
+
+
+def byte_symbols():
+    """{byte: the character that stands for it in the vocabulary}, in the order of the ids.
+
+    Visible Latin-1 characters stand for themselves; the other bytes get characters from U+0100 on.
+    """
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = sorted(set(range(256)) - set(visible))
+    symbols = {byte: chr(byte) for byte in visible}
+    return symbols | {byte: chr(256 + i) for i, byte in enumerate(hidden)}
+
+
+def clean(text):
+    """Repair mis-encoded Unicode, resolve HTML entities (twice), collapse white space, lower."""
+    # ftfy and html.unescape leave printable ASCII without an ampersand alone; both are slow
+    if not (text.isascii() and text.isprintable() and "&" not in text):
+        text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    return regex.sub(r"\s+", " ", text).strip().lower()
+
+
+class SimpleTokenizer:
+    """Text to ids and back.  `encoder` maps symbols to ids, `decoder` ids to symbols.  The ids of a
+    word are computed once and kept."""
+
+    def __init__(self):
+        with gzip.open(VOCABULARY, "rt", encoding="utf-8") as file:
+            merges = [tuple(line.split()) for line in itertools.islice(file, 1, N_MERGES + 1)]
+        self.byte_symbols = byte_symbols()
+        symbols = list(self.byte_symbols.values())
+        symbols += [symbol + "</w>" for symbol in symbols]
+        symbols += ["".join(pair) for pair in merges]
+        symbols += [START, END]
+        self.encoder = {symbol: i for i, symbol in enumerate(symbols)}
+        self.decoder = dict(enumerate(symbols))
+        self.ranks = {pair: rank for rank, pair in enumerate(merges)}
+        self.symbol_bytes = {symbol: byte for byte, symbol in self.byte_symbols.items()}
+        self.start, self.end = self.encoder[START], self.encoder[END]
+        self.cache = {START: [self.start], END: [self.end]}
+
+    def encode(self, text):
+        """Ids of `text` (list of int), without start and end token."""
+        ids = []
+        for word in WORDS.findall(clean(text)):
+            if word not in self.cache:
+                self.cache[word] = [self.encoder[part] for part in self._merge(word)]
+            ids += self.cache[word]
+        return ids
+
+    def _merge(self, word):
+        parts = [self.byte_symbols[byte] for byte in word.encode("utf-8")]
+        parts[-1] += "</w>"
+        while len(parts) > 1:
+            best = min(itertools.pairwise(parts), key=lambda pair: self.ranks.get(pair, N_MERGES))
+            if best not in self.ranks:
+                break
+            merged, i = [], 0
+            while i < len(parts):
+                step = 2 if tuple(parts[i : i + 2]) == best else 1
+                merged.append("".join(parts[i : i + step]))
+                i += step
+            parts = merged
+        return parts
+
+    def decode(self, ids):
+        """Text of `ids` (iterable of int); the end of a word becomes a space, special tokens show
+        as they are written.  Bytes that are not UTF-8 become U+FFFD."""
+        text = "".join(self.decoder[int(i)] for i in ids)
+        text = bytes(self.symbol_bytes[symbol] for symbol in text).decode("utf-8", "replace")
+        return text.replace("</w>", " ")
+
+
+@functools.cache
+def default_tokenizer():
+    """The one tokenizer that `tokenize` uses; read from disk at the first call."""
+    return SimpleTokenizer()
+
+
+def tokenize_with_lengths(texts, context_length=77):
+    """Tokens of one text or a sequence of texts, and how long these would be without a limit.
+
+    Returns (tokens, lengths): tokens int32 (n, context_length), each row start token, text, end
+    token, zeros; lengths int64 (n,), start and end token included.  Where lengths >
+    context_length, the row is cut and its last token is the end token.  Raises TypeError for
+    anything but text, ValueError if context_length < 2.
+    """
+    texts = [texts] if isinstance(texts, str) else list(texts)
+    if not all(isinstance(text, str) for text in texts):
+        raise TypeError("tokenize takes a str or a sequence of str")
+    if context_length < 2:
+        raise ValueError("context_length must be at least 2: the start and the end token")
+    tokenizer = default_tokenizer()
+    rows, lengths = [], []
+    for text in texts:
+        ids = tokenizer.encode(text)
+        lengths.append(len(ids) + 2)
+        row = [tokenizer.start, *ids[: context_length - 2], tokenizer.end]
+        rows.append(row + [0] * (context_length - len(row)))
+    tokens = torch.tensor(rows, dtype=torch.int32).reshape(len(rows), context_length)
+    return tokens, torch.tensor(lengths, dtype=torch.int64)
+
+
+def tokenize(texts, context_length=77, truncate=False):
+    """Tokens int32 (n, context_length) of one text or a sequence of texts, zeros behind the end
+    token.  A text that is too long is cut (its last token is still the end token) with `truncate`,
+    and a RuntimeError without.  TypeError, ValueError: as tokenize_with_lengths."""
+    texts = [texts] if isinstance(texts, str) else list(texts)
+    tokens, lengths = tokenize_with_lengths(texts, context_length)
+    if not truncate and (lengths > context_length).any():
+        i = int((lengths > context_length).nonzero()[0])
+        raise RuntimeError(
+            f"text has {lengths[i]} tokens, more than the context length of {context_length}: "
+            f"{texts[i]!r}"
+        )
+    return tokens

@@ -1,0 +1,223 @@
+"""Data sets: noisy training pairs with their memory entries, and retrieval splits.
+
+A *pair* i is caption line i of the training split with the image it stands beside. Pairs share
+images (five captions an image) and sometimes captions, so everything here keeps each distinct image
+and each distinct caption once and refers to it by row.
+"""
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+import clip
+from construct_noise import training_captions
+from utils.errors import InputError
+from utils.layout import image_names, read_captions, read_ids, require_images, split_folder
+
+
+class Images(Dataset):
+    """Distinct images of a split; item k is the uint8 crop (3, R, R) that CLIP's preprocessing
+    ends in, before normalisation. An unreadable file raises InputError with its name."""
+
+    def __init__(self, root, names, preprocess):
+        self.folder, self.names, self.preprocess = Path(root) / "images", names, preprocess
+
+    def __len__(self):
+        return len(self.names)
+
+    def __getitem__(self, k):
+        path = self.folder / self.names[k]
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", Image.DecompressionBombWarning)
+                with Image.open(path) as image:
+                    return torch.from_numpy(self.preprocess.crop(image))
+        except Exception as error:  # Pillow's decoders raise almost anything on broken files
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise InputError(f"image {path} cannot be read ({reason}); replace it, or leave its "
+                             "line out of the id and caption files") from error
+
+
+def first_seen(items):
+    """(distinct items in order of first appearance, (n,) int64 row of each item among them)."""
+    rows = {}
+    index = np.fromiter((rows.setdefault(item, len(rows)) for item in items), np.int64, len(items))
+    return list(rows), index
+
+
+@dataclass
+class Pairs:
+    """n image-caption pairs over distinct images and captions.
+
+    image_of, text_of: (n,) int64 rows into `images` (and `image_ids`) and `tokens`.
+    tokens: (distinct captions, context_length) int32. captions: n str, stripped.
+    wrong: (n,) bool, True where the caption is none of its image's clean ones; None if unknown.
+    """
+
+    images: Images
+    image_ids: list
+    image_of: np.ndarray
+    captions: list
+    text_of: np.ndarray
+    tokens: torch.Tensor
+    source: Path
+    wrong: np.ndarray | None = None
+
+    def __len__(self):
+        return len(self.captions)
+
+
+def _pairs(args, split, ids, captions, source, preprocess, log):
+    image_ids, image_of = first_seen(ids)
+    names = image_names(args.dataset_root, args.dataset, image_ids)
+    require_images(args.dataset_root, names)
+    texts, text_of = first_seen(captions)
+    tokens, lengths = clip.tokenize_with_lengths(texts, args.context_length)
+    num_cut = int((lengths > args.context_length).sum())
+    if num_cut:
+        log(f"warning: {num_cut} captions of {source} are longer than {args.context_length} tokens "
+            "and were cut, keeping the end token")
+    log(f"{split}: {len(captions)} captions of {len(image_ids)} images from {source}")
+    images = Images(args.dataset_root, names, preprocess)
+    return Pairs(images, image_ids, image_of, captions, text_of, tokens, source)
+
+
+def wrong_pairs(clean_captions, captions, image_of):
+    """(n,) bool: True where captions[i] is none of the clean captions of pair i's image."""
+    own = {}
+    for image, caption in zip(image_of, clean_captions, strict=True):
+        own.setdefault(image, set()).add(caption)
+    return np.array([caption not in own[image]
+                     for image, caption in zip(image_of, captions, strict=True)], bool)
+
+
+def training_pairs(args, preprocess, log=print):
+    """The (noisy) training split as `Pairs`; makes the noisy caption file when it is missing."""
+    captions, path = training_captions(args.dataset_root, args.noise_ratio, args.seed, log)
+    ids = read_ids(args.dataset_root, "train", len(captions), args.num_anns, path)
+    pairs = _pairs(args, "train", ids, captions, path, preprocess, log)
+    clean = split_folder(args.dataset_root) / "train_caps.txt"
+    if args.noise_ratio and clean.exists():
+        clean_captions = read_captions(clean)
+        if len(clean_captions) == len(captions):
+            pairs.wrong = wrong_pairs(clean_captions, captions, pairs.image_of)
+    return pairs
+
+
+def retrieval_split(args, split, preprocess, log=print):
+    """The dev or test split as `Pairs`; `--dev_length` keeps the first so many dev captions."""
+    path = split_folder(args.dataset_root) / f"{split}_caps.txt"
+    captions = read_captions(path)
+    ids = read_ids(args.dataset_root, split, len(captions), 1, path)
+    if split == "dev" and args.dev_length:
+        ids, captions = ids[: args.dev_length], captions[: args.dev_length]
+    return _pairs(args, split, ids, captions, path, preprocess, log)
+
+
+# ---- loading ------------------------------------------------------------------------------------
+
+
+class Shared(NamedTuple):
+    """Distinct items (images, or captions) of a step; what the batch alone needs comes first, then
+    what both need, then what the memory entries alone need.
+
+    items: (u, ...) tensor. rows: (3, B) int64 rows of the batch, of M^I and of M^T in it, or (1, B)
+    without a memory bank. The batch has items[:end], the memory items[start:], start <= end.
+    """
+
+    items: torch.Tensor
+    rows: torch.Tensor
+    start: int
+    end: int
+
+
+class Step(NamedTuple):
+    """One training step: pairs (B,) int64; its images, (u, 3, R, R) uint8, and its captions, (v, L)
+    int32 cut at the longest one, as `Shared`."""
+
+    pairs: torch.Tensor
+    images: Shared
+    texts: Shared
+
+    def to(self, device):
+        """The same step with its images and captions on `device`."""
+        def move(x):
+            return x.to(device, non_blocking=True) if torch.is_tensor(x) else x
+        return Step(self.pairs, *(Shared(*map(move, shared)) for shared in self[1:]))
+
+
+def share(items):
+    """(distinct items, rows (k, B), start, end), as in `Shared`, of item indices (k, B) int64."""
+    batch, memory = np.unique(items[0]), np.unique(items[1:])
+    both = np.intersect1d(batch, memory, assume_unique=True)
+    alone = np.setdiff1d(batch, both, assume_unique=True)
+    distinct = np.concatenate([alone, both, np.setdiff1d(memory, both, assume_unique=True)])
+    order = np.argsort(distinct)
+    rows = order[np.searchsorted(distinct, items, sorter=order)]
+    return distinct, torch.from_numpy(rows), len(alone), len(batch)
+
+
+class StepDataset(Dataset):
+    """Assembles whole steps: item = the list of a batch's pair indices, result = `Step`."""
+
+    def __init__(self, pairs, bank=None):
+        self.pairs, self.bank = pairs, bank
+
+    def __getitem__(self, batch):
+        pairs = self.pairs
+        entries = np.array([batch])
+        if self.bank is not None:  # the batch, M^I and M^T
+            entries = np.stack([batch, self.bank.image_entry[pairs.image_of[batch]],
+                                self.bank.caption_entry[batch]])
+        images, *image_rows = share(pairs.image_of[entries])
+        texts, *text_rows = share(pairs.text_of[entries])
+        return Step(torch.as_tensor(batch),
+                    Shared(torch.stack([pairs.images[k] for k in images]), *image_rows),
+                    Shared(cut_tokens(pairs.tokens[texts]), *text_rows))
+
+
+def cut_tokens(tokens):
+    """Drop the columns behind the last end token of `tokens` (v, L): a causal tower that is pooled
+    at the end token cannot see them."""
+    return tokens[:, : int(tokens.argmax(dim=1).max()) + 1]
+
+
+class EpochSampler(Sampler):
+    """Batches of shuffled indices; the order depends on seed and epoch alone, the last incomplete
+    batch is dropped."""
+
+    def __init__(self, n, batch_size, seed):
+        self.n, self.batch_size, self.seed, self.epoch = n, batch_size, seed, 0
+
+    def __len__(self):
+        return self.n // self.batch_size
+
+    def __iter__(self):
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.n)
+        yield from order[: len(self) * self.batch_size].reshape(len(self), self.batch_size).tolist()
+
+
+def training_loader(args, pairs, bank=None):
+    """DataLoader of `Step`s; set `loader.sampler.epoch` before each epoch."""
+    if args.batch_size > len(pairs):
+        raise InputError(f"--batch_size {args.batch_size} is larger than the training set of "
+                         f"{len(pairs)} pairs; choose one up to {len(pairs)}")
+    sampler = EpochSampler(len(pairs), args.batch_size, args.seed)
+    return _loader(args, StepDataset(pairs, bank), sampler=sampler, batch_size=None)
+
+
+def image_loader(args, images):
+    """DataLoader of uint8 image batches (b, 3, R, R), each distinct image once, in order."""
+    return _loader(args, images, batch_size=args.eval_batch_size)
+
+
+def _loader(args, dataset, **kwargs):
+    workers = min(args.num_workers, len(kwargs.get("sampler", dataset)))
+    return DataLoader(dataset, num_workers=workers, persistent_workers=workers > 0,
+                      pin_memory=args.device.type == "cuda", **kwargs)

@@ -1,0 +1,46 @@
+"""Fine-tune or evaluate CLIP with its own contrastive loss: the baseline of NPC.
+
+    python main_CLIP.py --dataset coco --dataset_root PATH --noise_ratio 0.2 --epochs 5 --lr 5e-7
+    python main_CLIP.py --eval --resume CKPT --dataset coco --dataset_root PATH
+"""
+
+from data import training_loader, training_pairs
+from params import parse_args
+from utils.embed import encode
+from utils.errors import command
+from utils.losses import pair_losses
+from utils.run import Run
+from utils.training import adamw, fit, limit_logit_scale
+
+
+@command
+def main(argv=None):
+    args = parse_args("clip", argv)
+    run = Run(args, folder=True)
+    model, preprocess = run.load_model()
+    if args.eval:
+        return run.evaluate_test(model, preprocess)
+
+    pairs = training_pairs(args, preprocess, run.log)
+    loader = training_loader(args, pairs)
+    optimizer = adamw(model, args)
+    max_norm = args.clip_grad if args.clip_grad and run.recipe.clips_baseline else float("inf")
+
+    def step(batch):
+        """One AdamW step on the mean contrastive loss of the batch."""
+        optimizer.zero_grad()
+        with run.precision.autocast():
+            images, texts = encode(model, batch.images.items, batch.texts.items)
+        loss = pair_losses(images[batch.images.rows[0]], texts[batch.texts.rows[0]],
+                           model.logit_scale).mean()
+        run.precision.scaler.scale(loss).backward()
+        norm = run.precision.step(optimizer, max_norm)
+        run.precision.scaler.update()
+        limit_logit_scale(model, run.recipe)
+        return {"loss": loss, "grad_norm": norm}
+
+    fit(run, model, preprocess, {"optimizer": optimizer}, loader, step)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+"""Negative Pre-aware for Noisy Cross-Modal Matching (Zhang, Li, Ye; AAAI 2024).
+
+    python main_NPC.py --dataset coco --dataset_root PATH --noise_ratio 0.2 --epochs 5 --lr 2e-7
+    python main_NPC.py --eval --resume CKPT --dataset coco --dataset_root PATH
+
+A is the model that is trained, A' its siamese, which takes each step first to show what the step
+would do to a memory bank of clean pairs.
+"""
+
+import copy
+
+import torch
+
+from data import training_loader, training_pairs
+from get_memorybank import memory_bank
+from params import parse_args
+from utils.embed import encode
+from utils.errors import InputError, command
+from utils.losses import negative_impact_weights, one_step_anti_noise_weights, pair_losses
+from utils.run import Run
+from utils.training import adamw, fit, limit_logit_scale
+
+
+@command
+def main(argv=None):
+    args = parse_args("npc", argv)
+    run = Run(args, folder=True)
+    A, preprocess = run.load_model()
+    if args.eval:
+        return run.evaluate_test(A, preprocess)
+
+    # The memory bank: clean pairs that resemble each training image and caption, found by A_0
+    pairs = training_pairs(args, preprocess, run.log)
+    bank = memory_bank(A, pairs, args, run.precision, run.log)
+    loader = training_loader(args, pairs, bank)
+
+    npc = NPC(A, run, fixed_weights(args.weighting, bank, run.device))
+    fit(run, A, preprocess, npc.optimizers, loader, npc.step)
+
+
+class NPC:
+    """A, its siamese A' and the step that trains them."""
+
+    def __init__(self, A, run, weights=None):
+        self.A, self.run, self.args = A, run, run.args
+        self.weights = weights  # (n,) of every pair where --weighting fixes them beforehand
+        self.siamese = copy.deepcopy(A).eval()
+        self.optimizer, self.siamese_optimizer = adamw(A, run.args), adamw(self.siamese, run.args)
+        self.optimizers = {"optimizer": self.optimizer, "siamese_optimizer": self.siamese_optimizer}
+
+    def step(self, batch):
+        """One training step on a `Step` of B pairs with their memory entries M^I and M^T.
+
+        Returns its numbers: the total loss, its parts, the gradient norm, and the weights w (B,).
+        """
+        run, args = self.run, self.args
+
+        # Losses under A. The batch and what only the memory needs are encoded apart, so that the
+        # first backward pass below crosses the batch's graph alone.
+        images, texts = batch.images, batch.texts
+        features = self.encode(self.A, images.items[: images.end], texts.items[: texts.end])
+        loss = losses(self.A, features, images.rows[0], texts.rows[0])  # (B,)
+        with torch.set_grad_enabled(args.memory_loss_weight > 0):
+            rest = self.encode(self.A, images.items[images.end :], texts.items[texts.end :])
+            features = [torch.cat(parts) for parts in zip(features, rest, strict=True)]
+            memory_i, memory_t = (losses(self.A, features, images.rows[k], texts.rows[k])
+                                  for k in (1, 2))  # of M^I and M^T: (B,), (B,)
+
+        # Weights, by what a step of A' on the batch does to the memory
+        if args.weighting == "npc":
+            self.siamese_step(loss.mean())
+            with torch.no_grad():
+                features = self.encode(self.siamese, images.items[images.start :],
+                                       texts.items[texts.start :])
+                after_i, after_t = (losses(self.siamese, features, images.rows[k] - images.start,
+                                           texts.rows[k] - texts.start) for k in (1, 2))
+                w = negative_impact_weights(memory_i, after_i, memory_t, after_t)
+        elif args.weighting == "none":
+            w = torch.ones_like(loss)
+        else:
+            w = self.weights[batch.pairs]
+
+        # The step of A on the re-weighted batch and the memory
+        weighted, memory = (w * loss).mean(), memory_i.mean() + memory_t.mean()
+        total = weighted + args.memory_loss_weight * memory
+        self.optimizer.zero_grad()
+        run.precision.scaler.scale(total).backward()
+        norm = run.precision.step(self.optimizer, args.clip_grad or float("inf"))
+        run.precision.scaler.update()
+        limit_logit_scale(self.A, run.recipe)
+        return {"loss": total, "batch_loss": loss.mean(), "weighted_loss": weighted,
+                "memory_image_loss": memory_i.mean(), "memory_text_loss": memory_t.mean(),
+                "grad_norm": norm, "w": w}
+
+    def siamese_step(self, loss):
+        """A' := A, then one AdamW step of A' on `loss`, which A computed: with equal weights their
+        gradients are equal. AdamW's state of A' lives on from step to step."""
+        copy_weights(self.A, self.siamese)
+        gradients = torch.autograd.grad(self.run.precision.scaler.scale(loss),
+                                        list(self.A.parameters()), retain_graph=True)
+        for parameter, gradient in zip(self.siamese.parameters(), gradients, strict=True):
+            parameter.grad = gradient
+        self.run.precision.step(self.siamese_optimizer)
+
+    def encode(self, model, images, tokens):
+        """L2-normalised features of distinct images and captions, in the run's precision."""
+        with self.run.precision.autocast():
+            return encode(model, images, tokens)
+
+
+def losses(model, features, image_rows, text_rows):
+    """Losses (B,) of pairs among themselves, from the features of distinct images and captions."""
+    images, texts = features
+    return pair_losses(images[image_rows], texts[text_rows], model.logit_scale)
+
+
+@torch.no_grad()
+def copy_weights(source, target):
+    """Overwrite the parameters and buffers of `target` with those of `source`."""
+    torch._foreach_copy_(list(target.parameters()), list(source.parameters()))
+    for old, new in zip(target.buffers(), source.buffers(), strict=True):
+        old.copy_(new)
+
+
+def fixed_weights(weighting, bank, device):
+    """Weights (n,) of all pairs where they come with the bank (gmm, osa), else None."""
+    if weighting in ("npc", "none"):
+        return None
+    if bank.posterior is None:
+        raise InputError(f"--weighting {weighting} needs losses and cosines of the initial model, "
+                         "which the authors' banks do not hold; run get_memorybank.py first")
+    if weighting == "gmm":
+        return torch.from_numpy(bank.posterior).to(device)
+    cosine = torch.from_numpy(bank.cosine).to(device)
+    return one_step_anti_noise_weights(cosine, bank.info["beta"])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,196 @@
+"""Every option of every command: its meaning, its default, its check."""
+
+import argparse
+import os
+
+import torch
+
+from utils.layout import DATASETS
+from utils.precision import PRECISIONS
+from utils.recipes import RECIPES
+
+WEIGHTINGS = ("npc", "none", "gmm", "osa")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line."""
+
+    def error(self, message):
+        self.exit(2, f"error: {message} ({self.prog} --help lists the options)\n")
+
+
+def parse_args(command, argv=None):
+    """Options of a command: `npc`, `clip`, `memorybank` or `noise`.
+
+    Returns a namespace with defaults filled in (`device` is a torch.device). Bad values end the
+    program with one line on stderr and status 2.
+    """
+    parser = Parser(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+                    description={"npc": "Train or evaluate NPC.",
+                                 "clip": "Train or evaluate the CLIP baseline.",
+                                 "memorybank": "Build the memory bank of a training set.",
+                                 "noise": "Make a noisy caption file."}[command])
+    training = command in ("npc", "clip")
+    add_data(parser.add_argument_group("data"), command)
+    if command != "noise":
+        add_model(parser.add_argument_group("model"))
+        add_method(parser.add_argument_group("method"), command)
+    if training:
+        add_optimisation(parser.add_argument_group("optimisation"))
+    add_run(parser.add_argument_group("run"), command)
+    args = parser.parse_args(argv)
+    check(parser, args)
+    return args
+
+
+def add_data(group, command):
+    group.add_argument("--dataset", choices=DATASETS, default="coco",
+                       help="how image ids become file names: coco, f30k, cc, or pairs for any "
+                            "collection with an image_name.txt")
+    group.add_argument("--dataset_root", default="./dataset/MSCOCO",
+                       help="folder with annotations/ and images/")
+    group.add_argument("--num_anns", type=positive_int, default=None,
+                       help="captions per line of train_ids.txt; without it 5 for coco and f30k, "
+                            "1 for cc, whatever fits for pairs")
+    group.add_argument("--noise_ratio", type=ratio, default=0.0,
+                       help="share of training captions that are shuffled, in [0, 1); the caption "
+                            "file of this ratio is made when it is missing")
+    if command == "noise":
+        return
+    group.add_argument("--context_length", type=positive_int, default=77,
+                       help="longest caption in tokens, both end marks included; longer ones are "
+                            "cut; at most the model's (77 for all published ones)")
+    group.add_argument("--num_workers", type=natural_int, default=min(8, os.cpu_count() or 1),
+                       help="processes that read images; 0 reads in the main process, which is "
+                            "best for very small images")
+    group.add_argument("--eval_batch_size", type=positive_int, default=64,
+                       help="images or captions that are encoded at a time outside training; "
+                            "changes speed and memory, never a score")
+    if command != "memorybank":
+        group.add_argument("--dev_length", type=positive_int, default=None,
+                           help="use only so many dev captions for choosing the best epoch; "
+                                "without it all of them")
+
+
+def add_model(group):
+    group.add_argument("--vision_model", default=None, metavar="NAME|PATH",
+                       help="initial model: one of OpenAI's (ViT-B/32, ViT-B/16, ViT-L/14, "
+                            "ViT-L/14@336px, RN50, RN101, RN50x4, RN50x16, RN50x64), tiny (random "
+                            "weights), or a checkpoint file; without it ViT-B/32, or what --resume "
+                            "holds")
+    group.add_argument("--resume", default=None, metavar="CKPT",
+                       help="checkpoint to start from; one of this script's own continues after "
+                            "its epoch, with its optimiser state")
+    group.add_argument("--device", type=device, default=None,
+                       help="cpu or cuda; without it cuda where there is one")
+    group.add_argument("--precision", choices=PRECISIONS, default=None,
+                       help="fp32; amp_bf16 or amp_fp16: half-precision arithmetic on fp32 "
+                            "weights; fp16: weights and optimiser state in half, as the released "
+                            "script runs on a GPU. Without it amp_bf16 on cuda, fp32 on cpu")
+
+
+def add_method(group, command):
+    group.add_argument("--recipe", choices=RECIPES, default="paper",
+                       help="follow the paper, or what the authors' released script does (README, "
+                            "'Fidelity')")
+    if command == "clip":
+        return
+    if command == "npc":
+        group.add_argument("--weighting", choices=WEIGHTINGS, default="npc",
+                           help="weight of a pair's loss: the paper's negative impact; none: 1; "
+                                "gmm: the mixture's posterior of being clean; osa: One-Step "
+                                "Anti-noise on the initial model's cosine")
+        group.add_argument("--memory_loss_weight", type=natural_float, default=1.0,
+                           help="factor of the loss on the memory entries; 0 turns it off")
+    group.add_argument("--clean_threshold", type=probability, default=0.9,
+                       help="posterior above which a pair is in the strict clean set; raise it "
+                            "when precision is low, lower it when the set is small")
+    group.add_argument("--min_clean", type=probability, default=0.02,
+                       help="smallest share of pairs in the strict clean set: when fewer pass the "
+                            "threshold, it is made of the pairs of smallest loss instead")
+
+
+def add_optimisation(group):
+    group.add_argument("--epochs", type=positive_int, default=10, help="passes over the data")
+    group.add_argument("--lr", type=natural_float, default=1e-6,
+                       help="peak learning rate; the authors fine-tune ViT-B/32 with 2e-7 (NPC) "
+                            "and 5e-7 (CLIP)")
+    group.add_argument("--warmup", type=natural_int, default=500,
+                       help="optimiser steps of linear warm-up")
+    group.add_argument("--beta1", type=probability, default=0.9, help="AdamW's first decay")
+    group.add_argument("--beta2", type=probability, default=0.98, help="AdamW's second decay")
+    group.add_argument("--eps", type=natural_float, default=1e-6, help="AdamW's epsilon")
+    group.add_argument("--weight_decay", type=natural_float, default=0.2,
+                       help="AdamW's decoupled weight decay, on all parameters")
+    group.add_argument("--clip_grad", type=natural_float, default=10.0,
+                       help="largest norm of the gradient; 0 leaves it alone")
+
+
+def add_run(group, command):
+    group.add_argument("--seed", type=natural_int, default=99,
+                       help="seed of the noise, the order of the pairs, the mixture and random "
+                            "weights")
+    if command != "noise":
+        group.add_argument("--batch_size", type=positive_int, default=256,
+                           help="pairs in a step; every pair is contrasted with the others of its "
+                                "batch")
+    if command in ("npc", "clip"):
+        group.add_argument("--checkpoint_path", default="./logs",
+                           help="folder of all experiments")
+        group.add_argument("--experiments", default="ex0",
+                           help="name of this experiment's folder in it")
+        group.add_argument("--name", default={"npc": "NPC", "clip": "CLIP"}[command],
+                           help="name that is stored in the checkpoints")
+        group.add_argument("--display", type=positive_int, default=20,
+                           help="steps between two lines of the log")
+        group.add_argument("--eval", action="store_true",
+                           help="score --resume (or the initial model) on the test split and stop")
+
+
+def check(parser, args):
+    """Fill in what depends on other options or on the machine."""
+    if args.num_anns is None:
+        args.num_anns = DATASETS[args.dataset]
+    if "device" in args:
+        if args.device is None:
+            args.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if args.device.type == "cuda" and not torch.cuda.is_available():
+            parser.error("--device cuda: torch sees no CUDA device here; use --device cpu")
+        if args.precision is None:
+            args.precision = "amp_bf16" if args.device.type == "cuda" else "fp32"
+
+
+# ---- types: each names what it expects, argparse names the option -------------------------------
+
+
+def number(parse, low, high, expected):
+    """An argparse type for finite numbers in [low, high)."""
+
+    def convert(text):
+        try:
+            value = parse(text)
+        except ValueError:
+            value = None
+        if value is None or not low <= value < high:
+            raise argparse.ArgumentTypeError(f"expected {expected}, got '{text}'")
+        return value
+
+    return convert
+
+
+natural_int = number(int, 0, float("inf"), "a whole number from 0")
+positive_int = number(int, 1, float("inf"), "a whole number from 1")
+natural_float = number(float, 0, float("inf"), "a number from 0")
+probability = number(float, 0, 1, "a number from 0 to below 1")
+ratio = number(float, 0, 1, "a number from 0 to below 1 (0.2 is 20 %)")
+
+
+def device(text):
+    """An argparse type: cpu, cuda or cuda:N as a torch.device."""
+    try:
+        value = torch.device(text)
+    except RuntimeError:
+        value = None
+    if value is None or value.type not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"expected cpu, cuda or cuda:N, got '{text}'")
+    return value

@@ -1,0 +1,382 @@
+"""The encoders against the papers' equations, written out here with loops and einsum."""
+
+import math
+
+import pytest
+import torch
+
+import clip
+from clip.weights import CONFIGS
+
+VIT = {
+    "embed_dim": 24,
+    "image_resolution": 16,
+    "vision_layers": 2,
+    "vision_width": 128,
+    "vision_patch_size": 8,
+    "context_length": 12,
+    "vocab_size": 50,
+    "transformer_width": 128,
+    "transformer_heads": 2,
+    "transformer_layers": 2,
+}
+RN = VIT | {
+    "image_resolution": 64,
+    "vision_layers": (2, 1, 1, 1),
+    "vision_width": 8,
+    "vision_patch_size": None,
+}
+
+
+def build(config, seed=0, dtype=torch.float64):
+    """A model all of whose parameters and statistics are random, so that none can be left out."""
+    torch.manual_seed(seed)
+    model = clip.CLIP(**config).double().eval()
+    for name, value in model.state_dict().items():
+        if value.is_floating_point() and value.ndim == 1:
+            value.copy_(torch.rand_like(value) + 0.5 * (not name.endswith("bias")))
+        elif "bn3" in name or "in_proj" in name:
+            value.mul_(2)
+    return model.to(dtype)
+
+
+def batch(config, n=3):
+    generator = torch.Generator().manual_seed(1)
+    size = (n, 3, config["image_resolution"], config["image_resolution"])
+    images = torch.randn(size, generator=generator, dtype=torch.float64)
+    tokens = torch.randint(1, 48, (n, config["context_length"]), generator=generator)
+    tokens[:, 0] = 48
+    for row, end in enumerate((3, 7, 5, 9)[:n]):
+        tokens[row, end] = 49
+        tokens[row, end + 1 :] = 0
+    return images, tokens
+
+
+# ---------------------------------------------------------------- the equations, one text or image
+
+
+def layer_norm(x, w, name):
+    out = torch.empty_like(x)
+    for i, row in enumerate(x):
+        variance = ((row - row.mean()) ** 2).mean()
+        out[i] = (row - row.mean()) / torch.sqrt(variance + 1e-5)
+    return out * w[name + ".weight"] + w[name + ".bias"]
+
+
+def attention(q, k, v, heads, causal):
+    width = q.shape[1] // heads
+    out = torch.empty_like(q)
+    for h in range(heads):
+        part = slice(h * width, (h + 1) * width)
+        for i in range(len(q)):
+            last = i + 1 if causal else len(k)
+            weights = torch.exp(k[:last, part] @ q[i, part] / math.sqrt(width))
+            out[i, part] = torch.einsum("j,jd->d", weights / weights.sum(), v[:last, part])
+    return out
+
+
+def transformer(x, w, prefix, layers, heads, causal):
+    for n in range(layers):
+        p = f"{prefix}resblocks.{n}."
+        y = layer_norm(x, w, p + "ln_1")
+        weight, bias = w[p + "attn.in_proj_weight"], w[p + "attn.in_proj_bias"]
+        d = x.shape[1]
+        q, k, v = (
+            torch.einsum("ld,ed->le", y, weight[i * d : (i + 1) * d]) + bias[i * d : (i + 1) * d]
+            for i in range(3)
+        )
+        y = attention(q, k, v, heads, causal)
+        x = x + y @ w[p + "attn.out_proj.weight"].T + w[p + "attn.out_proj.bias"]
+        y = layer_norm(x, w, p + "ln_2") @ w[p + "mlp.c_fc.weight"].T + w[p + "mlp.c_fc.bias"]
+        y = y / (1 + torch.exp(-1.702 * y))
+        x = x + y @ w[p + "mlp.c_proj.weight"].T + w[p + "mlp.c_proj.bias"]
+    return x
+
+
+def reference_text(tokens, w, config):
+    length = tokens.tolist().index(49) + 1  # only what the end token can see
+    x = torch.stack([w["token_embedding.weight"][t] for t in tokens[:length]])
+    x = x + w["positional_embedding"][:length]
+    x = transformer(x, w, "transformer.", config["transformer_layers"], 2, causal=True)
+    return (layer_norm(x, w, "ln_final") @ w["text_projection"])[-1]
+
+
+def reference_vit(image, w, config):
+    patch = config["vision_patch_size"]
+    rows = [w["visual.class_embedding"]]
+    for top in range(0, image.shape[1], patch):
+        for left in range(0, image.shape[2], patch):
+            square = image[:, top : top + patch, left : left + patch]
+            rows.append(torch.einsum("cyx,dcyx->d", square, w["visual.conv1.weight"]))
+    x = torch.stack(rows) + w["visual.positional_embedding"]
+    x = layer_norm(x, w, "visual.ln_pre")
+    x = transformer(x, w, "visual.transformer.", config["vision_layers"], 2, causal=False)
+    return layer_norm(x[:1], w, "visual.ln_post")[0] @ w["visual.proj"]
+
+
+def convolve(x, weight, stride=1):
+    """Cross-correlation that keeps the size (before the stride), as a sum over shifts."""
+    pad = weight.shape[2] // 2
+    _, height, width = x.shape
+    padded = x.new_zeros(x.shape[0], height + 2 * pad, width + 2 * pad)
+    padded[:, pad : pad + height, pad : pad + width] = x
+    out = 0
+    for dy in range(weight.shape[2]):
+        for dx in range(weight.shape[3]):
+            shifted = padded[:, dy : dy + height, dx : dx + width][:, ::stride, ::stride]
+            out = out + torch.einsum("chw,oc->ohw", shifted, weight[:, :, dy, dx])
+    return out
+
+
+def batch_norm(x, w, name):
+    scale = w[name + ".weight"] / torch.sqrt(w[name + ".running_var"] + 1e-5)
+    mean, bias = w[name + ".running_mean"], w[name + ".bias"]
+    return (x - mean[:, None, None]) * scale[:, None, None] + bias[:, None, None]
+
+
+def pool(x):
+    return (x[:, ::2, ::2] + x[:, 1::2, ::2] + x[:, ::2, 1::2] + x[:, 1::2, 1::2]) / 4
+
+
+def reference_resnet(image, w, config):
+    x = image
+    for i, stride in ((1, 2), (2, 1), (3, 1)):
+        x = convolve(x, w[f"visual.conv{i}.weight"], stride)
+        x = batch_norm(x, w, f"visual.bn{i}").clamp(min=0)
+    x = pool(x)
+    for stage, blocks in enumerate(config["vision_layers"], start=1):
+        for n in range(blocks):
+            p = f"visual.layer{stage}.{n}."
+            halve = stage > 1 and n == 0
+            y = batch_norm(convolve(x, w[p + "conv1.weight"]), w, p + "bn1").clamp(min=0)
+            y = batch_norm(convolve(y, w[p + "conv2.weight"]), w, p + "bn2").clamp(min=0)
+            y = pool(y) if halve else y
+            y = batch_norm(convolve(y, w[p + "conv3.weight"]), w, p + "bn3")
+            if n == 0:
+                x = pool(x) if halve else x
+                x = convolve(x, w[p + "downsample.0.weight"])
+                x = batch_norm(x, w, p + "downsample.1")
+            x = (x + y).clamp(min=0)
+    x = torch.stack([column for row in x.permute(1, 2, 0) for column in row])
+    x = torch.cat([x.mean(0)[None], x]) + w["visual.attnpool.positional_embedding"]
+    q, k, v, c = (
+        (w[f"visual.attnpool.{c}_proj.weight"], w[f"visual.attnpool.{c}_proj.bias"]) for c in "qkvc"
+    )
+    heads = config["vision_width"] * 32 // 64
+    q, k, v = (x @ weight.T + bias for weight, bias in (q, k, v))
+    return attention(q[:1], k, v, heads, causal=False)[0] @ c[0].T + c[1]
+
+
+# ---------------------------------------------------------------- tests
+
+
+@pytest.mark.parametrize("config, reference", [(VIT, reference_vit), (RN, reference_resnet)])
+def test_encoders_follow_the_equations(config, reference):
+    model = build(config)
+    images, tokens = batch(config)
+    w = model.state_dict()
+    with torch.no_grad():
+        image, text = model.encode_image(images), model.encode_text(tokens)
+        per_image, per_text = model(images, tokens)
+    expected_image = torch.stack([reference(x, w, config) for x in images])
+    expected_text = torch.stack([reference_text(t, w, config) for t in tokens])
+    torch.testing.assert_close(image, expected_image, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(text, expected_text, rtol=1e-9, atol=1e-9)
+    scale = float(model.logit_scale.detach().exp())
+    for i, x in enumerate(expected_image):
+        for j, t in enumerate(expected_text):
+            cosine = float(x @ t) / math.sqrt(float(x @ x) * float(t @ t))
+            assert float(per_image[i, j]) == pytest.approx(scale * cosine, rel=1e-9)
+    assert torch.equal(per_text, per_image.T)
+
+
+def test_text_cut_at_the_longest_caption():
+    model = build(VIT)
+    _, tokens = batch(VIT)
+    with torch.no_grad():
+        whole, cut = model.encode_text(tokens), model.encode_text(tokens[:, :8])
+        short = model.encode_text(tokens[:, :7])  # cuts the second text's end token
+    torch.testing.assert_close(cut, whole, rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(short, whole)
+
+
+def test_tokens_behind_the_end_do_not_matter():
+    model = build(VIT)
+    _, tokens = batch(VIT)
+    other = tokens.clone()
+    other[0, 4:] = 17
+    before = tokens.clone()
+    before[0, 2] = 17 if tokens[0, 2] != 17 else 18
+    with torch.no_grad():
+        whole = model.encode_text(tokens)
+        assert torch.equal(model.encode_text(other), whole)
+        assert not torch.allclose(model.encode_text(before)[0], whole[0])
+    assert torch.equal(model.encode_text(tokens.int()), whole)
+
+
+def test_text_too_long_and_empty_batches():
+    model = build(VIT)
+    with pytest.raises(ValueError, match="13 tokens"):
+        model.encode_text(torch.zeros(1, 13, dtype=torch.int64))
+    assert model.encode_text(torch.zeros(0, 12, dtype=torch.int64)).shape == (0, 24)
+    assert model.encode_image(torch.zeros(0, 3, 16, 16)).shape == (0, 24)
+
+
+def test_released_vit_names_and_shapes():
+    with torch.device("meta"):
+        model = clip.CLIP(**CONFIGS["ViT-B/32"])
+    shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    expected = {
+        "positional_embedding": (77, 512),
+        "text_projection": (512, 512),
+        "logit_scale": (),
+        "token_embedding.weight": (49408, 512),
+        "ln_final.weight": (512,),
+        "ln_final.bias": (512,),
+        "visual.class_embedding": (768,),
+        "visual.positional_embedding": (50, 768),
+        "visual.proj": (768, 512),
+        "visual.conv1.weight": (768, 3, 32, 32),
+    }
+    expected |= {f"visual.ln_{a}.{b}": (768,) for a in ("pre", "post") for b in ("weight", "bias")}
+    for prefix, d in (("", 512), ("visual.", 768)):
+        for n in range(12):
+            p = f"{prefix}transformer.resblocks.{n}."
+            expected |= {f"{p}ln_{i}.{b}": (d,) for i in (1, 2) for b in ("weight", "bias")}
+            expected |= {
+                p + "attn.in_proj_weight": (3 * d, d),
+                p + "attn.in_proj_bias": (3 * d,),
+                p + "attn.out_proj.weight": (d, d),
+                p + "attn.out_proj.bias": (d,),
+                p + "mlp.c_fc.weight": (4 * d, d),
+                p + "mlp.c_fc.bias": (4 * d,),
+                p + "mlp.c_proj.weight": (d, 4 * d),
+                p + "mlp.c_proj.bias": (d,),
+            }
+    assert shapes == expected
+    assert sum(math.prod(shape) for shape in shapes.values()) == 151_277_313
+
+
+def test_released_resnet_names_and_shapes():
+    with torch.device("meta"):
+        model = clip.CLIP(**CONFIGS["RN50"])
+    shapes = {key: tuple(value.shape) for key, value in model.visual.state_dict().items()}
+
+    def norm(name, d):
+        kinds = ("weight", "bias", "running_mean", "running_var")
+        return {f"{name}.{kind}": (d,) for kind in kinds} | {f"{name}.num_batches_tracked": ()}
+
+    expected = {
+        "conv1.weight": (32, 3, 3, 3),
+        "conv2.weight": (32, 32, 3, 3),
+        "conv3.weight": (64, 32, 3, 3),
+        "attnpool.positional_embedding": (50, 2048),
+    }
+    expected |= norm("bn1", 32) | norm("bn2", 32) | norm("bn3", 64)
+    for c, out in (("q", 2048), ("k", 2048), ("v", 2048), ("c", 1024)):
+        expected |= {f"attnpool.{c}_proj.weight": (out, 2048), f"attnpool.{c}_proj.bias": (out,)}
+    inplanes = 64
+    for stage, blocks in enumerate((3, 4, 6, 3), start=1):
+        planes = 32 * 2**stage
+        for n in range(blocks):
+            p = f"layer{stage}.{n}."
+            expected |= {
+                p + "conv1.weight": (planes, inplanes, 1, 1),
+                p + "conv2.weight": (planes, planes, 3, 3),
+                p + "conv3.weight": (4 * planes, planes, 1, 1),
+            }
+            expected |= norm(p + "bn1", planes) | norm(p + "bn2", planes)
+            expected |= norm(p + "bn3", 4 * planes)
+            if n == 0:
+                expected |= {p + "downsample.0.weight": (4 * planes, inplanes, 1, 1)}
+                expected |= norm(p + "downsample.1", 4 * planes)
+            inplanes = 4 * planes
+    assert shapes == expected
+    assert sum(value.numel() for value in model.parameters()) == 102_007_137
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_config_from_shapes(name):
+    with torch.device("meta"):
+        model = clip.CLIP(**CONFIGS[name])
+    assert clip.infer_config(model.state_dict()) == CONFIGS[name] == model.config
+    assert clip.describe(model.config) == name
+    assert model.visual.input_resolution == CONFIGS[name]["image_resolution"]
+
+
+def test_config_of_something_else():
+    with pytest.raises(ValueError, match="token_embedding.weight"):
+        clip.infer_config({"fc.weight": torch.zeros(3, 3)})
+
+
+def test_initialisation():
+    torch.manual_seed(0)
+    config = VIT | {"vocab_size": 4000, "transformer_width": 256, "transformer_heads": 4}
+    model = clip.CLIP(**config)
+    block = model.transformer.resblocks[1]
+    expected = [
+        (model.token_embedding.weight, 0.02),
+        (model.positional_embedding, 0.01),
+        (model.text_projection, 256**-0.5),
+        (block.attn.in_proj_weight, 256**-0.5),
+        (block.attn.out_proj.weight, 256**-0.5 / 2),
+        (block.mlp.c_fc.weight, 512**-0.5),
+        (block.mlp.c_proj.weight, 256**-0.5 / 2),
+        (model.visual.positional_embedding, 128**-0.5),
+        (model.visual.proj, 128**-0.5),
+    ]
+    for value, std in expected:
+        assert float(value.detach().std()) == pytest.approx(std, rel=0.08)
+    assert model.logit_scale.item() == pytest.approx(math.log(1 / 0.07))
+    resnet = clip.CLIP(**RN)
+    assert not resnet.visual.layer3[0].bn3.weight.any()
+    assert resnet.visual.attnpool.q_proj.weight.std().item() == pytest.approx(256**-0.5, rel=0.05)
+
+
+@pytest.mark.parametrize("config", [VIT, RN])
+def test_grad_checkpointing_changes_no_gradient(config):
+    images, tokens = batch(config)
+    results = []
+    for recompute in (False, True):
+        model = build(config).train()
+        model.grad_checkpointing = recompute
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, saved=saved: saved.append(t.numel()) or t, lambda t: t
+        ):
+            logits, _ = model(images, tokens)
+        torch.nn.functional.cross_entropy(logits, torch.arange(len(images))).backward()
+        gradients = {name: p.grad for name, p in model.named_parameters()}
+        results.append((logits.detach(), gradients, dict(model.named_buffers()), sum(saved)))
+    torch.testing.assert_close(results[0][:3], results[1][:3], rtol=1e-9, atol=1e-12)
+    assert all(g is not None for g in results[0][1].values())
+    assert results[1][3] < 0.6 * results[0][3]  # what the forward pass keeps
+
+
+def test_fp16_conversion():
+    for config in (VIT, RN):
+        model = clip.convert_weights_to_fp16(build(config, dtype=torch.float32))
+        assert model.dtype == torch.float16
+        for name, value in model.state_dict().items():
+            norm = any(part.startswith(("ln_", "bn", "1")) for part in name.split(".")[:-1][-1:])
+            keeps = norm or "embedding" in name or name == "logit_scale"
+            if not value.is_floating_point():
+                continue
+            assert value.dtype == (torch.float32 if keeps else torch.float16), name
+
+
+@pytest.mark.parametrize("kind", ["converted", "half", "bfloat16", "autocast"])
+def test_lower_precision_is_close(kind):
+    images, tokens = batch(VIT)
+    with torch.no_grad():
+        exact = torch.stack([build(VIT).encode_image(images), build(VIT).encode_text(tokens)])
+        model = build(VIT, dtype=torch.float32)
+        if kind == "converted":
+            model = clip.convert_weights_to_fp16(model)
+        elif kind != "autocast":
+            model = model.to(getattr(torch, kind))
+        with torch.autocast("cpu", torch.bfloat16, enabled=kind == "autocast"):
+            out = torch.stack([model.encode_image(images.float()), model.encode_text(tokens)])
+    error = (out.double() - exact).norm() / exact.norm()
+    assert 0 < error < (0.03 if kind in ("bfloat16", "autocast") else 0.004)
+    assert out.dtype == (torch.float16 if kind in ("converted", "half") else torch.bfloat16)

@@ -1,0 +1,158 @@
+"""The tokenizer against known ids, against the definition of byte-pair encoding, and against
+transformers' tokenizer."""
+
+import gzip
+import json
+
+import pytest
+import torch
+
+import clip
+from clip.tokenizer import VOCABULARY, clean
+
+TEXTS = [
+    "a photo of a cat",
+    "A man's dog didn't run; they'll've I'd we're I'm 'TIS",
+    "Crème brûlée, naïve façade, ÀÉÎÕÜ Straße İstanbul",
+    "Tom &amp; Jerry &lt;3 &amp;amp; &eacute;t&eacute; &#39;quoted&#39;",
+    "emoji 😀👩‍👩‍👧 ❤️ 🇫🇷 flags",
+    "一只猫坐在垫子上。日本語のテキスト 한국어",
+    "tabs\tand\nnew lines\r\n   and    spaces",
+    "numbers 1234567890 3.14 1,000 ½ ² Ⅳ",
+    "punctuation!!! ... ??? --- ((())) [x] {y} <z> a_b #tag @user $5 100%",
+    "supercalifragilisticexpialidocious antidisestablishmentarianism",
+    "“curly quotes” ‘single’ – en — em … ellipsis ﬁ ligature",
+    "schÃ¶n mis-decoded â€œtextâ€",
+    "кошка на ковре, γάτα, قطة",
+    "",
+    "   ",
+    "zero\u200bwidth \u00a0nbsp \ufeffbom",
+    "\x1b[31mred\x1b[0m control\x07s",
+    "a" * 60,
+]
+
+
+def ids(text):
+    return clip.SimpleTokenizer().encode(text)
+
+
+def test_known_ids():
+    known = {
+        "a photo of a cat": [320, 1125, 539, 320, 2368],
+        "a diagram": [320, 22697],
+        "a dog": [320, 1929],
+        "hello world!": [3306, 1002, 256],
+    }
+    for text, expected in known.items():
+        row = clip.tokenize(text)[0].tolist()
+        assert row[: len(expected) + 2] == [49406, *expected, 49407]
+        assert row[len(expected) + 2 :] == [0] * (75 - len(expected))
+
+
+def test_vocabulary_has_the_published_order():
+    encoder = clip.SimpleTokenizer().encoder
+    assert len(encoder) == 49408 == len(set(encoder.values()))
+    assert encoder["!"] == 0 and encoder["~"] == 93 and encoder["¡"] == 94 and encoder["ÿ"] == 187
+    assert encoder["Ā"] == 188 and encoder["!</w>"] == 256  # byte 0; the first end of a word
+    assert encoder["in"] == 512 and encoder["<|endoftext|>"] == 49407
+
+
+def test_against_plain_byte_pair_encoding():
+    """Apply every merge, in order, to words that need no cleaning."""
+    with gzip.open(VOCABULARY, "rt", encoding="utf-8") as file:
+        merges = [tuple(line.split()) for line in file.read().split("\n")[1:48895]]
+    tokenizer = clip.SimpleTokenizer()
+    for word in ("photograph", "bicycles", "zxqj", "mississippi", "banana", "woman's"[:5]):
+        parts = [*word[:-1], word[-1] + "</w>"]
+        for pair in merges:
+            i = 0
+            while i < len(parts) - 1:
+                if (parts[i], parts[i + 1]) == pair:
+                    parts[i : i + 2] = ["".join(pair)]
+                i += 1
+        assert tokenizer.encode(word) == [tokenizer.encoder[part] for part in parts]
+
+
+def test_against_transformers(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    encoder = clip.SimpleTokenizer().encoder
+    with gzip.open(VOCABULARY, "rt", encoding="utf-8") as file:
+        merges = file.read().split("\n")[1:48895]
+    (tmp_path / "vocab.json").write_text(json.dumps(encoder), encoding="utf-8")
+    (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]), encoding="utf-8")
+    (tmp_path / "config.json").write_text('{"model_type": "clip"}')
+    theirs = transformers.CLIPTokenizer.from_pretrained(tmp_path)
+    for text in TEXTS:
+        expected = theirs(clean(text), add_special_tokens=False)["input_ids"]
+        assert ids(text) == expected, text
+
+
+def test_cleaning():
+    assert ids("Tom &amp;amp; Jerry") == ids("tom & jerry") == ids("TOM  &amp;\n JERRY ")
+    assert ids("schÃ¶n") == ids("schön")  # ftfy
+    assert ids("cafe\u0301") == ids("café")  # ftfy composes
+    assert ids("don't") == ids("do")[:0] + ids("don") + ids("'t")
+    assert ids("1234") == [ids(c)[0] for c in "1234"]
+    assert ids("") == ids(" \t\n") == []
+    assert ids("a <|endoftext|> b") == [320, 49407, *ids("b")]
+
+
+def test_the_shortcut_for_ascii_changes_nothing():
+    import html
+
+    import ftfy
+    import regex
+
+    for text in [*TEXTS, "".join(map(chr, range(32, 127))), "x < y > z", "'' `` \"\"", "it\\'s"]:
+        slow = html.unescape(html.unescape(ftfy.fix_text(text)))
+        assert clean(text) == regex.sub(r"\s+", " ", slow.strip()).strip().lower()
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_round_trip(text):
+    tokenizer = clip.SimpleTokenizer()
+    decoded = tokenizer.decode(tokenizer.encode(text))
+    assert decoded.replace(" ", "") == clean(text).replace(" ", "")
+
+
+def test_decode_of_half_a_character():
+    tokenizer = clip.SimpleTokenizer()
+    assert "\ufffd" in tokenizer.decode([tokenizer.encoder["ð"]])  # byte 0xF0
+    assert tokenizer.decode(torch.tensor([49406, 320, 49407])) == "<|startoftext|>a <|endoftext|>"
+
+
+def test_shapes_and_dtype():
+    tokens = clip.tokenize(["a cat", "two dogs on a lawn"], context_length=10)
+    assert tokens.shape == (2, 10) and tokens.dtype == torch.int32
+    assert clip.tokenize([]).shape == (0, 77)
+    assert torch.equal(clip.tokenize(("a cat",)), clip.tokenize("a cat"))
+    assert torch.equal(clip.tokenize(iter(["a cat"])), clip.tokenize("a cat"))
+
+
+def test_too_long():
+    fits, over = "dog " * 75, "dog " * 76
+    assert clip.tokenize(fits)[0].tolist() == [49406, *[1929] * 75, 49407]
+    with pytest.raises(RuntimeError, match="78 tokens.*77.*dog dog"):
+        clip.tokenize(["a cat", over])
+    cut = clip.tokenize(["a cat", over], truncate=True)
+    assert cut[1].tolist() == [49406, *[1929] * 75, 49407]
+    assert torch.equal(cut[:1], clip.tokenize("a cat"))
+
+
+def test_lengths():
+    tokens, lengths = clip.tokenize_with_lengths(["", "a cat", "a photo of a cat"], 5)
+    assert lengths.tolist() == [2, 4, 7] and lengths.dtype == torch.int64
+    assert tokens.tolist() == [
+        [49406, 49407, 0, 0, 0],
+        [49406, 320, 2368, 49407, 0],
+        [49406, 320, 1125, 539, 49407],
+    ]
+
+
+def test_wrong_arguments():
+    with pytest.raises(TypeError, match="str"):
+        clip.tokenize([1, 2])
+    with pytest.raises(TypeError, match="str"):
+        clip.tokenize([b"bytes"])
+    with pytest.raises(ValueError, match="context_length"):
+        clip.tokenize("a cat", context_length=1)

@@ -1,0 +1,422 @@
+"""Reading weights: every format gives the same model, damaged and hostile files are refused."""
+
+import hashlib
+import json
+import os
+import pickle
+import sys
+import warnings
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+
+import clip
+from clip import weights
+
+VIT = {
+    "embed_dim": 24,
+    "image_resolution": 16,
+    "vision_layers": 2,
+    "vision_width": 128,
+    "vision_patch_size": 8,
+    "context_length": 12,
+    "vocab_size": 50,
+    "transformer_width": 64,
+    "transformer_heads": 1,
+    "transformer_layers": 3,
+}
+RN = VIT | {
+    "image_resolution": 64,
+    "vision_layers": (1, 1, 1, 1),
+    "vision_width": 8,
+    "vision_patch_size": None,
+}
+
+
+def build(config=VIT, seed=0):
+    torch.manual_seed(seed)
+    model = clip.CLIP(**config).eval()
+    for value in model.parameters():
+        if value.ndim == 1:  # biases and norms
+            torch.nn.init.normal_(value, mean=0.5)
+    return model
+
+
+def batch(config=VIT, n=2):
+    images = torch.randn(n, 3, config["image_resolution"], config["image_resolution"])
+    tokens = torch.randint(1, 48, (n, config["context_length"]))
+    tokens[:, 6] = config["vocab_size"] - 1
+    return images, tokens
+
+
+def assert_same(model, state_dict):
+    own = model.state_dict()
+    assert own.keys() == state_dict.keys()
+    for key, value in own.items():
+        assert torch.equal(value, state_dict[key].to(value.dtype)), key
+
+
+def refused(path, match, function=clip.load):
+    """The error that `function` raises for `path`: one line with the name of the file."""
+    with pytest.raises(clip.CheckpointError, match=match) as caught:
+        function(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+# ---------------------------------------------------------------- names and downloads
+
+
+def test_nine_names():
+    assert clip.available_models() == [
+        *("RN50", "RN101", "RN50x4", "RN50x16", "RN50x64"),
+        *("ViT-B/32", "ViT-B/16", "ViT-L/14", "ViT-L/14@336px"),
+    ]
+    assert all(len(digest) == 64 for digest in weights.SHA256.values())
+
+
+def test_tiny():
+    torch.manual_seed(0)
+    model, preprocess = clip.load("tiny", device="cpu")
+    assert preprocess.resolution == model.visual.input_resolution == 32
+    assert model.vocab_size == 49408 and model.context_length == 77
+    assert not model.training and model.dtype == torch.float32
+    assert sum(p.numel() for p in model.parameters()) < 4e6
+
+
+def test_names_that_do_not_exist(tmp_path):
+    refused("ViT-B/33", "no such file.*ViT-B/32")
+    refused(tmp_path / "model.pt", "no such file")
+    with pytest.raises(ValueError, match="jit"):
+        clip.load("tiny", jit=True)
+
+
+@pytest.fixture
+def published(tmp_path, monkeypatch):
+    """ViT-B/32 is a small file that "the network" (a folder) has; returns (folders, that file)."""
+    folders = {name: tmp_path / name for name in ("root", "repository", "cache", "network")}
+    folders["network"].mkdir()
+    file = folders["network"] / "ViT-B-32.pt"
+    torch.save(build().state_dict(), file)
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    monkeypatch.setitem(weights.SHA256, "ViT-B/32", digest)
+    monkeypatch.setattr(weights, "URL", folders["network"].as_uri() + "/{file}")
+    monkeypatch.setattr(weights, "PRETRAINED", folders["repository"])
+    monkeypatch.setattr(weights, "CACHE", folders["cache"])
+    return folders, file
+
+
+@pytest.mark.parametrize("given, target", [(True, "root"), (False, "cache")])
+def test_download(published, given, target):
+    folders, file = published
+    options = {"download_root": folders["root"]} if given else {}
+    for _ in range(2):  # the second time from the disk
+        model, _ = clip.load("ViT-B/32", device="cpu", **options)
+        assert_same(model, build().state_dict())
+        assert os.listdir(folders[target]) == ["ViT-B-32.pt"]
+        file.unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("folder", ["root", "repository", "cache"])
+def test_file_that_is_already_there(published, folder):
+    folders, file = published
+    folders[folder].mkdir()
+    file.rename(folders[folder] / file.name)
+    model, _ = clip.load("ViT-B/32", device="cpu", download_root=str(folders["root"]))
+    assert_same(model, build().state_dict())
+
+
+def test_damaged_file_is_downloaded_again(published, capsys):
+    folders, file = published
+    folders["cache"].mkdir()
+    (folders["cache"] / file.name).write_bytes(file.read_bytes()[:-1])
+    clip.load("ViT-B/32", device="cpu")
+    assert "SHA-256" in capsys.readouterr().out
+    assert (folders["cache"] / file.name).read_bytes() == file.read_bytes()
+
+
+def test_download_with_the_wrong_hash(published):
+    folders, file = published
+    file.write_bytes(b"something else")
+    with pytest.raises(clip.CheckpointError, match="SHA-256"):
+        clip.load("ViT-B/32", device="cpu")
+    assert os.listdir(folders["cache"]) == []
+
+
+def test_no_network(published):
+    folders, file = published
+    file.unlink()
+    with pytest.raises(clip.CheckpointError, match="put that file at") as caught:
+        clip.load("ViT-B/32", device="cpu")
+    assert str(folders["cache"] / "ViT-B-32.pt") in str(caught.value)
+    assert "\n" not in str(caught.value) and os.listdir(folders["cache"]) == []
+
+
+# ---------------------------------------------------------------- files of torch
+
+
+@pytest.mark.parametrize("config", [VIT, RN])
+def test_state_dict_and_training_checkpoint(config, tmp_path):
+    model = build(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=np.float64(1e-4))
+    sum(p.sum() for p in model.parameters()).backward()
+    optimizer.step()
+    expected = model.state_dict()
+    half = {k: v.half() if v.is_floating_point() else v for k, v in expected.items()}
+    content = {
+        "state_dict": {"module." + key: value for key, value in expected.items()},
+        "epoch": 3,
+        "name": "run",
+        "best": np.float32(41.5),
+        "step": np.int64(7),
+        "optimizer": optimizer.state_dict(),
+    }
+    torch.save(expected, tmp_path / "plain.pt")
+    torch.save(half, tmp_path / "half.pt")
+    torch.save(content, tmp_path / "training.pt")
+    torch.save(content, tmp_path / "legacy.pt", _use_new_zipfile_serialization=False)
+    allowed, state = torch.serialization.get_safe_globals(), torch.get_rng_state()
+    for name in ("plain", "half", "training", "legacy"):
+        loaded, preprocess = clip.load(str(tmp_path / f"{name}.pt"), device="cpu")
+        assert_same(loaded, half if name == "half" else expected)
+        assert loaded.dtype == torch.float32 and not loaded.training
+        assert loaded.config == config and all(p.requires_grad for p in loaded.parameters())
+        assert preprocess.resolution == config["image_resolution"]
+    assert torch.equal(torch.get_rng_state(), state)  # loading draws no random numbers
+    assert torch.serialization.get_safe_globals() == allowed
+    whole = clip.read_checkpoint(tmp_path / "training.pt")
+    assert whole.keys() == content.keys()
+    assert (whole["epoch"], whole["best"], whole["step"]) == (3, 41.5, 7)
+    assert isinstance(whole["best"], np.float32)
+    assert whole["optimizer"]["param_groups"][0]["lr"] == 1e-4
+    assert clip.read_state_dict(tmp_path / "half.pt")["ln_final.bias"].dtype == torch.float16
+
+
+@pytest.mark.parametrize("module", ["numpy.core.multiarray", "numpy._core.multiarray"])
+def test_scalars_of_either_numpy(module, tmp_path):
+    """The same file as numpy 1 and numpy 2 would write it."""
+    model = build()
+    torch.save({"state_dict": model.state_dict(), "lr": np.float64(0.25)}, tmp_path / "a.pt")
+    with zipfile.ZipFile(tmp_path / "a.pt") as old, zipfile.ZipFile(tmp_path / "b.pt", "w") as new:
+        for name in old.namelist():
+            data = old.read(name)
+            if name.endswith("data.pkl"):
+                own = np.float64(0).__reduce__()[0].__module__.encode()
+                assert b"c" + own + b"\n" in data
+                data = data.replace(b"c" + own + b"\n", b"c" + module.encode() + b"\n")
+            new.writestr(name, data)
+    assert clip.read_checkpoint(tmp_path / "b.pt")["lr"] == 0.25
+    assert_same(model, clip.read_state_dict(tmp_path / "b.pt"))
+
+
+def test_damaged_files(tmp_path):
+    good = tmp_path / "good.pt"
+    torch.save(build().state_dict(), good)
+    for name, data in {
+        "empty.pt": b"",
+        "text.pt": b"git-lfs pointer\n" * 20,
+        "html.pt": b"<!DOCTYPE html><html></html>",
+        "cut.pt": good.read_bytes()[:5000],
+        "tail.pt": good.read_bytes()[5000:],
+        "cut.safetensors": b"\x10\x00",
+    }.items():
+        (tmp_path / name).write_bytes(data)
+        refused(tmp_path / name, "damaged or no checkpoint")
+    (tmp_path / "folder").mkdir()
+    refused(tmp_path / "folder", "config.json")
+
+
+def test_files_that_hold_something_else(tmp_path):
+    path = tmp_path / "x.pt"
+    for content, match in [
+        (torch.zeros(3), "holds a Tensor"),
+        ({"epoch": 3}, "not all of its values are tensors"),
+        ({"state_dict": {}}, "no state dict"),
+        ({"state_dict": [1, 2]}, "no state dict"),
+        ({"fc.weight": torch.zeros(3, 3)}, "not the weights of a CLIP model"),
+        ({"text_model.encoder.layers.0.self_attn.q_proj.bias": torch.zeros(3)}, "transformers"),
+    ]:
+        torch.save(content, path)
+        refused(path, match)
+    state_dict = build().state_dict()
+    del state_dict["ln_final.bias"]
+    torch.save(state_dict, path)
+    refused(path, "Missing.*ln_final.bias")
+
+
+def test_architecture_mismatch(tmp_path):
+    model = build()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(clip.CheckpointError) as caught:
+        clip.load_state_dict_into(model, build(RN).state_dict(), tmp_path / "rn.pt")
+    message = str(caught.value)
+    assert "rn.pt holds a CLIP model" in message and "vision_layers (1, 1, 1, 1)" in message
+    assert "the model is a CLIP model" in message and "vision_layers 2" in message
+    assert_same(model, before)
+    with torch.device("meta"):
+        rn50 = clip.CLIP(**weights.CONFIGS["RN50"])
+        b32 = clip.CLIP(**weights.CONFIGS["ViT-B/32"])
+    with pytest.raises(clip.CheckpointError, match="^x.pt holds ViT-B/32, the model is RN50$"):
+        clip.load_state_dict_into(rn50, b32.state_dict(), "x.pt")
+
+
+# ---------------------------------------------------------------- hostile files
+
+
+class Hostile:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+def test_pickled_code_is_refused(tmp_path):
+    mark = tmp_path / "mark"
+    torch.save({"state_dict": build().state_dict(), "x": Hostile(mark)}, tmp_path / "zip.pt")
+    torch.save({"x": Hostile(mark)}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    (tmp_path / "plain.pt").write_bytes(pickle.dumps(Hostile(mark), protocol=2))
+    for name in ("zip.pt", "old.pt", "plain.pt"):
+        refused(tmp_path / name, "refused: it would run code.*system")
+    assert not mark.exists()
+    torch.load(tmp_path / "zip.pt", weights_only=False)
+    assert mark.exists()  # the file is hostile indeed
+
+
+@pytest.mark.parametrize("name", [("os", "system"), ("builtins", "eval"), ("torch", "load")])
+def test_torchscript_archive_with_other_names_is_refused(name, tmp_path):
+    mark, path = tmp_path / "mark", tmp_path / "x.pt"
+    module, function = name
+    data = f"c{module}\n{function}\n(Vtouch {mark}\ntR.".encode()
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("x/data.pkl", data)
+        archive.writestr("x/constants.pkl", pickle.dumps(()))
+    refused(path, f"refused: it would run code.*{module}.{function}")
+    assert not mark.exists()
+
+
+# ---------------------------------------------------------------- TorchScript
+
+
+def torchscript(model, path, config):
+    """Save `model` as OpenAI does: traced, with numbers among the buffers; and, in each text block,
+    a mask that is not part of the state dict, as other CLIP code has it."""
+    for name in ("context_length", "vocab_size"):
+        delattr(model, name)
+    for name in ("context_length", "vocab_size", "image_resolution"):
+        key = name.replace("image", "input")
+        model.register_buffer(key, torch.tensor(config[name]))
+    for block in model.transformer.resblocks:
+        block.register_buffer("attn_mask", torch.zeros(12, 12), persistent=False)
+    model.forward = model.visual.forward
+    images = batch(config)[0].to(model.dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # tracing is deprecated, and so are the files
+        torch.jit.save(torch.jit.trace(model, images, check_trace=False), path)
+
+
+@pytest.mark.parametrize("config", [VIT, RN])
+@pytest.mark.parametrize("half", [False, True])
+def test_torchscript_archive(config, half, tmp_path, monkeypatch):
+    model = build(config)
+    if half:
+        clip.convert_weights_to_fp16(model)
+    expected = {key: value.clone() for key, value in model.state_dict().items()}
+    path = tmp_path / "x.pt"
+    torchscript(model, path, config)
+    assert {"input_resolution", "transformer.resblocks.0.attn_mask"} <= set(
+        clip.read_checkpoint(path)
+    )
+
+    def no_code(*_, **__):
+        raise AssertionError("the archive's code was compiled")
+
+    monkeypatch.setattr(torch.jit, "load", no_code)
+    monkeypatch.setattr(torch._C, "import_ir_module", no_code)
+    read = clip.read_state_dict(path)
+    assert read.keys() == expected.keys()
+    for key, value in read.items():
+        assert value.dtype == expected[key].dtype and torch.equal(value, expected[key]), key
+    loaded, _ = clip.load(path, device="cpu")
+    assert loaded.config == config and loaded.dtype == torch.float32
+    assert_same(loaded, {key: value.float() for key, value in expected.items()})
+
+
+def test_cut_torchscript_archive(tmp_path):
+    path = tmp_path / "x.pt"
+    torchscript(build(), path, VIT)
+    data = bytearray(path.read_bytes())
+    path.write_bytes(data[: len(data) // 2])
+    refused(path, "damaged")
+    with zipfile.ZipFile(tmp_path / "y.pt", "w") as archive:
+        archive.writestr("x/data.pkl", pickle.dumps([1, 2, 3]))
+        archive.writestr("x/constants.pkl", b"")
+    refused(tmp_path / "y.pt", "damaged or no checkpoint")
+    data[len(data) // 2] ^= 1  # a flipped bit, in a tensor
+    path.write_bytes(data)
+    refused(path, "damaged")
+
+
+# ---------------------------------------------------------------- Hugging Face
+
+
+def test_hf_names_round_trip():
+    state_dict = build().state_dict()
+    theirs = clip.to_hf(state_dict)
+    assert not theirs.keys() & (state_dict.keys() - {"logit_scale"})
+    theirs["text_model.embeddings.position_ids"] = torch.arange(12)[None]
+    back = clip.from_hf(theirs)
+    assert back.keys() == state_dict.keys()
+    assert all(torch.equal(back[key], value) for key, value in state_dict.items())
+    with pytest.raises(ValueError, match="Vision Transformer"):
+        clip.to_hf(build(RN).state_dict())
+
+
+def test_hf_folder_and_files(tmp_path):
+    pytest.importorskip("safetensors")
+    model, folder = build(), tmp_path / "hf"
+    clip.save_hf(model, folder)
+    for path in (folder, folder / "model.safetensors"):
+        assert_same(clip.load(path, device="cpu")[0], model.state_dict())
+    (folder / "model.safetensors").unlink()
+    refused(folder, "pytorch_model.bin")
+    torch.save(clip.to_hf(model.state_dict()), folder / "pytorch_model.bin")
+    assert_same(clip.load(folder, device="cpu")[0], model.state_dict())
+    config = json.loads((folder / "config.json").read_text())
+    for key, value, match in (
+        ("hidden_act", "gelu", "QuickGELU"),
+        ("num_attention_heads", 8, "64 wide"),
+    ):
+        changed = config | {"text_config": config["text_config"] | {key: value}}
+        (folder / "config.json").write_text(json.dumps(changed))
+        refused(folder, match)
+    (folder / "config.json").write_text("{")
+    refused(folder, "config.json is damaged")
+
+
+def test_without_safetensors(tmp_path, monkeypatch):
+    (tmp_path / "model.safetensors").write_bytes(b"x")
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    refused(tmp_path / "model.safetensors", "needs the package safetensors")
+
+
+def test_outputs_equal_transformers(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("safetensors")
+    model = build()
+    clip.save_hf(model, tmp_path)
+    theirs = transformers.CLIPModel.from_pretrained(tmp_path).eval()
+    assert theirs.state_dict().keys() >= clip.to_hf(model.state_dict()).keys()
+    images, tokens = batch()
+    with torch.no_grad():
+        per_image, per_text = model(images, tokens)
+        out = theirs(input_ids=tokens, pixel_values=images)
+        image, text = model.encode_image(images), model.encode_text(tokens)
+    torch.testing.assert_close(out.logits_per_image, per_image, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(out.logits_per_text, per_text, rtol=1e-4, atol=1e-4)
+    for own, other in ((image, out.image_embeds), (text, out.text_embeds)):
+        own = own / own.norm(dim=-1, keepdim=True)
+        torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-5)
+    theirs.save_pretrained(tmp_path / "again")
+    assert_same(clip.load(tmp_path / "again", device="cpu")[0], model.state_dict())

@@ -1,0 +1,697 @@
+"""The data preparation commands under dataset/, on small made files."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from dataset import MSCOCO_rename, common, prepare_cc120k, prepare_karpathy, prepare_pairs
+from utils.errors import InputError
+from utils.layout import image_names, read_captions, read_ids, require_images
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def jpeg(shade, form="JPEG", size=(8, 8)):
+    """Bytes of a small image; another shade gives other bytes."""
+    buffer = io.BytesIO()
+    Image.new("RGB", size, (shade % 256, shade * 40 % 256, 7)).save(buffer, form)
+    return buffer.getvalue()
+
+
+def put(path, content):
+    """Write bytes or text to a path whose folders are made; returns the path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def tree(folder):
+    """{relative path: content} of all files below a folder."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def lines(root, name):
+    return (root / "annotations/scan_split" / name).read_text(encoding="utf-8").splitlines()
+
+
+@pytest.fixture
+def ok(capsys):
+    """Run a command; returns what it printed."""
+    def run(module, *args):
+        module.main([str(a) for a in args])
+        return capsys.readouterr().out
+    return run
+
+
+@pytest.fixture
+def fails(capsys):
+    """Run a command that must fail; returns its one line on stderr."""
+    def run(module, *args):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            module.main([str(a) for a in args])
+        error = capsys.readouterr().err
+        assert stop.value.code == 2
+        assert error.startswith("error: ") and error.count("\n") == 1
+        return error
+    return run
+
+
+# ---------------------------------------------------------------- shared
+
+
+@pytest.mark.parametrize("raw, plain", [
+    (" A dog\truns\r\n fast . ", "A dog runs fast ."),
+    ("a\u2028b\x0bc\x85d\0e", "a b c d e"),
+    ("half \ud83d character", "half ? character"),
+    ("\t\n ", ""),
+])
+def test_clean(raw, plain):
+    assert common.clean(raw) == plain
+
+
+@pytest.mark.parametrize("name", ["../a.jpg", "a/../../b.jpg", "/etc/a.jpg", "", ".", "a\nb.jpg",
+                                  "a\rb.jpg", " a.jpg", "\udcff.jpg"])
+def test_inner_name_refuses(name):
+    with pytest.raises(InputError, match="here: im"):
+        common.inner_name(name, "here")
+
+
+def test_inner_name_keeps_folders():
+    assert common.inner_name("./a//b/../c d.jpg", "here") == "a/c d.jpg"
+
+
+def test_image_format(tmp_path, monkeypatch):
+    whole = jpeg(1, size=(64, 64))
+    assert common.image_format(whole) == "JPEG"
+    assert common.image_format(put(tmp_path / "a.jpg", jpeg(1, "PNG"))) == "PNG"
+    noise = io.BytesIO()
+    Image.effect_noise((64, 64), 50).save(noise, "JPEG")
+    cut = noise.getvalue()[:-500]
+    assert Image.open(io.BytesIO(cut)).size == (64, 64)  # only decoding shows that it is cut short
+    assert common.image_format(noise.getvalue()) == "JPEG" and common.image_format(cut) is None
+    assert common.image_format(b"<html>404</html>") is None
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64 * 64 - 1)  # now a decompression bomb
+    assert common.image_format(whole) is None
+    assert common.image_format(jpeg(1)) == "JPEG"
+
+
+@pytest.mark.parametrize("link", ["hard", "symlink", "copy"])
+def test_place_never_overwrites(tmp_path, link):
+    source, target = put(tmp_path / "s.jpg", jpeg(1)), tmp_path / "images/a/t.jpg"
+    assert common.place(source, target, link) is True
+    assert common.place(source, target, link) is False
+    assert target.read_bytes() == jpeg(1)
+    assert target.is_symlink() == (link == "symlink")
+    assert os.path.samefile(source, target) == (link != "copy")
+    with pytest.raises(InputError, match="not the same image"):
+        common.place(put(tmp_path / "other.jpg", jpeg(2)), target, link)
+    with pytest.raises(InputError, match="not the same image"):
+        common.place(jpeg(2), target)
+    assert target.read_bytes() == jpeg(1)
+    source.unlink()
+    if link == "symlink":  # a broken link is in the way, too
+        with pytest.raises(InputError, match="exists"):
+            common.place(jpeg(1), target)
+
+
+def test_place_copies_where_links_are_refused(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(18, "Invalid cross-device link")
+    monkeypatch.setattr(os, "link", refuse)
+    source = put(tmp_path / "s.jpg", jpeg(1))
+    assert common.place(source, tmp_path / "t.jpg")
+    assert (tmp_path / "t.jpg").read_bytes() == jpeg(1)
+    assert not os.path.samefile(source, tmp_path / "t.jpg")
+
+
+@pytest.mark.parametrize("script", ["MSCOCO_rename", "prepare_karpathy", "prepare_cc120k",
+                                    "prepare_pairs"])
+def test_options_have_help(script, capsys):
+    with pytest.raises(SystemExit) as stop:
+        sys.modules[f"dataset.{script}"].main(["--help"])
+    assert stop.value.code == 0
+    assert "default" in capsys.readouterr().out
+
+
+def test_runs_as_script_from_anywhere(tmp_path):
+    done = subprocess.run([sys.executable, REPOSITORY / "dataset/prepare_pairs.py", "--pairs",
+                           "p.csv", "--images", "nowhere", "--root", "r"],
+                          cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: --images nowhere is not a folder")
+
+
+# ---------------------------------------------------------------- MSCOCO_rename
+
+
+@pytest.mark.parametrize("where", [("images/train2014", "images/val2014"),
+                                   ("train2014", "val2014"), ("images", "images")])
+def test_rename(tmp_path, ok, where):
+    put(tmp_path / where[0] / "COCO_train2014_000000000009.jpg", jpeg(1))
+    put(tmp_path / where[1] / "COCO_val2014_000000000042.jpg", jpeg(2))
+    put(tmp_path / where[0] / "notes.txt", "x")
+    before = tree(tmp_path)
+
+    out = ok(MSCOCO_rename, "--root", tmp_path, "--dry_run")
+    assert "would move 2 images" in out and "images/COCO_2014_000000000009.jpg" in out
+    assert tree(tmp_path) == before
+
+    out = ok(MSCOCO_rename, "--root", tmp_path)
+    assert "\nmoved 2 images" in f"\n{out}" and "1 other files" in out and "2 images in all" in out
+    after = tree(tmp_path)
+    assert after == {"images/COCO_2014_000000000009.jpg": jpeg(1),
+                     "images/COCO_2014_000000000042.jpg": jpeg(2), f"{where[0]}/notes.txt": b"x"}
+
+    assert "moved 0 images" in ok(MSCOCO_rename, "--root", tmp_path)
+    assert tree(tmp_path) == after
+
+
+def test_rename_continues_after_a_kill(tmp_path, ok, monkeypatch):
+    for i in range(4):
+        put(tmp_path / f"train2014/COCO_train2014_{i:012d}.jpg", jpeg(i))
+    rename, calls = os.rename, []
+
+    def killed(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        rename(*args)
+    monkeypatch.setattr(os, "rename", killed)
+    with pytest.raises(KeyboardInterrupt):
+        MSCOCO_rename.main(["--root", str(tmp_path)])
+    monkeypatch.undo()
+    assert len(list(tmp_path.glob("images/*"))) == 2
+    assert "moved 2 images" in ok(MSCOCO_rename, "--root", tmp_path)
+    assert tree(tmp_path) == {f"images/COCO_2014_{i:012d}.jpg": jpeg(i) for i in range(4)}
+
+
+def test_rename_never_overwrites(tmp_path, ok, fails):
+    put(tmp_path / "train2014/COCO_train2014_000000000001.jpg", jpeg(1))
+    put(tmp_path / "train2014/COCO_train2014_000000000002.jpg", jpeg(2))
+    other = put(tmp_path / "images/COCO_2014_000000000002.jpg", jpeg(3))
+    before = tree(tmp_path)
+    assert "COCO_train2014_000000000002.jpg" in fails(MSCOCO_rename, "--root", tmp_path)
+    assert tree(tmp_path) == before  # not even the free one was moved
+
+    other.write_bytes(jpeg(2))
+    out = ok(MSCOCO_rename, "--root", tmp_path)
+    assert "moved 1 images" in out and "left 1 files whose content is there" in out
+
+
+def test_rename_two_sources_of_one_target(tmp_path, ok, fails):
+    put(tmp_path / "train2014/COCO_train2014_000000000001.jpg", jpeg(1))
+    second = put(tmp_path / "val2014/COCO_val2014_000000000001.jpg", jpeg(2))
+    assert "nothing was moved" in fails(MSCOCO_rename, "--root", tmp_path)
+    second.write_bytes(jpeg(1))
+    assert "moved 1 images" in ok(MSCOCO_rename, "--root", tmp_path)
+    assert second.exists()
+
+
+def test_rename_finds_nothing(tmp_path, fails):
+    assert "has none of the folders" in fails(MSCOCO_rename, "--root", tmp_path)
+    (tmp_path / "images").mkdir()
+    assert "no COCO_train2014" in fails(MSCOCO_rename, "--root", tmp_path)
+
+
+# ---------------------------------------------------------------- prepare_karpathy
+
+
+def karpathy(dataset="coco", captions=5):
+    """A JSON as Karpathy's, its images not in the order of imgid."""
+    images = []
+    for i, split in enumerate(["train", "test", "restval", "val", "train"]):
+        images.append({"imgid": 4 - i, "cocoid": 100 + i, "split": split, "filepath": "val2014",
+                       "filename": f"{1000 + i}.jpg",
+                       "sentences": [{"raw": f" Image {i},\n caption\t{c} "}
+                                     for c in range(captions)]})
+        if dataset != "coco":
+            del images[-1]["cocoid"], images[-1]["filepath"]
+    return {"images": images, "dataset": dataset}
+
+
+def test_karpathy_coco(tmp_path, ok):
+    content = karpathy()
+    content["images"][0]["sentences"].append({"raw": "a sixth one"})
+    source, root = put(tmp_path / "c.json", json.dumps(content)), tmp_path / "r"
+    put(root / "images/COCO_2014_000000000100.jpg", jpeg(1))
+    out = ok(prepare_karpathy, "--json", source, "--root", root)
+    assert lines(root, "train_ids.txt") == ["100", "102", "104"]
+    assert lines(root, "train_caps.txt") == [f"Image {i}, caption {c}" for i in (0, 2, 4)
+                                             for c in range(5)]
+    assert lines(root, "dev_ids.txt") == ["103"] * 5
+    assert lines(root, "test_ids.txt") == ["101"] * 5
+    assert not (root / "annotations/scan_split/image_name.txt").exists()
+    assert "4 of 5 images are not in" in out and "COCO_2014_000000000102.jpg" in out
+    assert "1 captions beyond the first 5" in out
+    before = tree(root)
+    ok(prepare_karpathy, "--json", source, "--root", root)
+    assert tree(root) == before
+
+
+def test_karpathy_f30k(tmp_path, ok):
+    source, root = put(tmp_path / "f.json", json.dumps(karpathy("flickr30k"))), tmp_path / "r"
+    for i in range(5):
+        put(root / f"images/{1000 + i}.jpg", jpeg(i))
+    out = ok(prepare_karpathy, "--json", source, "--root", root)
+    assert "all 5 images are in" in out
+    assert lines(root, "image_name.txt") == [f"{1000 + i}.jpg" for i in (4, 3, 2, 1, 0)]
+    captions = read_captions(root / "annotations/scan_split/train_caps.txt")
+    ids = read_ids(root, "train", len(captions), 5, "train_caps.txt")
+    names = image_names(root, "f30k", ids)
+    for name, caption in zip(names, captions, strict=True):  # each caption is with its own image
+        assert caption.startswith(f"Image {int(name[:4]) - 1000},")
+    assert lines(root, "dev_ids.txt") == ["1"] * 5
+    require_images(root, names)
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda c: c["images"][1]["sentences"][2].update(raw=" \n"), "(1001.jpg): caption 3 is empty"),
+    (lambda c: c["images"][1]["sentences"].pop(), "1 images have fewer than 5 captions (1001.jpg)"),
+    (lambda c: c["images"][1].pop("split"), "image 2: incomplete entry ('split')"),
+    (lambda c: c["images"][1].update(split="holdout"), "unknown split 'holdout'"),
+    (lambda c: c["images"][1].update(cocoid=100), "cocoid 100 or its filename occurs twice"),
+    (lambda c: c["images"][1].update(cocoid="7"), "cocoid must be a number"),
+    (lambda c: c.update(dataset="flickr8k"), "give --dataset"),
+    (lambda c: c.update(images=[]), "is empty"),
+    (lambda c: c.pop("images"), "has no list 'images'"),
+    (lambda c: c["images"].pop(3), "no images of the dev split"),
+])
+def test_karpathy_refuses(tmp_path, fails, change, message):
+    content = karpathy()
+    change(content)
+    source, root = put(tmp_path / "c.json", json.dumps(content)), tmp_path / "r"
+    assert message in fails(prepare_karpathy, "--json", source, "--root", root)
+    assert not root.exists()
+
+
+def test_karpathy_dataset_option(tmp_path, ok, fails):
+    content = karpathy("flickr30k")
+    source = put(tmp_path / "c.json", json.dumps(content))
+    assert "leave out --dataset" in fails(prepare_karpathy, "--json", source, "--root",
+                                          tmp_path / "r", "--dataset", "coco")
+    del content["dataset"]
+    put(source, json.dumps(content))
+    ok(prepare_karpathy, "--json", source, "--root", tmp_path / "r", "--dataset", "f30k")
+    put(source, "{")
+    assert "is not JSON" in fails(prepare_karpathy, "--json", source, "--root", tmp_path / "r")
+    assert "cannot read --json" in fails(prepare_karpathy, "--json", tmp_path / "none", "--root",
+                                         tmp_path / "r")
+
+
+def test_karpathy_names_stay_inside(tmp_path, fails):
+    content = karpathy("flickr30k")
+    content["images"][0]["filename"] = "../../evil.jpg"
+    source = put(tmp_path / "c.json", json.dumps(content))
+    assert "does not lie inside" in fails(prepare_karpathy, "--json", source, "--root",
+                                          tmp_path / "r")
+
+
+def test_other_split_is_not_replaced(tmp_path, fails):
+    source, root = put(tmp_path / "c.json", json.dumps(karpathy())), tmp_path / "r"
+    put(root / "annotations/scan_split/train_caps.txt", "the released captions\n")
+    before = tree(root)
+    error = fails(prepare_karpathy, "--json", source, "--root", root)
+    assert "holds another split already (train_caps.txt differ)" in error
+    assert tree(root) == before
+
+
+# ---------------------------------------------------------------- prepare_cc120k
+
+SIZES = ("--train", 4, "--dev", 2, "--test", 2)
+
+
+def samples(count=12):
+    """Files of a shard: image i is shade i, its caption "caption i"; 3 is cut short, 5 is blank."""
+    files = {}
+    for i in range(count):
+        image = jpeg(i, "PNG" if i % 4 == 0 else "JPEG", size=(32, 32))
+        files[f"{i:09d}.jpg"] = image[:len(image) // 2] if i == 3 else image
+        files[f"{i:09d}.txt"] = " \n" if i == 5 else f"caption\t{i} \n"
+        files[f"{i:09d}.json"] = json.dumps({"caption": "unused"})
+    return files
+
+
+def as_folders(folder, files, order=1):
+    for name, content in list(files.items())[::order]:
+        put(folder / f"{int(name[:9]) // 6:05d}" / name, content)
+    put(folder / "00000_stats.json", "{}")
+    return folder
+
+
+def as_tars(folder, files, order=1):
+    folder.mkdir()
+    for shard in range(2):
+        with tarfile.open(folder / f"{shard:05d}.tar", "w") as tar:
+            for name, content in list(files.items())[::order]:
+                if int(name[:9]) // 6 == shard:
+                    content = content.encode() if isinstance(content, str) else content
+                    info = tarfile.TarInfo(f"../../evil/{name}")
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+    return folder
+
+
+def check_cc(root, ids_of=lambda i: f"{i:09d}"):
+    """Sizes, and that every id has its own caption and its own image; returns the ids."""
+    ids = [line for split in ("train", "dev", "test") for line in lines(root, f"{split}_ids.txt")]
+    captions = [line for s in ("train", "dev", "test") for line in lines(root, f"{s}_caps.txt")]
+    assert [len(lines(root, f"{s}_ids.txt")) for s in ("train", "dev", "test")] == [4, 2, 2]
+    assert len(set(ids)) == 8
+    for key, caption in zip(ids, captions, strict=True):
+        number = int(key)
+        assert key == ids_of(number) and caption == f"caption {number}" and number not in (3, 5)
+        with Image.open(root / f"images/{key}.jpg") as image:
+            assert image.format == "JPEG"
+            assert abs(image.convert("RGB").getpixel((4, 4))[1] - number * 40 % 256) < 8
+    assert {p.stem for p in root.glob("images/*")} == set(ids)
+    require_images(root, image_names(root, "cc", ids))
+    return ids
+
+
+@pytest.mark.parametrize("pack", [as_folders, as_tars])
+def test_cc_shards(tmp_path, ok, pack):
+    source = pack(tmp_path / "source", samples())
+    before, root = tree(source), tmp_path / "a"
+    out = ok(prepare_cc120k, "--shards", source, "--root", root, *SIZES)
+    check_cc(root)
+    assert tree(source) == before and not list(tmp_path.rglob("evil"))
+    assert "found 12 images" in out and "placed 8" in out
+    made = tree(root)
+    next(root.glob("images/*")).unlink()  # as if it had been stopped
+    assert "placed 1 in" in ok(prepare_cc120k, "--shards", source, "--root", root, *SIZES)
+    assert tree(root) == made
+
+    # Neither the order of the files nor their packing matters, the seed does.
+    for other in (as_folders, as_tars):
+        again = other(tmp_path / f"again_{other.__name__}", samples(), order=-1)
+        ok(prepare_cc120k, "--shards", again, "--root", tmp_path / other.__name__, *SIZES)
+        assert tree(tmp_path / other.__name__) == made
+    ok(prepare_cc120k, "--shards", source, "--root", tmp_path / "b", *SIZES, "--seed", 1)
+    assert tree(tmp_path / "b") != made
+
+
+def test_cc_counts_what_it_leaves_out(tmp_path, ok, fails):
+    files = samples(10)
+    files["000000099.txt"] = "a caption whose image could not be downloaded"
+    files["000000007.jpg"] = ""
+    source = as_folders(tmp_path / "source", files)
+    error = fails(prepare_cc120k, "--shards", source, "--root", tmp_path / "r", *SIZES)
+    assert "7 of 10 images can be used" in error and "ask for 8" in error
+    assert "2 images that cannot be read" in error and "1 images without a caption" in error
+    assert not (tmp_path / "r").exists()
+    fit = error.split("; ")[-1].removesuffix(" would fit\n").split()
+    assert fit == "--train 5 --dev 1 --test 1".split()
+    out = ok(prepare_cc120k, "--shards", source, "--root", tmp_path / "r", *fit)
+    assert "looked at 10" in out
+    assert "left out: 2 images that cannot be read (" in out
+    assert "left out: 1 images without a caption (000000005)" in out
+    assert "left out: 1 captions without an image (000000099)" in out
+
+
+def test_cc_larger_train_keeps_dev_and_test(tmp_path, ok):
+    source = as_folders(tmp_path / "source", samples())
+    ok(prepare_cc120k, "--shards", source, "--root", tmp_path / "a", *SIZES)
+    ok(prepare_cc120k, "--shards", source, "--root", tmp_path / "b", *SIZES, "--train", 6)
+    for name in ("dev_ids.txt", "test_ids.txt"):
+        assert lines(tmp_path / "a", name) == lines(tmp_path / "b", name)
+
+
+def test_cc_caption_from_json(tmp_path, ok):
+    for i, content in enumerate(['{"caption": " of\\njson "}', '{"caption": null}', "[]", "{",
+                                 '{"caption": "b"}', '{"caption": "c"}']):
+        put(tmp_path / f"s/{i}.jpg", jpeg(i))
+        put(tmp_path / f"s/{i}.json", content)
+    out = ok(prepare_cc120k, "--shards", tmp_path / "s", "--root", tmp_path / "r",
+             "--train", 1, "--dev", 1, "--test", 1)
+    captions = [lines(tmp_path / "r", f"{s}_caps.txt")[0] for s in ("train", "dev", "test")]
+    assert sorted(captions) == ["b", "c", "of json"]
+    assert "images without a caption" in out
+
+
+def test_cc_refuses_bad_shards(tmp_path, fails):
+    source = as_tars(tmp_path / "s", samples())
+    end = ("--root", tmp_path / "r", *SIZES)
+    whole = (source / "00001.tar").read_bytes()
+    put(source / "00001.tar", whole[:1500])
+    assert "00001.tar is not a whole, uncompressed tar" in fails(prepare_cc120k, "--shards", source,
+                                                                *end)
+    put(source / "00001.tar", (source / "00000.tar").read_bytes())
+    assert "a second image is named 000000000" in fails(prepare_cc120k, "--shards", source, *end)
+    put(tmp_path / "odd/a b.jpg", jpeg(1))
+    assert "rename it" in fails(prepare_cc120k, "--shards", tmp_path / "odd", *end)
+    (tmp_path / "empty").mkdir()
+    assert "holds no images" in fails(prepare_cc120k, "--shards", tmp_path / "empty", *end)
+    assert "is not a folder" in fails(prepare_cc120k, "--shards", tmp_path / "none", *end)
+    assert not (tmp_path / "r").exists()
+
+
+def rows(folder, header=False, name="{}.jpg"):
+    """A TSV and the images of its rows; row 3 is cut short and row 5 has a blank caption."""
+    files = samples()
+    text = "caption\turl\n" * header
+    for i in range(12):
+        put(folder / "images" / str(i % 2) / name.format(i), files[f"{i:09d}.jpg"])
+        text += f"{' ' if i == 5 else f' caption  {i}'}\thttp://example.org/{i}\n"
+    return put(folder / "cc.tsv", text), folder / "images"
+
+
+@pytest.mark.parametrize("header", [False, True])
+@pytest.mark.parametrize("name", ["{}.jpg", "{:08d}.png", "{}"])
+def test_cc_tsv(tmp_path, ok, header, name):
+    tsv, images = rows(tmp_path, header, name)
+    put(images / "readme.txt", "x")
+    out = ok(prepare_cc120k, "--tsv", tsv, "--images", images, "--root", tmp_path / "r", *SIZES)
+    check_cc(tmp_path / "r", str)
+    assert "left out: 1 files that are not named by a row number" in out
+
+
+def test_cc_images_already_in_root(tmp_path, ok):
+    tsv, images = rows(tmp_path)
+    for path in list(images.rglob("*.jpg")):
+        if int(path.stem) % 4:  # the PNGs are not JPEG and cannot keep their name
+            path.rename(put(tmp_path / "r/images" / path.name, ""))
+    out = ok(prepare_cc120k, "--tsv", tsv, "--images", tmp_path / "r/images", "--root",
+             tmp_path / "r", "--train", 3, "--dev", 2, "--test", 2)
+    assert "placed 0 in" in out and "7 were there" in out
+
+
+def test_cc_mapping(tmp_path, ok, fails):
+    tsv, images = rows(tmp_path, name="photo_{}.jpg")
+    end = ("--tsv", tsv, "--images", images, "--root", tmp_path / "r", *SIZES)
+    assert "no image of a row" in fails(prepare_cc120k, *end)
+    mapping = "".join(f"{i}\t{i % 2}/photo_{i}.jpg\n" for i in range(12))
+    path = put(tmp_path / "m.tsv", mapping.replace("11\t1/photo_11", "11\t1/gone"))
+    out = ok(prepare_cc120k, *end, "--mapping", path)
+    check_cc(tmp_path / "r", str)
+    assert "left out: 1 rows of --mapping whose file does not exist" in out
+    for bad, message in (("0\t../cc.tsv\n", "line 1: image '../cc.tsv' does not lie inside"),
+                         (mapping + "12\t0/photo_0.jpg\n", "line 13: row 12 is past the end"),
+                         (mapping + "3\t0/photo_0.jpg\n", "line 13: row 3 has a second image"),
+                         ("photo_0.jpg\t0\n", "line 1: expected row number<TAB>file")):
+        assert message in fails(prepare_cc120k, *end, "--mapping", put(path, bad))
+
+
+def test_cc_refuses_bad_options(tmp_path, fails):
+    tsv, images = rows(tmp_path)
+    end = ("--root", tmp_path / "r")
+    assert "--tsv needs --images" in fails(prepare_cc120k, "--tsv", tsv, *end)
+    assert "belong to --tsv" in fails(prepare_cc120k, "--shards", images, "--images", images, *end)
+    assert "--dev" in fails(prepare_cc120k, "--shards", images, "--dev", 0, *end)
+    put(images / "00002.jpg", jpeg(1))
+    assert "row 2 has a second image" in fails(prepare_cc120k, "--tsv", tsv, "--images", images,
+                                               *end)
+    put(tsv, "a caption\thttp://a\nno url\n")
+    assert "line 2: 1 fields" in fails(prepare_cc120k, "--tsv", tsv, "--images", images, *end)
+
+
+def test_cc_never_overwrites_an_image(tmp_path, fails):
+    tsv, images = rows(tmp_path)
+    for i in range(12):
+        put(tmp_path / f"r/images/{i}.jpg", jpeg(200))
+    before = tree(tmp_path / "r")
+    assert "not the same image" in fails(prepare_cc120k, "--tsv", tsv, "--images", images, "--root",
+                                         tmp_path / "r", *SIZES)
+    assert tree(tmp_path / "r") == before
+
+
+# ---------------------------------------------------------------- prepare_pairs
+
+
+def photos(folder, count=10, captions=lambda i: 2):
+    """Images "sub/photo i.jpg", every third a PNG, and their rows: [(name, caption)]."""
+    found = []
+    for i in range(count):
+        name = f"sub{i % 2}/photo {i}.{'jpg' if i % 3 else 'png'}"
+        put(folder / name, jpeg(i, "JPEG" if i % 3 else "PNG"))
+        found += [(name, f'Photo {i}, "caption"  {c}') for c in range(captions(i))]
+    return found
+
+
+def as_csv(path, found):
+    quoted = ((n, c.replace('"', '""')) for n, c in found)
+    return put(path, "\ufeffimage,caption\n" + "".join(f'{n},"{c}"\n' for n, c in quoted))
+
+
+def as_tsv(path, found):
+    return put(path, "image\tcaption\n" + "".join(f"{n}\t{c}\n" for n, c in found))
+
+
+def as_jsonl(path, found):
+    return put(path, "".join(json.dumps({"image": n, "caption": c}) + "\n\n" for n, c in found))
+
+
+def as_lists(path, found):
+    names = dict.fromkeys(n for n, _ in found)
+    return put(path, "".join(json.dumps({"image": n, "caption": [c for m, c in found if m == n]})
+                             + "\n" for n in names))
+
+
+def check_pairs(root, num_anns, total):
+    """Every caption is with its own image and no image is in two splits; returns the names."""
+    seen = {}
+    count = 0
+    for split in ("train", "dev", "test"):
+        captions = read_captions(root / f"annotations/scan_split/{split}_caps.txt")
+        ids = read_ids(root, split, len(captions), num_anns, "caps")
+        for name, caption in zip(image_names(root, "pairs", ids), captions, strict=True):
+            assert caption.startswith(f'Photo {Path(name).stem.split()[1]}, "caption" ')
+            assert seen.setdefault(name, split) == split
+            count += 1
+    assert count == total
+    require_images(root, seen)
+    return sorted(seen)
+
+
+@pytest.mark.parametrize("write, suffix", [(as_csv, "csv"), (as_tsv, "tsv"), (as_jsonl, "jsonl"),
+                                           (as_lists, "jsonl")])
+def test_pairs(tmp_path, ok, write, suffix):
+    found = photos(tmp_path / "photos")
+    source, root = write(tmp_path / f"p.{suffix}", found), tmp_path / "my data"
+    args = ("--pairs", source, "--images", tmp_path / "photos")
+    out = ok(prepare_pairs, *args, "--root", root, "--dev", 3, "--test", "0.2")
+    assert check_pairs(root, 2, 20) == sorted(dict(found))
+    assert lines(root, "image_name.txt") == sorted(dict(found))
+    assert len(lines(root, "train_ids.txt")) == 5 and len(lines(root, "train_caps.txt")) == 10
+    assert len(lines(root, "dev_ids.txt")) == 6 and len(lines(root, "test_ids.txt")) == 4
+    assert out.endswith(f"python main_NPC.py --dataset pairs --dataset_root '{root}'\n")
+    assert "placed 10 images" in out and "train:       5 images,      10 captions" in out
+    made = tree(root)
+    for name in dict(found):
+        assert os.path.samefile(root / "images" / name, tmp_path / "photos" / name)
+
+    out = ok(prepare_pairs, *args, "--root", root, "--dev", 3, "--test", "0.2")
+    assert "placed 0 images" in out and tree(root) == made
+    source = write(tmp_path / f"reversed.{suffix}", found[::-1])  # captions turn round, no image
+    ok(prepare_pairs, "--pairs", source, *args[2:], "--root", tmp_path / "b", "--dev", 3, "--test",
+       "0.2")
+    assert lines(tmp_path / "b", "train_ids.txt") == lines(root, "train_ids.txt")
+    ok(prepare_pairs, *args, "--root", tmp_path / "c", "--dev", 3, "--test", "0.2", "--seed", 1)
+    assert lines(tmp_path / "c", "train_ids.txt") != lines(root, "train_ids.txt")
+
+
+def test_pairs_varying_captions(tmp_path, ok):
+    found = photos(tmp_path / "photos", captions=lambda i: 1 + i % 4)
+    source = as_csv(tmp_path / "p.csv", found)
+    ok(prepare_pairs, "--pairs", source, "--images", tmp_path / "photos", "--root", tmp_path / "r")
+    assert check_pairs(tmp_path / "r", 1, len(found)) == sorted(dict(found))
+    assert len(lines(tmp_path / "r", "train_ids.txt")) > 8  # one per caption, of 8 images
+
+
+def test_pairs_columns_and_places(tmp_path, ok, fails):
+    found = photos(tmp_path / "r/images", 4)
+    absolute = [(tmp_path / "r/images" / name, caption) for name, caption in found]
+    source = put(tmp_path / "p.csv", as_csv(tmp_path / "q.csv", absolute).read_text().replace(
+        "image,caption", "file,text"))
+    args = ("--pairs", source, "--images", tmp_path / "r/images", "--root", tmp_path / "r")
+    error = fails(prepare_pairs, *args)
+    assert "no column 'image', only file, text; give --image_column" in error
+    before = tree(tmp_path / "r")
+    out = ok(prepare_pairs, *args, "--image_column", "file", "--caption_column", "text")
+    assert "placed 0 images" in out
+    check_pairs(tmp_path / "r", 2, 8)
+    assert before.items() <= tree(tmp_path / "r").items()
+
+
+@pytest.mark.parametrize("link", ["symlink", "copy"])
+def test_pairs_link(tmp_path, ok, link):
+    source = as_csv(tmp_path / "p.csv", photos(tmp_path / "photos", 4))
+    ok(prepare_pairs, "--pairs", source, "--images", tmp_path / "photos", "--root", tmp_path / "r",
+       "--link", link)
+    placed = tmp_path / "r/images/sub1/photo 1.jpg"
+    assert placed.is_symlink() == (link == "symlink") and placed.read_bytes() == jpeg(1)
+
+
+def test_pairs_counts_what_it_leaves_out(tmp_path, ok):
+    found = photos(tmp_path / "photos", 8)
+    put(tmp_path / "photos" / found[0][0], "not an image")
+    (tmp_path / "photos" / found[2][0]).unlink()
+    found[4] = (found[4][0], " ")
+    out = ok(prepare_pairs, "--pairs", as_csv(tmp_path / "p.csv", found), "--images",
+             tmp_path / "photos", "--root", tmp_path / "r")
+    assert f"left out: 1 images that cannot be read ({found[0][0]})" in out
+    assert f"left out: 1 images that do not exist ({found[2][0]})" in out
+    assert "left out: 1 empty captions (line 6)" in out
+    assert len(check_pairs(tmp_path / "r", 1, 11)) == 6
+    assert not (tmp_path / "r/images" / found[0][0]).exists()
+
+
+@pytest.mark.parametrize("name, text, message", [
+    ("p.csv", "image,caption\n../secret.jpg,a\n", "p.csv, line 2: image '../secret.jpg' does not"),
+    ("p.csv", "image,caption\na/../../x.jpg,a\n", "does not lie inside the images folder"),
+    ("p.csv", "image,caption\n/etc/passwd,a\n", "does not lie inside the images folder"),
+    ("p.csv", "image,caption\na.jpg,a dog, running\n", "line 2: not as many fields"),
+    ("p.csv", "image,caption\na.jpg\n", "line 2: not as many fields"),
+    ("p.csv", 'image,caption\na.jpg,"a dog\n', "check the quotes"),
+    ("p.csv", "image,caption\n", "holds no captions"),
+    ("p.csv", "image,caption\na.jpg, \n", "holds no captions"),
+    ("p.csv", "image,caption\na.jpg,a dog\n", "no image of"),
+    ("p.csv", b"image,caption\na.jpg,\xff\n", "not valid UTF-8"),
+    ("p.jsonl", '{"image": "a.jpg", "caption": 3}\n', "line 1: 'image' must be text"),
+    ("p.jsonl", '{"image": "a.jpg", "caption": []}\n', "line 1: 'image' must be text"),
+    ("p.jsonl", '{"image": "a.jpg"}\n', "no column 'caption'"),
+    ("p.jsonl", "[1]\n", "line 1: expected an object"),
+    ("p.jsonl", "{\n", "line 1: not JSON"),
+    ("p.xlsx", "x", "must end in .csv, .tsv or .jsonl"),
+])
+def test_pairs_refuses(tmp_path, fails, name, text, message):
+    (tmp_path / "photos").mkdir()
+    put(tmp_path / "secret.jpg", jpeg(1))
+    assert message in fails(prepare_pairs, "--pairs", put(tmp_path / name, text), "--images",
+                            tmp_path / "photos", "--root", tmp_path / "r")
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize("amounts", [("2", "2"), ("0.5", "0.5"), ("4", "1")])
+def test_pairs_needs_training_images(tmp_path, fails, amounts):
+    source = as_csv(tmp_path / "p.csv", photos(tmp_path / "photos", 4))
+    error = fails(prepare_pairs, "--pairs", source, "--images", tmp_path / "photos", "--root",
+                  tmp_path / "r", "--dev", amounts[0], "--test", amounts[1])
+    assert "only 4 can be used" in error
+
+
+@pytest.mark.parametrize("amount", ["0", "1.0", "-1", "many", "nan"])
+def test_pairs_refuses_amounts(tmp_path, fails, amount):
+    assert "--dev" in fails(prepare_pairs, "--pairs", "p.csv", "--images", tmp_path, "--root",
+                            tmp_path / "r", f"--dev={amount}")
+
+
+def test_pairs_never_overwrites(tmp_path, ok, fails):
+    source = as_csv(tmp_path / "p.csv", photos(tmp_path / "photos", 4))
+    args = ("--pairs", source, "--images", tmp_path / "photos", "--root", tmp_path / "r")
+    put(tmp_path / "r/images/sub1/photo 1.jpg", jpeg(99))
+    assert "not the same image" in fails(prepare_pairs, *args)
+    assert (tmp_path / "r/images/sub1/photo 1.jpg").read_bytes() == jpeg(99)
+    assert not (tmp_path / "r/annotations").exists()
+    put(tmp_path / "r/images/sub1/photo 1.jpg", jpeg(1))
+    ok(prepare_pairs, *args)
+    before = tree(tmp_path / "r")
+    assert "holds another split already" in fails(prepare_pairs, *args, "--seed", 5)
+    assert tree(tmp_path / "r") == before

@@ -1,0 +1,183 @@
+"""The folder layout of the released data: where each file lies, how its lines are read and written.
+
+    ROOT/annotations/scan_split/    {split}_ids.txt  {split}_caps.txt  image_name.txt
+                                    {ratio}_noise_train_caps.txt
+    ROOT/annotations/frozen_memory_bank/   (also read from annotations/memory_bank/)
+    ROOT/images/
+
+`train_ids.txt` has one id per image and `train_caps.txt` num_anns lines per image in that order;
+`dev_ids.txt` and `test_ids.txt` have one id per caption.
+"""
+
+import os
+from pathlib import Path
+
+from utils.errors import InputError
+from utils.files import atomic_write
+
+SPLITS = ("train", "dev", "test")
+BANK_FOLDERS = ("frozen_memory_bank", "memory_bank")  # ours and the README's; the released code's
+DATASETS = {  # captions per id in train_caps.txt; None: whatever the two files add up to
+    "coco": 5,  # MSCOCO
+    "f30k": 5,  # Flickr30K
+    "cc": 1,  # CC120K
+    "pairs": None,  # any collection with an image_name.txt (dataset/prepare_pairs.py)
+}
+
+
+def split_folder(root):
+    """Folder of the caption and id files below the data set `root`."""
+    return Path(root) / "annotations" / "scan_split"
+
+
+def read_lines(path):
+    """Lines of a UTF-8 text file as a list of str, each stripped of white space at both ends.
+
+    Raises InputError when the file is absent, unreadable, not UTF-8, or holds a NUL byte.
+    """
+    path = Path(path)
+    try:
+        with open(path, "rb") as f:
+            data = f.read()
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist; --dataset_root must be a folder with "
+                         "annotations/scan_split/ and images/ (README, 'Data')") from None
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise InputError(f"{path}, line {line}: not valid UTF-8; re-encode the file") from None
+    if "\0" in text:
+        line = text.count("\n", 0, text.index("\0")) + 1
+        raise InputError(f"{path}, line {line}: holds a NUL byte; captions and ids are plain text")
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    if lines[-1] == "":
+        lines.pop()
+    return [line.strip() for line in lines]
+
+
+def read_captions(path):
+    """Captions of a file, one a line. Raises InputError when a line is empty."""
+    captions = read_lines(path)
+    empty = [i + 1 for i, caption in enumerate(captions) if not caption]
+    if empty:
+        more = f" (and {len(empty) - 1} more)" if len(empty) > 1 else ""
+        raise InputError(f"{path}, line {empty[0]}{more}: empty caption; every line must hold one")
+    if not captions:
+        raise InputError(f"{path} holds no captions")
+    return captions
+
+
+def read_ids(root, split, num_captions, num_anns, caption_file):
+    """Image id of each caption of a split: list of str, `num_captions` long.
+
+    In the training split each id of the file stands for `num_anns` captions (None: as many as the
+    two files add up to), elsewhere for one. Raises InputError, with the num_anns that would fit,
+    when ids and captions do not add up.
+    """
+    path = split_folder(root) / f"{split}_ids.txt"
+    ids = read_lines(path)
+    for i, image_id in enumerate(ids):
+        if not image_id:
+            raise InputError(f"{path}, line {i + 1}: empty id; every line must hold one")
+    repeat = num_anns if split == "train" else 1
+    if repeat is None:
+        repeat = max(1, num_captions // max(1, len(ids)))
+    if len(ids) * repeat != num_captions:
+        fits = ids and num_captions % len(ids) == 0
+        advice = (f"--num_anns {num_captions // len(ids)} would fit" if split == "train" and fits
+                  else "one of the two files is cut short or belongs to another data set")
+        raise InputError(f"{path} has {len(ids)} lines and {caption_file} has {num_captions}, but "
+                         f"{repeat} caption{'s' * (repeat > 1)} an id were expected; {advice}")
+    return [image_id for image_id in ids for _ in range(repeat)]
+
+
+def image_names(root, dataset, ids):
+    """File names, below ROOT/images, of a list of image ids (str); same length.
+
+    `coco`: COCO_2014_, the id in 12 digits, .jpg; `f30k` and `pairs`: line id (0-based) of
+    image_name.txt; `cc`: the id and .jpg. Raises InputError for an id that fits none of these and
+    for a name that leaves the images folder.
+    """
+    if dataset == "cc":
+        for image_id in ids:
+            if "/" in image_id or "\\" in image_id:
+                raise InputError(f"image id '{image_id}' in {split_folder(root)} is no file name")
+        return [f"{i}.jpg" for i in ids]
+    path = split_folder(root) / "image_name.txt"
+    names = None if dataset == "coco" else read_lines(path)
+    for line, name in enumerate(names or [], 1):
+        if not name or Path(name).is_absolute() or ".." in Path(name).parts:
+            raise InputError(f"{path}, line {line}: '{name}' is not a file name inside the images "
+                             "folder")
+    result = []
+    for image_id in ids:
+        if not (image_id.isascii() and image_id.isdigit()):
+            raise InputError(f"image id '{image_id}' in {split_folder(root)} is not a number, "
+                             f"which --dataset {dataset} expects; is --dataset right?")
+        if names is None:
+            result.append(f"COCO_2014_{int(image_id):012d}.jpg")
+        elif int(image_id) < len(names):
+            result.append(names[int(image_id)])
+        else:
+            raise InputError(f"{path} has {len(names)} lines, but there is an id {image_id}")
+    return result
+
+
+def require_images(root, names):
+    """Raise InputError, with a count and the first few names, unless all images exist."""
+    folder = Path(root) / "images"
+    if not folder.is_dir():
+        raise InputError(f"{folder} does not exist; the images of the data set belong there")
+    here = set(os.listdir(folder))
+    missing = [name for name in dict.fromkeys(names)
+               if name not in here and not (folder / name).is_file()]
+    if missing:
+        first = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        raise InputError(f"{len(missing)} images are missing from {folder}: {first}")
+
+
+def find_by_ratio(folder, suffix, ratio):
+    """The file `{ratio}{suffix}` in `folder` in whatever spelling of the number (0, 0.0, 0.20);
+    None when there is none."""
+    matches = []
+    for path in sorted(Path(folder).glob(f"*{suffix}")):
+        try:
+            if float(path.name[: -len(suffix)]) == float(ratio):
+                matches.append(path)
+        except ValueError:
+            continue
+    canonical = Path(folder) / f"{ratio_name(ratio)}{suffix}"
+    return canonical if canonical in matches else (matches[0] if matches else None)
+
+
+def ratio_name(ratio):
+    """The one spelling of a noise ratio that we write: 0.2 for 0.20, 0 for 0.0."""
+    return f"{float(ratio):.10g}"
+
+
+def write_split(root, split, image_ids, captions):
+    """Write `{split}_ids.txt` and `{split}_caps.txt`.
+
+    image_ids: one id (str or int) per image. captions: per image, a list of str. Training images
+    that have all the same number of captions get one id line each; otherwise, and in dev and test,
+    there is one id line per caption (read back with num_anns 1).
+    """
+    if len(image_ids) != len(captions):
+        raise ValueError(f"{len(image_ids)} ids but captions of {len(captions)} images")
+    one_id_per_image = split == "train" and len({len(c) for c in captions}) == 1
+    repeats = [1] * len(captions) if one_id_per_image else [len(c) for c in captions]
+    folder = split_folder(root)
+    with atomic_write(folder / f"{split}_ids.txt") as f:
+        f.writelines(f"{i}\n" for i, repeat in zip(image_ids, repeats, strict=True)
+                     for _ in range(repeat))
+    with atomic_write(folder / f"{split}_caps.txt") as f:
+        f.writelines(f"{caption}\n" for own in captions for caption in own)
+
+
+def write_image_names(root, names):
+    """Write image_name.txt: the file name of image id i on line i (0-based)."""
+    with atomic_write(split_folder(root) / "image_name.txt") as f:
+        f.writelines(f"{name}\n" for name in names)

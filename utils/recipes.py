@@ -1,0 +1,29 @@
+"""`--recipe`: the paper's method, or what the authors' released script does, point by point."""
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One column of the README's table 'paper versus released code'."""
+
+    per_sample: bool  # the weighted loss is mean(w_i l_i); else mean(w) mean(l)
+    trains_on_memory: bool  # the memory loss has a gradient; else it is only logged
+    siamese_gradient: float  # A' steps on this multiple of the gradient of mean(l)
+    batch_norm_trains: bool  # A uses and updates batch statistics; else BatchNorm stays frozen
+    schedule_per_step: bool  # the cosine runs over optimiser steps; else see `utils.schedule`
+    clips_baseline: bool  # main_CLIP.py clips its gradient like main_NPC.py
+    max_logit_scale: float  # upper limit of the learned log temperature
+    cosine_bank: bool  # the bank's nearest neighbour is by cosine; else only queries are normalised
+    random_bank_batches: bool  # the bank's losses come from random batches; else in data order
+
+
+RECIPES = {
+    "paper": Recipe(per_sample=True, trains_on_memory=True, siamese_gradient=1.0,
+                    batch_norm_trains=False, schedule_per_step=True, clips_baseline=True,
+                    max_logit_scale=math.log(100), cosine_bank=True, random_bank_batches=True),
+    "released": Recipe(per_sample=False, trains_on_memory=False, siamese_gradient=4.0,
+                       batch_norm_trains=True, schedule_per_step=False, clips_baseline=False,
+                       max_logit_scale=math.inf, cosine_bank=False, random_bank_batches=False),
+}

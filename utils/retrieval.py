@@ -1,0 +1,78 @@
+"""Recall at K between images and captions."""
+
+import numpy as np
+import torch
+
+from utils.embed import embed_pairs
+from utils.errors import InputError
+
+KS = (1, 5, 10)
+BLOCK = 2**24  # scores that are held at a time: 64 MiB in fp32
+
+
+def best_ranks(queries, gallery, query_group, gallery_group):
+    """Rank (0-based) of each query's best correct item: shape (q,), int64.
+
+    queries (q, D), gallery (g, D): features whose dot product is the score. Item j is correct for
+    query i when query_group[i] == gallery_group[j], (q,) and (g,) int64. Equal scores rank by
+    index, so that a model which scores everything alike gets what chance gives. Scores are compared
+    in blocks of queries: memory stays bounded and nothing is sorted.
+    """
+    ranks = torch.empty(len(queries), dtype=torch.int64, device=queries.device)
+    position = torch.arange(len(gallery), device=queries.device)
+    for rows in torch.arange(len(queries), device=queries.device).split(
+            max(1, BLOCK // max(1, len(gallery)))):
+        scores = queries[rows] @ gallery.T  # (b, g)
+        correct = query_group[rows, None] == gallery_group  # (b, g)
+        best = scores.masked_fill(~correct, -torch.inf).amax(dim=1, keepdim=True)
+        at_best = scores == best
+        first = torch.where(at_best & correct, position, len(gallery)).amin(dim=1, keepdim=True)
+        ahead = (scores > best) | (at_best & (position < first))
+        ranks[rows] = ahead.sum(dim=1)
+    return ranks
+
+
+def recalls(image_features, text_features, image_of):
+    """Recall at 1, 5 and 10 in percent, both ways, for captions (t, D) of images (n, D).
+
+    image_of: (t,) int64, the image of each caption. i2t counts a hit if any of the image's captions
+    is in the top K. Also `mean_R1`, the mean of both R@1, and `rsum`, the sum of the six.
+    """
+    images = torch.arange(len(image_features), device=image_features.device)
+    ranks = {"i2t": best_ranks(image_features, text_features, images, image_of),
+             "t2i": best_ranks(text_features, image_features, image_of, images)}
+    scores = {f"{way}_R@{k}": 100 * (ranks[way] < k).double().mean().item()
+              for way in ranks for k in KS}
+    rsum = sum(scores.values())
+    scores["mean_R1"] = (scores["i2t_R@1"] + scores["t2i_R@1"]) / 2
+    scores["rsum"] = rsum
+    return scores
+
+
+def fold_recalls(image_features, text_features, image_of, folds=5):
+    """Mean `recalls` over consecutive folds of the images: MSCOCO 1K is five folds of 1,000."""
+    results = []
+    for rows in torch.arange(len(image_features), device=image_of.device).chunk(folds):
+        own = (image_of >= rows[0]) & (image_of <= rows[-1])
+        results.append(recalls(image_features[rows], text_features[own], image_of[own] - rows[0]))
+    return {key: float(np.mean([scores[key] for scores in results])) for key in results[0]}
+
+
+def evaluate(model, pairs, args, precision):
+    """`recalls` of `model` on a retrieval split; for coco's test set see `evaluate_coco`."""
+    return recalls(*_features(model, pairs, args, precision))
+
+
+def evaluate_coco(model, pairs, args, precision):
+    """{"5K": scores on all images, "1K": mean scores of five folds}, from one pass of the model."""
+    if len(pairs.images) < 5:
+        raise InputError(f"{pairs.source} has captions of {len(pairs.images)} images; MSCOCO's 1K "
+                         "scores need at least one image in each of five folds")
+    features = _features(model, pairs, args, precision)
+    return {"5K": recalls(*features), "1K": fold_recalls(*features)}
+
+
+def _features(model, pairs, args, precision):
+    images, texts = embed_pairs(model, pairs, args, precision)
+    text_of = torch.from_numpy(pairs.text_of).to(texts.device)
+    return images, texts[text_of], torch.from_numpy(pairs.image_of).to(texts.device)
