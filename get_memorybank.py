@@ -10,6 +10,7 @@ import warnings
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from sklearn.mixture import GaussianMixture
 
 from data import training_pairs
@@ -18,7 +19,8 @@ from utils.embed import embed_pairs
 from utils.errors import InputError, command
 from utils.layout import ratio_name
 from utils.losses import pair_losses
-from utils.memorybank import MemoryBank, bank_path, load_bank, save_bank
+from utils.memorybank import MemoryBank, bank_path, load_bank, save_bank, save_released
+from utils.recipes import RECIPES
 from utils.run import Run
 
 BLOCK = 2**25  # similarities that are held at a time: 128 MiB in fp32
@@ -77,11 +79,12 @@ def nearest(queries, keys):
     return result
 
 
-def nearest_clean(features, item_of, clean, own_first):
+def nearest_clean(features, item_of, clean, own_first=True):
     """Nearest strict-clean pair of each distinct item (image or caption): (items,) int64.
 
-    features (items, D); item_of (n,) the item of each pair; clean (n,) bool. The lowest clean pair
-    stands for its item. With `own_first` an item that has a clean pair finds itself.
+    features (items, D), compared by dot product; item_of (n,) the item of each pair; clean (n,)
+    bool. The lowest clean pair stands for its item. With `own_first` an item that has a clean pair
+    finds itself, as it does by cosine.
     """
     clean_pairs = np.flatnonzero(clean)
     clean_items, first = np.unique(item_of[clean_pairs], return_index=True)
@@ -103,12 +106,17 @@ def build_bank(model, pairs, args, precision, log=print):
     if n < 2:
         raise InputError(f"{pairs.source} has {n} pair; a memory bank needs at least two")
 
-    # 1. The loss of every pair, in batches of nearly equal size: losses in a small one are small
-    images, texts = embed_pairs(model, pairs, args, precision)
+    # 1. The loss of every pair, in random batches of nearly equal size: small ones have small losses
+    recipe = RECIPES[args.recipe]
+    raw = embed_pairs(model, pairs, args, precision, normalise=False)
+    images, texts = (F.normalize(x, dim=1) for x in raw)
     image_of = torch.from_numpy(pairs.image_of).to(images.device)
     text_of = torch.from_numpy(pairs.text_of).to(images.device)
-    order = torch.from_numpy(np.random.default_rng(args.seed).permutation(n)).to(images.device)
-    batches = order.tensor_split(max(1, -(-n // args.batch_size)))
+    if recipe.random_bank_batches:
+        order = torch.from_numpy(np.random.default_rng(args.seed).permutation(n))
+        batches = order.to(images.device).tensor_split(-(-n // args.batch_size))
+    else:
+        batches = torch.arange(n, device=images.device).split(args.batch_size)
     losses = losses_in_batches(images, texts, image_of, text_of,
                                model.logit_scale.detach().to(images.dtype), batches)
     losses = losses.double().cpu().numpy()
@@ -118,10 +126,14 @@ def build_bank(model, pairs, args, precision, log=print):
     clean = strict_clean_set(posterior, losses, args.clean_threshold, args.min_clean)
     report(pairs, losses, posterior, clean, gmm, args, log)
 
-    # 4. The nearest clean pair of each image and caption; a clean pair is its own
-    image_entry = nearest_clean(images, pairs.image_of, clean, own_first=True)
-    caption_entry = nearest_clean(texts, pairs.text_of, clean, own_first=True)[pairs.text_of]
-    caption_entry[clean] = np.flatnonzero(clean)
+    # 4. The nearest clean pair of each image and caption. By cosine a clean pair is its own; with
+    # embeddings as they are, as released, long ones win
+    images_or_raw, texts_or_raw = (images, texts) if recipe.cosine_bank else raw
+    image_entry = nearest_clean(images_or_raw, pairs.image_of, clean, recipe.cosine_bank)
+    caption_entry = nearest_clean(texts_or_raw, pairs.text_of, clean, recipe.cosine_bank)
+    caption_entry = caption_entry[pairs.text_of]  # (n,)
+    if recipe.cosine_bank:
+        caption_entry[clean] = np.flatnonzero(clean)
 
     cosine = (images[image_of] * texts[text_of]).sum(1).float().cpu().numpy()
     beta = (images[image_of].mean(0) @ texts[text_of].mean(0)).item()
@@ -177,6 +189,10 @@ def main(argv=None):
     model, preprocess = run.load_model()
     pairs = training_pairs(args, preprocess, run.log)
     bank = build_bank(model, pairs, args, run.precision, run.log)
+    if args.format == "released":
+        for path in save_released(bank, pairs, args.dataset_root, args.noise_ratio):
+            run.log(f"wrote {path}")
+        return
     path = bank_path(args.dataset_root, args.noise_ratio)
     save_bank(bank, pairs, path)
     run.log(f"wrote {path}")

@@ -6,7 +6,7 @@
 
 from data import training_loader, training_pairs
 from params import parse_args
-from utils.embed import encode
+from utils.embed import encode_batch
 from utils.errors import command
 from utils.losses import pair_losses
 from utils.run import Run
@@ -30,9 +30,8 @@ def main(argv=None):
         """One AdamW step on the mean contrastive loss of the batch."""
         optimizer.zero_grad()
         with run.precision.autocast():
-            images, texts = encode(model, batch.images.items, batch.texts.items)
-        loss = pair_losses(images[batch.images.rows[0]], texts[batch.texts.rows[0]],
-                           model.logit_scale).mean()
+            features = encode_batch(model, batch)
+        loss = pair_losses(*features, model.logit_scale).mean()
         run.precision.scaler.scale(loss).backward()
         norm = run.precision.step(optimizer, max_norm)
         run.precision.scaler.update()

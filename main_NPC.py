@@ -14,7 +14,7 @@ import torch
 from data import training_loader, training_pairs
 from get_memorybank import memory_bank
 from params import parse_args
-from utils.embed import encode
+from utils.embed import encode, encode_batch, uses_batch_statistics
 from utils.errors import InputError, command
 from utils.losses import negative_impact_weights, one_step_anti_noise_weights, pair_losses
 from utils.run import Run
@@ -53,22 +53,27 @@ class NPC:
 
         Returns its numbers: the total loss, its parts, the gradient norm, and the weights w (B,).
         """
-        run, args = self.run, self.args
-
-        # Losses under A. The batch and what only the memory needs are encoded apart, so that the
-        # first backward pass below crosses the batch's graph alone.
+        run, args, recipe = self.run, self.args, self.run.recipe
         images, texts = batch.images, batch.texts
-        features = self.encode(self.A, images.items[: images.end], texts.items[: texts.end])
-        loss = losses(self.A, features, images.rows[0], texts.rows[0])  # (B,)
-        with torch.set_grad_enabled(args.memory_loss_weight > 0):
-            rest = self.encode(self.A, images.items[images.end :], texts.items[texts.end :])
+
+        # A' := A. As long as both compute alike, A's forward passes are also those of A'.
+        copy_weights(self.A, self.siamese)
+        alike = not uses_batch_statistics(self.A)
+        model = self.A if alike else self.siamese
+
+        # Losses before the step. The batch and what only the memory needs are encoded apart, so
+        # that the gradient of A' crosses the batch's graph alone.
+        features = self.encode(model, images.items[: images.end], texts.items[: texts.end])
+        loss = losses(model, features, images.rows[0], texts.rows[0])  # (B,)
+        with torch.set_grad_enabled(recipe.trains_on_memory and args.memory_loss_weight > 0):
+            rest = self.encode(model, images.items[images.end :], texts.items[texts.end :])
             features = [torch.cat(parts) for parts in zip(features, rest, strict=True)]
-            memory_i, memory_t = (losses(self.A, features, images.rows[k], texts.rows[k])
+            memory_i, memory_t = (losses(model, features, images.rows[k], texts.rows[k])
                                   for k in (1, 2))  # of M^I and M^T: (B,), (B,)
 
-        # Weights, by what a step of A' on the batch does to the memory
+        # A' takes the step first; its losses on the memory tell how much each pair would hurt
         if args.weighting == "npc":
-            self.siamese_step(loss.mean())
+            self.siamese_step(recipe.siamese_gradient * loss.mean(), model)
             with torch.no_grad():
                 features = self.encode(self.siamese, images.items[images.start :],
                                        texts.items[texts.start :])
@@ -78,26 +83,29 @@ class NPC:
         elif args.weighting == "none":
             w = torch.ones_like(loss)
         else:
-            w = self.weights[batch.pairs]
+            w = self.weights[batch.pairs].to(loss)
 
-        # The step of A on the re-weighted batch and the memory
-        weighted, memory = (w * loss).mean(), memory_i.mean() + memory_t.mean()
-        total = weighted + args.memory_loss_weight * memory
+        # A takes the step on the re-weighted batch and the memory
+        if not alike:
+            with run.precision.autocast():
+                features = encode_batch(self.A, batch)
+            loss = pair_losses(*features, self.A.logit_scale)
+        weighted = (w * loss).mean() if recipe.per_sample else w.mean() * loss.mean()
+        total = weighted + args.memory_loss_weight * (memory_i.mean() + memory_t.mean())
         self.optimizer.zero_grad()
         run.precision.scaler.scale(total).backward()
         norm = run.precision.step(self.optimizer, args.clip_grad or float("inf"))
         run.precision.scaler.update()
-        limit_logit_scale(self.A, run.recipe)
+        limit_logit_scale(self.A, recipe)
         return {"loss": total, "batch_loss": loss.mean(), "weighted_loss": weighted,
                 "memory_image_loss": memory_i.mean(), "memory_text_loss": memory_t.mean(),
                 "grad_norm": norm, "w": w}
 
-    def siamese_step(self, loss):
-        """A' := A, then one AdamW step of A' on `loss`, which A computed: with equal weights their
-        gradients are equal. AdamW's state of A' lives on from step to step."""
-        copy_weights(self.A, self.siamese)
+    def siamese_step(self, loss, model):
+        """One AdamW step of A' on `loss`, which `model` computed: A or A', whose gradients agree
+        as their weights do. AdamW's state of A' lives on from step to step."""
         gradients = torch.autograd.grad(self.run.precision.scaler.scale(loss),
-                                        list(self.A.parameters()), retain_graph=True)
+                                        list(model.parameters()), retain_graph=True)
         for parameter, gradient in zip(self.siamese.parameters(), gradients, strict=True):
             parameter.grad = gradient
         self.run.precision.step(self.siamese_optimizer)

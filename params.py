@@ -102,6 +102,10 @@ def add_method(group, command):
                                 "Anti-noise on the initial model's cosine")
         group.add_argument("--memory_loss_weight", type=natural_float, default=1.0,
                            help="factor of the loss on the memory entries; 0 turns it off")
+    if command == "memorybank":
+        group.add_argument("--format", choices=("npz", "released"), default="npz",
+                           help="npz: ours, with the losses and posteriors; released: the authors' "
+                                "two pickled dictionaries")
     group.add_argument("--clean_threshold", type=probability, default=0.9,
                        help="posterior above which a pair is in the strict clean set; raise it "
                             "when precision is low, lower it when the set is small")

@@ -15,6 +15,23 @@ def encode(model, images, tokens):
     return F.normalize(images, dim=1), F.normalize(model.encode_text(tokens), dim=1)
 
 
+def encode_batch(model, batch):
+    """L2-normalised features (B, D), (B, D) of the pairs of a `Step`: each distinct image once,
+    unless BatchNorm's batch statistics make it matter how often an image occurs."""
+    images, texts = batch.images, batch.texts
+    image_rows = images.rows[0]
+    distinct = images.items[: images.end]
+    if uses_batch_statistics(model):
+        distinct, image_rows = distinct[image_rows], slice(None)
+    image_features, text_features = encode(model, distinct, texts.items[: texts.end])
+    return image_features[image_rows], text_features[texts.rows[0]]
+
+
+def uses_batch_statistics(model):
+    """Whether `model` has a BatchNorm layer in training mode."""
+    return any(isinstance(m, torch.nn.BatchNorm2d) and m.training for m in model.modules())
+
+
 @torch.inference_mode()
 def embed_pairs(model, pairs, args, precision, normalise=True):
     """Features of the distinct images and captions of `Pairs`, on the device.

@@ -7,6 +7,7 @@ authors' are two pickled dictionaries, {ratio}_mbank_img_idx.npy and {ratio}_mba
 import hashlib
 import io
 import json
+import pickle
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ from utils.files import atomic_write
 from utils.layout import BANK_FOLDERS, find_by_ratio, ratio_name
 
 SUFFIX = "_mbank.npz"
+RELEASED_IMAGES, RELEASED_CAPTIONS = "_mbank_img_idx.npy", "_mbank_txt_idx.npy"
 
 
 @dataclass
@@ -68,11 +70,12 @@ def load_bank(dataset_root, noise_ratio, pairs):
 
     Raises InputError when it is broken, belongs to other captions or points outside the data.
     """
-    for name in BANK_FOLDERS:
-        folder = Path(dataset_root) / "annotations" / name
-        path = find_by_ratio(folder, SUFFIX, noise_ratio)
-        if path is not None:
-            return _check(_read(path, pairs), pairs, path), path
+    folders = [Path(dataset_root) / "annotations" / name for name in BANK_FOLDERS]
+    for suffix, read in ((SUFFIX, _read), (RELEASED_IMAGES, _read_released)):
+        for folder in folders:
+            path = find_by_ratio(folder, suffix, noise_ratio)
+            if path is not None:
+                return _check(read(path, pairs), pairs, path), path
     return None
 
 
@@ -90,6 +93,92 @@ def _read(path, pairs):
         raise InputError(f"{path} was built for other captions than {pairs.source}; delete it or "
                          "run get_memorybank.py again")
     return bank
+
+
+# ---- the authors' format -------------------------------------------------------------------------
+
+
+def save_released(bank, pairs, dataset_root, noise_ratio):
+    """Write the authors' two files, dictionaries str(image id) -> pair and str(caption index) ->
+    pair, into the folder that their code reads. Returns both paths."""
+    folder = Path(dataset_root) / "annotations" / BANK_FOLDERS[1]
+    entries = {
+        RELEASED_IMAGES: dict(zip(_image_keys(pairs), bank.image_entry.tolist(), strict=True)),
+        RELEASED_CAPTIONS: {str(i): e for i, e in enumerate(bank.caption_entry.tolist())},
+    }
+    paths = []
+    for suffix, entry in entries.items():
+        paths.append(folder / f"{ratio_name(noise_ratio)}{suffix}")
+        with atomic_write(paths[-1], "wb") as f:
+            np.save(f, np.array(entry, dtype=object), allow_pickle=True)
+    return paths
+
+
+def _read_released(path, pairs):
+    """The authors' bank whose image file is `path`. They carry no fingerprint: only their keys and
+    their range tell whether they belong to the data."""
+    captions_path = path.with_name(path.name.replace(RELEASED_IMAGES, RELEASED_CAPTIONS))
+    return MemoryBank(_entries(path, _image_keys(pairs)),
+                      _entries(captions_path, map(str, range(len(pairs)))))
+
+
+def _image_keys(pairs):
+    """The authors' keys of the images: ids as numbers, without leading zeros."""
+    return [str(int(i)) if i.isascii() and i.isdigit() else i for i in pairs.image_ids]
+
+
+def _entries(path, keys):
+    """Pair index (int64) of each key of a pickled dictionary. Values are ints, numpy scalars or
+    arrays of one number."""
+    try:
+        with open(path, "rb") as f:
+            entries = _load_dictionary(f)
+        entries = {str(key): np.asarray(value) for key, value in entries.items()}
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist, but its other half does; a memory bank is two "
+                         "files, or run get_memorybank.py") from None
+    except Exception as error:  # a broken pickle can raise anything
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"{path} is not a memory bank of the authors' format ({reason}); run "
+                         "get_memorybank.py") from error
+    result = []
+    for key in keys:
+        value = entries.get(key)
+        if value is None:
+            raise InputError(f"{path} has no entry for '{key}'; it was built for another data set; "
+                             "run get_memorybank.py")
+        if value.size != 1 or value.dtype.kind not in "iu":
+            raise InputError(f"{path}: the entry of '{key}' is not one whole number")
+        result.append(int(value.reshape(())))
+    return np.array(result, np.int64)
+
+
+class _Unpickler(pickle.Unpickler):
+    """Unpickles numbers, strings, dictionaries and numpy arrays of these, and refuses the rest:
+    nothing that a file names is called but numpy's own constructors."""
+
+    ALLOWED = {("numpy", "ndarray"), ("numpy", "dtype"),
+               *((f"numpy.{core}.multiarray", name) for core in ("core", "_core")
+                 for name in ("_reconstruct", "scalar"))}
+
+    def find_class(self, module, name):
+        if (module, name) not in self.ALLOWED:
+            raise pickle.UnpicklingError(f"refused to run {module}.{name}")
+        return super().find_class(module.replace("numpy.core", "numpy._core"), name)
+
+
+def _load_dictionary(f):
+    """The dictionary in a .npy file of one object, by the restricted unpickler."""
+    version = np.lib.format.read_magic(f)
+    read_header = {(1, 0): np.lib.format.read_array_header_1_0,
+                   (2, 0): np.lib.format.read_array_header_2_0}[version]
+    shape, _, dtype = read_header(f)
+    if shape != () or not dtype.hasobject:
+        raise ValueError(f"an array of {dtype} with shape {shape} instead of one dictionary")
+    entries = _Unpickler(f).load().item()
+    if not isinstance(entries, dict):
+        raise ValueError(f"holds a {type(entries).__name__} instead of a dictionary")
+    return entries
 
 
 def _check(bank, pairs, path):

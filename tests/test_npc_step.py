@@ -1,0 +1,266 @@
+"""The NPC step against a literal transcription: two models, every pass made for itself.
+
+The reference follows the equations and the README's table point by point, shares nothing and uses
+nothing of the repository but the towers.
+"""
+
+import argparse
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import clip
+from data import Pairs, StepDataset
+from main_NPC import NPC
+from utils.memorybank import MemoryBank
+from utils.precision import Precision
+from utils.recipes import RECIPES
+
+TEXT = {"context_length": 12, "vocab_size": 50, "transformer_width": 64, "transformer_heads": 1,
+        "transformer_layers": 1, "embed_dim": 16, "image_resolution": 32}
+TOWERS = {"vit": {"vision_layers": 1, "vision_width": 64, "vision_patch_size": 16},
+          "rn": {"vision_layers": (1, 1, 1, 1), "vision_width": 8, "vision_patch_size": None}}
+NUM_PAIRS, NUM_IMAGES, BATCH = 30, 6, 10
+MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073], dtype=torch.float64).view(3, 1, 1)
+STD = torch.tensor([0.26862954, 0.26130258, 0.27577711], dtype=torch.float64).view(3, 1, 1)
+
+
+def options(**changes):
+    args = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.98, "eps": 1e-6, "weight_decay": 0.2,
+            "clip_grad": 0.5, "weighting": "npc", "memory_loss_weight": 1.0, "recipe": "paper"}
+    return argparse.Namespace(**{**args, **changes})
+
+
+class StubRun:
+    """What the step needs of a `utils.run.Run`."""
+
+    def __init__(self, args):
+        self.args, self.device = args, torch.device("cpu")
+        self.recipe = RECIPES[args.recipe]
+        self.precision = Precision("fp32", self.device)
+
+
+def make_data(seed=0):
+    """Pairs over few images (so that batches and memory overlap) and a bank of arbitrary entries."""
+    rng = np.random.default_rng(seed)
+    images = [torch.from_numpy(rng.integers(0, 256, (3, 32, 32), dtype=np.uint8))
+              for _ in range(NUM_IMAGES)]
+    lengths = rng.integers(3, 10, NUM_PAIRS - 2)
+    tokens = np.zeros((NUM_PAIRS - 2, 12), np.int32)
+    for row, length in zip(tokens, lengths, strict=True):
+        row[: length - 1] = rng.integers(1, 48, length - 1)
+        row[length - 1] = 49
+    text_of = np.concatenate([np.arange(NUM_PAIRS - 2), [3, 5]])  # two captions occur twice
+    pairs = Pairs(images, list(range(NUM_IMAGES)), np.arange(NUM_PAIRS) % NUM_IMAGES,
+                  [""] * NUM_PAIRS, text_of, torch.from_numpy(tokens), None)
+    bank = MemoryBank(rng.integers(0, NUM_PAIRS, NUM_IMAGES), rng.integers(0, NUM_PAIRS, NUM_PAIRS))
+    bank.caption_entry[::3] = np.arange(0, NUM_PAIRS, 3)  # clean pairs are their own entries
+    return pairs, bank
+
+
+def make_model(tower, seed=0):
+    torch.manual_seed(seed)
+    model = clip.CLIP(**TEXT, **TOWERS[tower]).double().eval()
+    with torch.no_grad():  # lively statistics and residual branches, so that BatchNorm matters
+        for module in model.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.weight.uniform_(0.5, 1.5)
+                module.running_mean.uniform_(-0.2, 0.2)
+                module.running_var.uniform_(0.5, 1.5)
+    return model
+
+
+def reference_losses(model, pairs, chosen):
+    """(B,) losses of chosen pairs among themselves, full-length captions, one image per pair."""
+    images = torch.stack([pairs.images[k] for k in pairs.image_of[chosen]]).double()
+    images = (images / 255 - MEAN) / STD
+    image = model.encode_image(images)
+    text = model.encode_text(pairs.tokens[pairs.text_of[chosen]])
+    image = image / image.norm(dim=1, keepdim=True)
+    text = text / text.norm(dim=1, keepdim=True)
+    logits = model.logit_scale.exp() * image @ text.T
+    i2t = logits.logsumexp(1) - logits.diag()
+    t2i = logits.logsumexp(0) - logits.diag()
+    return (i2t + t2i) / 2
+
+
+def reference_adamw(model, args):
+    return torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(args.beta1, args.beta2),
+                             eps=args.eps, weight_decay=args.weight_decay, foreach=False)
+
+
+def reference_steps(A, pairs, bank, batches, args):
+    """A after the steps, and per step (w, loss): DESIGN of `paper` and `released`, literally."""
+    siamese = copy.deepcopy(A)
+    optimizer, siamese_optimizer = reference_adamw(A, args), reference_adamw(siamese, args)
+    released = args.recipe == "released"
+    history = []
+    for batch in batches:
+        memory_i = bank.image_entry[pairs.image_of[batch]]
+        memory_t = bank.caption_entry[batch]
+        siamese.load_state_dict(A.state_dict())
+        siamese.eval()
+        with torch.no_grad():
+            before_i = reference_losses(siamese, pairs, memory_i)
+            before_t = reference_losses(siamese, pairs, memory_t)
+        siamese_optimizer.zero_grad()
+        loss = reference_losses(siamese, pairs, batch).mean()
+        if released:  # (i2t + t2i) without the half, backward twice
+            (2 * loss).backward(retain_graph=True)
+            (2 * loss).backward()
+        else:
+            loss.backward()
+        siamese_optimizer.step()
+        with torch.no_grad():
+            r = (before_i / reference_losses(siamese, pairs, memory_i)
+                 + before_t / reference_losses(siamese, pairs, memory_t)) / 2
+        w = torch.where(r < 1, torch.tanh(r), torch.ones_like(r))
+
+        A.train(released)
+        loss = reference_losses(A, pairs, batch)
+        A.eval()
+        optimizer.zero_grad()
+        if released:
+            total = (w.mean() * loss.mean()) + (before_i + before_t).mean()
+        else:
+            total = ((w * loss).mean() + reference_losses(A, pairs, memory_i).mean()
+                     + reference_losses(A, pairs, memory_t).mean())
+        total.backward()
+        norm = math.sqrt(sum(p.grad.square().sum().item() for p in A.parameters()))
+        for p in A.parameters():
+            p.grad *= min(1.0, args.clip_grad / (norm + 1e-6))
+        optimizer.step()
+        if not released:
+            A.logit_scale.data.clamp_(max=math.log(100))
+        history.append((w, total.item(), norm))
+    return history
+
+
+def our_steps(A, pairs, bank, batches, args):
+    npc = NPC(A, StubRun(args))
+    data = StepDataset(pairs, bank)
+    history = []
+    for batch in batches:
+        A.train(RECIPES[args.recipe].batch_norm_trains)
+        numbers = npc.step(data[batch])
+        history.append((numbers["w"], numbers["loss"].item(), numbers["grad_norm"].item()))
+    return history
+
+
+def compare(tower, tolerance=1e-9, batches=None, **changes):
+    """Largest relevant differences are below `tolerance` after several steps; returns the weights."""
+    args = options(**changes)
+    pairs, bank = make_data()
+    if batches is None:
+        order = np.random.default_rng(1).permutation(NUM_PAIRS)
+        batches = [part.tolist() for part in np.split(np.concatenate([order, order[:BATCH]]), 4)]
+    ours, reference = make_model(tower), make_model(tower)
+    expected = reference_steps(reference, pairs, bank, batches, args)
+    got = our_steps(ours, pairs, bank, batches, args)
+    for (w, loss, norm), (w0, loss0, norm0) in zip(got, expected, strict=True):
+        torch.testing.assert_close(w, w0, rtol=0, atol=tolerance)
+        assert loss == pytest.approx(loss0, abs=tolerance)
+        assert norm == pytest.approx(norm0, abs=tolerance)
+    for (name, p), q in zip(ours.state_dict().items(), reference.state_dict().values(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+    return torch.stack([w for w, _, _ in got])
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_step_equals_the_literal_transcription(tower, recipe):
+    w = compare(tower, recipe=recipe)
+    assert (w < 1).any() and (w == 1).any()  # both branches were taken
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_whole_training_set_as_one_batch(recipe):
+    everything = list(range(NUM_PAIRS))
+    compare("vit", recipe=recipe, batches=[everything] * 3)
+
+
+def test_learned_temperature_is_limited_in_the_paper_recipe_only():
+    pairs, bank = make_data()
+    for recipe, limited in (("paper", True), ("released", False)):
+        A = make_model("vit")
+        A.logit_scale.data.fill_(math.log(100) + 0.5)
+        our_steps(A, pairs, bank, [list(range(BATCH))], options(recipe=recipe))
+        assert (A.logit_scale.item() <= math.log(100) + 1e-12) == limited
+
+
+@pytest.mark.parametrize("row, value", [
+    ("per_sample", True), ("trains_on_memory", True), ("siamese_gradient", 1.0),
+    ("batch_norm_trains", False)])
+def test_each_row_of_the_released_recipe_matters(monkeypatch, row, value):
+    """Undoing one row of the table makes the comparison with the released code fail."""
+    import dataclasses
+    released = RECIPES["released"]
+    undone = dataclasses.replace(released, **{row: value})
+    monkeypatch.setitem(RECIPES, "released", undone)
+    with pytest.raises(AssertionError):
+        compare("rn" if row == "batch_norm_trains" else "vit", recipe="released",
+                tolerance=1e-9)
+
+
+def test_no_gradient_flows_through_the_weights():
+    """With w held constant, the gradient of the total loss is the one the step used."""
+    pairs, bank = make_data()
+    batch = list(range(BATCH))
+    A, B = make_model("vit"), make_model("vit")
+    args = options(clip_grad=0.0)
+    _, _, norm = our_steps(A, pairs, bank, [batch], args)[0]
+    npc = NPC(copy.deepcopy(B), StubRun(args))
+    w = npc.step(StepDataset(pairs, bank)[batch])["w"].detach().clone()
+    total = ((w * reference_losses(B, pairs, batch)).mean()
+             + reference_losses(B, pairs, bank.image_entry[pairs.image_of[batch]]).mean()
+             + reference_losses(B, pairs, bank.caption_entry[batch]).mean())
+    gradients = torch.autograd.grad(total, list(B.parameters()))
+    expected = math.sqrt(sum(g.square().sum().item() for g in gradients))
+    assert norm == pytest.approx(expected, abs=1e-9)
+
+
+def test_fixed_weights_are_used_as_they_are():
+    pairs, bank = make_data()
+    A = make_model("vit")
+    given = torch.rand(NUM_PAIRS, dtype=torch.float64)
+    npc = NPC(A, StubRun(options(weighting="gmm")), given)
+    batch = [3, 1, 20, 7]
+    reference = copy.deepcopy(A)
+    numbers = npc.step(StepDataset(pairs, bank)[batch])
+    assert torch.equal(numbers["w"], given[batch])
+    expected = (given[batch] * reference_losses(reference, pairs, batch)).mean().item()
+    assert numbers["weighted_loss"].item() == pytest.approx(expected, abs=1e-9)
+
+
+def test_memory_loss_weight_scales_the_memory_part():
+    pairs, bank = make_data()
+    batch = list(range(BATCH))
+    for weight in (0.0, 0.3):
+        numbers = NPC(make_model("vit"), StubRun(options(memory_loss_weight=weight))).step(
+            StepDataset(pairs, bank)[batch])
+        memory = numbers["memory_image_loss"] + numbers["memory_text_loss"]
+        expected = numbers["weighted_loss"] + weight * memory
+        torch.testing.assert_close(numbers["loss"], expected)
+
+
+def test_one_pair_per_batch_keeps_the_weights_finite():
+    """A batch of one has loss 0 before and after: nothing over nothing counts as unchanged."""
+    pairs, bank = make_data()
+    numbers = NPC(make_model("vit"), StubRun(options())).step(StepDataset(pairs, bank)[[4]])
+    assert numbers["w"].tolist() == [1.0]
+
+
+def test_amp_steps_stay_close_to_fp32():
+    pairs, bank = make_data()
+    batch = list(range(BATCH))
+    exact = NPC(make_model("vit").float(), StubRun(options())).step(StepDataset(pairs, bank)[batch])
+    for name in ("amp_bf16", "amp_fp16"):
+        run = StubRun(options())
+        run.precision = Precision(name, run.device)
+        numbers = NPC(make_model("vit").float(), run).step(StepDataset(pairs, bank)[batch])
+        assert numbers["loss"].item() == pytest.approx(exact["loss"].item(), rel=0.05)
+        assert F.l1_loss(numbers["w"], exact["w"]).item() < 0.1
