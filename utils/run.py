@@ -37,7 +37,8 @@ class Run:
         torch.manual_seed(args.seed)
         if folder:
             self.folder = Path(args.checkpoint_path) / args.experiments
-            with atomic_write(self.folder / "options.json") as f:
+            name = "options_eval.json" if args.eval else "options.json"
+            with atomic_write(self.folder / name) as f:
                 json.dump(vars(args), f, indent=1, default=str)
 
     def log(self, message):
