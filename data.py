@@ -1,5 +1,9 @@
 """Data sets: noisy training pairs with their memory entries, and retrieval splits.
 
+    python data.py --cache DIR --dataset coco --dataset_root PATH
+
+decodes all images of a data set ahead into an image cache (`--image_cache` of the other commands).
+
 A *pair* i is caption line i of the training split with the image it stands beside. Pairs share
 images (five captions an image) and sometimes captions, so everything here keeps each distinct image
 and each distinct caption once and refers to it by row.
@@ -14,30 +18,53 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
+from tqdm import tqdm
 
 import clip
 from construct_noise import training_captions
-from utils.errors import InputError
-from utils.layout import image_names, read_captions, read_ids, require_images, split_folder
+from params import parse_args
+from utils.errors import InputError, command
+from utils.image_cache import ImageCache
+from utils.layout import (
+    SPLITS,
+    image_names,
+    read_captions,
+    read_ids,
+    require_images,
+    split_folder,
+)
 
 
 class Images(Dataset):
     """Distinct images of a split; item k is the uint8 crop (3, R, R) that CLIP's preprocessing
     ends in, before normalisation. An unreadable file raises InputError with its name."""
 
-    def __init__(self, root, names, preprocess):
+    def __init__(self, root, names, preprocess, cache="off"):
         self.folder, self.names, self.preprocess = Path(root) / "images", names, preprocess
+        self.cache = None
+        if cache != "off":
+            paths = [self.folder / name for name in names]
+            self.cache = ImageCache(cache, paths, preprocess.resolution)
 
     def __len__(self):
         return len(self.names)
 
     def __getitem__(self, k):
+        crop = self.cache.get(k) if self.cache else None
+        if crop is None:
+            crop = self.decode(k)
+            if self.cache:
+                self.cache.put(k, crop)
+        return torch.from_numpy(crop)
+
+    def decode(self, k):
+        """Read and crop image k from its file: (3, R, R) uint8."""
         path = self.folder / self.names[k]
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("error", Image.DecompressionBombWarning)
                 with Image.open(path) as image:
-                    return torch.from_numpy(self.preprocess.crop(image))
+                    return self.preprocess.crop(image)
         except Exception as error:  # Pillow's decoders raise almost anything on broken files
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise InputError(f"image {path} cannot be read ({reason}); replace it, or leave its "
@@ -84,7 +111,7 @@ def _pairs(args, split, ids, captions, source, preprocess, log):
         log(f"warning: {num_cut} captions of {source} are longer than {args.context_length} tokens "
             "and were cut, keeping the end token")
     log(f"{split}: {len(captions)} captions of {len(image_ids)} images from {source}")
-    images = Images(args.dataset_root, names, preprocess)
+    images = Images(args.dataset_root, names, preprocess, args.image_cache)
     return Pairs(images, image_ids, image_of, captions, text_of, tokens, source)
 
 
@@ -221,3 +248,20 @@ def _loader(args, dataset, **kwargs):
     workers = min(args.num_workers, len(kwargs.get("sampler", dataset)))
     return DataLoader(dataset, num_workers=workers, persistent_workers=workers > 0,
                       pin_memory=args.device.type == "cuda", **kwargs)
+
+
+@command
+def main(argv=None):
+    args = parse_args("cache", argv)
+    preprocess = clip.Preprocess(clip.architecture(args.vision_model)["image_resolution"])
+    for split in SPLITS:
+        pairs = (training_pairs(args, preprocess) if split == "train"
+                 else retrieval_split(args, split, preprocess))
+        with tqdm(total=len(pairs.images), desc=split, unit="img", disable=None) as bar:
+            for batch in image_loader(args, pairs.images):
+                bar.update(len(batch))
+        print(f"{split}: {len(pairs.images)} images in {pairs.images.cache.path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -102,14 +102,20 @@ def nearest_clean(features, item_of, clean, own_first=True):
 
 def build_bank(model, pairs, args, precision, log=print):
     """The `MemoryBank` of `pairs` under `model`: losses, mixture, strict clean set, neighbours."""
+    features = embed_pairs(model, pairs, args, precision, normalise=False)
+    return bank_from_features(*features, model.logit_scale, pairs, args, log)
+
+
+def bank_from_features(raw_images, raw_texts, logit_scale, pairs, args, log=print):
+    """The same from the features, not normalised, of the distinct images (u, D) and captions (v, D)
+    and the log temperature."""
     n = len(pairs)
     if n < 2:
         raise InputError(f"{pairs.source} has {n} pair; a memory bank needs at least two")
 
-    # 1. The loss of every pair, in random batches of nearly equal size: small ones have small losses
+    # 1. The loss of every pair, in random batches of nearly equal size: small ones have low losses
     recipe = RECIPES[args.recipe]
-    raw = embed_pairs(model, pairs, args, precision, normalise=False)
-    images, texts = (F.normalize(x, dim=1) for x in raw)
+    images, texts = F.normalize(raw_images, dim=1), F.normalize(raw_texts, dim=1)
     image_of = torch.from_numpy(pairs.image_of).to(images.device)
     text_of = torch.from_numpy(pairs.text_of).to(images.device)
     if recipe.random_bank_batches:
@@ -118,7 +124,7 @@ def build_bank(model, pairs, args, precision, log=print):
     else:
         batches = torch.arange(n, device=images.device).split(args.batch_size)
     losses = losses_in_batches(images, texts, image_of, text_of,
-                               model.logit_scale.detach().to(images.dtype), batches)
+                               logit_scale.detach().to(images.dtype), batches)
     losses = losses.double().cpu().numpy()
 
     # 2. and 3. The mixture, and the pairs that are surely clean
@@ -128,7 +134,8 @@ def build_bank(model, pairs, args, precision, log=print):
 
     # 4. The nearest clean pair of each image and caption. By cosine a clean pair is its own; with
     # embeddings as they are, as released, long ones win
-    images_or_raw, texts_or_raw = (images, texts) if recipe.cosine_bank else raw
+    images_or_raw, texts_or_raw = ((images, texts) if recipe.cosine_bank
+                                   else (raw_images, raw_texts))
     image_entry = nearest_clean(images_or_raw, pairs.image_of, clean, recipe.cosine_bank)
     caption_entry = nearest_clean(texts_or_raw, pairs.text_of, clean, recipe.cosine_bank)
     caption_entry = caption_entry[pairs.text_of]  # (n,)

@@ -5,11 +5,12 @@ import os
 
 import torch
 
-from utils.layout import DATASETS
+from utils.layout import DATASETS, SPLITS
 from utils.precision import PRECISIONS
 from utils.recipes import RECIPES
 
 WEIGHTINGS = ("npc", "none", "gmm", "osa")
+SCORES = ("loss", "cosine", "osa", "npc")
 
 
 class Parser(argparse.ArgumentParser):
@@ -20,7 +21,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse_args(command, argv=None):
-    """Options of a command: `npc`, `clip`, `memorybank` or `noise`.
+    """Options of a command: `npc`, `clip`, `memorybank`, `noise`, `cache`, `find_noise` or `search`.
 
     Returns a namespace with defaults filled in (`device` is a torch.device). Bad values end the
     program with one line on stderr and status 2.
@@ -29,12 +30,21 @@ def parse_args(command, argv=None):
                     description={"npc": "Train or evaluate NPC.",
                                  "clip": "Train or evaluate the CLIP baseline.",
                                  "memorybank": "Build the memory bank of a training set.",
-                                 "noise": "Make a noisy caption file."}[command])
+                                 "noise": "Make a noisy caption file.",
+                                 "cache": "Decode all images ahead.",
+                                 "find_noise": "Rank the training pairs by how suspicious they "
+                                               "are.",
+                                 "search": "Find images by text, or captions by image."}[command])
     training = command in ("npc", "clip")
     add_data(parser.add_argument_group("data"), command)
-    if command != "noise":
+    if command not in ("noise", "cache"):
         add_model(parser.add_argument_group("model"))
+    if command in ("npc", "clip", "memorybank", "find_noise"):
         add_method(parser.add_argument_group("method"), command)
+    if command == "find_noise":
+        add_findings(parser.add_argument_group("findings"))
+    if command == "search":
+        add_search(parser.add_argument_group("search"))
     if training:
         add_optimisation(parser.add_argument_group("optimisation"))
     add_run(parser.add_argument_group("run"), command)
@@ -63,10 +73,20 @@ def add_data(group, command):
     group.add_argument("--num_workers", type=natural_int, default=min(8, os.cpu_count() or 1),
                        help="processes that read images; 0 reads in the main process, which is "
                             "best for very small images")
+    if command == "cache":
+        group.add_argument("--cache", dest="image_cache", metavar="DIR", required=True,
+                           help="folder of the image cache: 0.15 MB an image at 224 pixels")
+        group.add_argument("--vision_model", default="ViT-B/32", metavar="NAME|PATH",
+                           help="model whose resolution the images are cut to")
+    else:
+        group.add_argument("--image_cache", default="off", metavar="off|DIR",
+                           help="keep the decoded and cropped images in a file in this folder, "
+                                "0.15 MB each at 224 pixels; later passes and runs read them from "
+                                "there, bit for bit the same")
     group.add_argument("--eval_batch_size", type=positive_int, default=64,
                        help="images or captions that are encoded at a time outside training; "
                             "changes speed and memory, never a score")
-    if command != "memorybank":
+    if command not in ("memorybank", "find_noise"):
         group.add_argument("--dev_length", type=positive_int, default=None,
                            help="use only so many dev captions for choosing the best epoch; "
                                 "without it all of them")
@@ -130,11 +150,40 @@ def add_optimisation(group):
                        help="largest norm of the gradient; 0 leaves it alone")
 
 
+def add_findings(group):
+    group.add_argument("--score", choices=SCORES, default="loss",
+                       help="what makes a pair suspicious: a high loss among the pairs of its "
+                            "batch; a low cosine; a low One-Step Anti-noise weight; a low mean "
+                            "weight in an NPC run (--weights)")
+    group.add_argument("--weights", default=None, metavar="FILE",
+                       help="weights.npz of an NPC run on the same captions, for --score npc")
+    group.add_argument("--worst", type=positive_int, default=200,
+                       help="pairs on the HTML page; the CSV file holds all")
+    group.add_argument("--out", default="./logs/noise", metavar="DIR",
+                       help="folder for suspicious_pairs.csv and suspicious_pairs.html")
+    group.add_argument("--write_clean", default=None, metavar="DIR",
+                       help="also make a data set in this new folder, without the pairs that are "
+                            "probably wrong and with the same images, dev and test split")
+    group.add_argument("--keep_above", type=probability, default=0.5,
+                       help="smallest posterior of being clean that --write_clean keeps; raise it "
+                            "for fewer and cleaner pairs")
+
+
+def add_search(group):
+    group.add_argument("query", help="a text, which finds images, or an image file, which finds "
+                                     "captions")
+    group.add_argument("--split", choices=SPLITS, default="test",
+                       help="split of the data set that is searched")
+    group.add_argument("--top", type=positive_int, default=10, help="results to show")
+    group.add_argument("--out", default="./logs/search.png", metavar="FILE",
+                       help="contact sheet of the results, a PNG")
+
+
 def add_run(group, command):
     group.add_argument("--seed", type=natural_int, default=99,
                        help="seed of the noise, the order of the pairs, the mixture and random "
                             "weights")
-    if command != "noise":
+    if command not in ("noise", "cache", "search"):
         group.add_argument("--batch_size", type=positive_int, default=256,
                            help="pairs in a step; every pair is contrasted with the others of its "
                                 "batch")
@@ -153,15 +202,19 @@ def add_run(group, command):
 
 def check(parser, args):
     """Fill in what depends on other options or on the machine."""
+    if "score" in args and (args.score == "npc") != (args.weights is not None):
+        parser.error("--score npc and --weights RUN/weights.npz go together")
     if args.num_anns is None:
         args.num_anns = DATASETS[args.dataset]
-    if "device" in args:
+    if "precision" in args:
         if args.device is None:
             args.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if args.device.type == "cuda" and not torch.cuda.is_available():
             parser.error("--device cuda: torch sees no CUDA device here; use --device cpu")
         if args.precision is None:
             args.precision = "amp_bf16" if args.device.type == "cuda" else "fp32"
+    elif "image_cache" in args:  # reading images alone
+        args.device = torch.device("cpu")
 
 
 # ---- types: each names what it expects, argparse names the option -------------------------------

@@ -5,6 +5,7 @@ from .preprocess import Preprocess, normalize
 from .tokenizer import SimpleTokenizer, tokenize, tokenize_with_lengths
 from .weights import (
     CheckpointError,
+    architecture,
     available_models,
     describe,
     from_hf,
@@ -21,6 +22,7 @@ __all__ = [
     "CheckpointError",
     "Preprocess",
     "SimpleTokenizer",
+    "architecture",
     "available_models",
     "convert_weights_to_fp16",
     "describe",

@@ -85,6 +85,14 @@ def describe(config):
     return f"a CLIP model with {numbers}"
 
 
+def architecture(name_or_path):
+    """The `config` of the model that `load` would give, without its weights for a known name.
+    Raises CheckpointError."""
+    if name_or_path in CONFIGS:
+        return CONFIGS[name_or_path]
+    return _infer(read_state_dict(name_or_path), name_or_path)
+
+
 def load(name_or_path, device=None, jit=False, download_root=None):
     """A model and the preprocessing that belongs to it: (CLIP, Preprocess).
 

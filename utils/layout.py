@@ -154,8 +154,8 @@ def find_by_ratio(folder, suffix, ratio):
 
 
 def ratio_name(ratio):
-    """The one spelling of a noise ratio that we write: 0.2 for 0.20, 0 for 0.0."""
-    return f"{float(ratio):.10g}"
+    """The one spelling of a noise ratio that we write, all digits of it: 0.2 for 0.20, 0 for 0.0."""
+    return repr(abs(float(ratio))).removesuffix(".0")
 
 
 def write_split(root, split, image_ids, captions):

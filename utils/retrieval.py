@@ -15,20 +15,29 @@ def best_ranks(queries, gallery, query_group, gallery_group):
 
     queries (q, D), gallery (g, D): features whose dot product is the score. Item j is correct for
     query i when query_group[i] == gallery_group[j], (q,) and (g,) int64. Equal scores rank by
-    index, so that a model which scores everything alike gets what chance gives. Scores are compared
-    in blocks of queries: memory stays bounded and nothing is sorted.
+    index, so that a model which scores everything alike gets what chance gives. Items that score
+    higher are counted in blocks of queries: memory stays bounded and nothing is sorted.
     """
-    ranks = torch.empty(len(queries), dtype=torch.int64, device=queries.device)
+    sorted_group, order = gallery_group.sort(stable=True)
+    start = torch.searchsorted(sorted_group, query_group)  # (q,)
+    count = torch.searchsorted(sorted_group, query_group, right=True) - start
+    nth = torch.arange(max(1, int(count.max())), device=queries.device)
+    valid = nth < count[:, None]  # (q, most correct items of a query)
+    correct = order[(start[:, None] + nth).clamp(max=len(gallery) - 1)]
+
+    ranks = torch.empty_like(start)
     position = torch.arange(len(gallery), device=queries.device)
     for rows in torch.arange(len(queries), device=queries.device).split(
-            max(1, BLOCK // max(1, len(gallery)))):
+            max(1, BLOCK // len(gallery))):
         scores = queries[rows] @ gallery.T  # (b, g)
-        correct = query_group[rows, None] == gallery_group  # (b, g)
-        best = scores.masked_fill(~correct, -torch.inf).amax(dim=1, keepdim=True)
-        at_best = scores == best
-        first = torch.where(at_best & correct, position, len(gallery)).amin(dim=1, keepdim=True)
-        ahead = (scores > best) | (at_best & (position < first))
-        ranks[rows] = ahead.sum(dim=1)
+        own = scores.gather(1, correct[rows]).masked_fill(~valid[rows], -torch.inf)
+        best = own.amax(dim=1, keepdim=True)  # (b, 1)
+        ahead = (scores > best).sum(dim=1)
+        equal = scores == best
+        if equal.sum() > len(rows):
+            first = correct[rows].masked_fill(own < best, len(gallery)).amin(dim=1, keepdim=True)
+            ahead += (equal & (position < first)).sum(dim=1)
+        ranks[rows] = ahead
     return ranks
 
 

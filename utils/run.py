@@ -10,7 +10,6 @@ import torch
 from tqdm import tqdm
 
 import clip
-from clip.weights import CONFIGS
 from data import retrieval_split
 from utils.errors import InputError
 from utils.files import atomic_write
@@ -75,7 +74,7 @@ class Run:
     def _require_architecture(self, model):
         """Refuse a `--resume` checkpoint whose architecture is not `--vision_model`'s."""
         name = self.args.vision_model
-        expected = CONFIGS.get(name) or clip.infer_config(clip.read_state_dict(name))
+        expected = clip.architecture(name)
         if model.config != expected:
             raise InputError(f"{self.args.resume} holds {clip.describe(model.config)}, but "
                              f"--vision_model is {clip.describe(expected)}; leave --vision_model "

@@ -1,0 +1,104 @@
+"""Small data sets in the three layouts of the released data, made on the fly."""
+
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+torch.set_num_threads(1)
+
+COLOURS = {"red": (200, 30, 30), "green": (30, 180, 40), "blue": (40, 50, 220),
+           "yellow": (230, 220, 40), "white": (250, 250, 250), "brown": (120, 80, 40)}
+PLACES = ("left", "right", "top", "bottom")
+TEMPLATES = ("a {c} bar at the {p}", "the {p} of the picture is {c}", "{c} paint, {p} side",
+             "something {c} ({p})", "grey, but {c} at the {p}: café")
+NUM_IMAGES = {"train": 12, "dev": 4, "test": 6}
+NUM_ANNS = {"coco": 5, "f30k": 5, "cc": 1}
+
+
+def image_ids(layout):
+    """Ids of the images by split. They do not start from 0, and those of the splits interleave."""
+    numbers = np.random.default_rng(5).permutation(np.arange(3, 40)).tolist()
+    spell = {"coco": "{}", "f30k": "{}", "cc": "x{}-b"}[layout].format
+    return {split: [spell(numbers.pop()) for _ in range(n)] for split, n in NUM_IMAGES.items()}
+
+
+def file_name(layout, image_id):
+    """Where the image of an id lies below images/."""
+    return {"coco": lambda: f"COCO_2014_{int(image_id):012d}.jpg",
+            "f30k": lambda: f"{int(image_id) * 7}_{int(image_id):x}.{'png' * (image_id[-1] == '3') or 'jpg'}",
+            "cc": lambda: f"{image_id}.jpg"}[layout]()
+
+
+def draw(path, colour, place, shade):
+    """A grey picture of 40 x 36 with a coloured bar at one of its sides."""
+    picture = np.full((36, 40, 3), shade, np.uint8)
+    side = {"left": np.s_[:, :12], "right": np.s_[:, -12:], "top": np.s_[:12],
+            "bottom": np.s_[-12:]}[place]
+    picture[side] = COLOURS[colour]
+    Image.fromarray(picture).save(path)
+
+
+def make_dataset(root, layout):
+    """Write a valid data set to the folder `root`; returns what is in it and the options that
+    select it."""
+    root, ids, captions = Path(root), image_ids(layout), {}
+    split_folder = root / "annotations" / "scan_split"
+    split_folder.mkdir(parents=True)
+    (root / "images").mkdir()
+    num_anns = NUM_ANNS[layout]
+    for split in ids:
+        captions[split] = []
+        for k, image_id in enumerate(ids[split]):
+            colour, place = list(COLOURS)[k % 6], PLACES[(k // 6 + k) % 4]
+            draw(root / "images" / file_name(layout, image_id), colour, place, 80 + 10 * len(split))
+            captions[split] += [TEMPLATES[(a + k) % 5].format(c=colour, p=place)
+                                for a in range(num_anns)]
+        repeat = 1 if split == "train" else num_anns
+        write_lines(split_folder / f"{split}_ids.txt", [i for i in ids[split] for _ in range(repeat)])
+        write_lines(split_folder / f"{split}_caps.txt", captions[split])
+    if layout == "f30k":
+        write_lines(split_folder / "image_name.txt", [file_name(layout, str(i)) for i in range(45)])
+    return describe(root, layout)
+
+
+def describe(root, layout):
+    """A data set that `make_dataset` has written, or a copy of one."""
+    split_folder = Path(root) / "annotations" / "scan_split"
+    return SimpleNamespace(
+        root=Path(root), layout=layout, num_anns=NUM_ANNS[layout], ids=image_ids(layout),
+        split_folder=split_folder,
+        name=lambda image_id: file_name(layout, image_id),
+        lines=lambda file: (split_folder / file).read_text(encoding="utf-8").splitlines(),
+        options=["--dataset", layout, "--dataset_root", str(root)])
+
+
+def write_lines(path, lines):
+    Path(path).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def tree(folder):
+    """Relative paths of all files below `folder`."""
+    return {str(p.relative_to(folder)) for p in Path(folder).rglob("*") if not p.is_dir()}
+
+
+@pytest.fixture(scope="session")
+def datasets(tmp_path_factory):
+    """The data set of each layout, shared by all tests: not to be changed."""
+    return {layout: make_dataset(tmp_path_factory.mktemp(layout), layout) for layout in NUM_ANNS}
+
+
+@pytest.fixture
+def dataset(datasets, tmp_path):
+    """Function: a fresh copy, which a test may change, of a layout's data set."""
+
+    def copy(layout="f30k"):
+        root = tmp_path / f"data_{layout}"
+        shutil.copytree(datasets[layout].root, root)
+        return describe(root, layout)
+
+    return copy
