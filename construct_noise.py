@@ -8,6 +8,7 @@ The same seed gives the same file as the released code.
 import numpy as np
 
 from params import parse_args
+from utils.distributed import main_first
 from utils.errors import command
 from utils.files import atomic_write
 from utils.layout import find_by_ratio, ratio_name, read_captions, split_folder
@@ -49,12 +50,13 @@ def training_captions(dataset_root, noise_ratio, seed, log=print):
     if float(noise_ratio) == 0:
         path = folder / "train_caps.txt"
         return read_captions(path), path
-    path = find_by_ratio(folder, SUFFIX, noise_ratio)
-    if path is not None:
-        return read_captions(path), path
-    path, noisy = construct_noise(dataset_root, noise_ratio, seed)
-    log(f"No noise file for ratio {ratio_name(noise_ratio)} yet: made {path} with seed {seed}")
-    return noisy, path
+    with main_first():
+        path = find_by_ratio(folder, SUFFIX, noise_ratio)
+        if path is None:
+            path, _ = construct_noise(dataset_root, noise_ratio, seed)
+            log(f"No noise file for ratio {ratio_name(noise_ratio)} yet: made {path} with seed "
+                f"{seed}")
+    return read_captions(path), path
 
 
 @command

@@ -9,6 +9,7 @@ images (five captions an image) and sometimes captions, so everything here keeps
 and each distinct caption once and refers to it by row.
 """
 
+import signal
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from tqdm import tqdm
 import clip
 from construct_noise import training_captions
 from params import parse_args
+from utils.distributed import own_below, rank, world
 from utils.errors import InputError, command
 from utils.image_cache import ImageCache
 from utils.layout import (
@@ -106,7 +108,7 @@ def _pairs(args, split, ids, captions, source, preprocess, log):
     require_images(args.dataset_root, names)
     texts, text_of = first_seen(captions)
     tokens, lengths = clip.tokenize_with_lengths(texts, args.context_length)
-    num_cut = int((lengths > args.context_length).sum())
+    num_cut = int((lengths > args.context_length)[text_of].sum())
     if num_cut:
         log(f"warning: {num_cut} captions of {source} are longer than {args.context_length} tokens "
             "and were cut, keeping the end token")
@@ -152,21 +154,34 @@ def retrieval_split(args, split, preprocess, log=print):
 
 class Shared(NamedTuple):
     """Distinct items (images, or captions) of a step; what the batch alone needs comes first, then
-    what both need, then what the memory entries alone need.
+    what both need, then what the memory entries alone need: the batch has items 0..end-1, the
+    memory start..total-1.
 
-    items: (u, ...) tensor. rows: (3, B) int64 rows of the batch, of M^I and of M^T in it, or (1, B)
-    without a memory bank. The batch has items[:end], the memory items[start:], start <= end.
+    items: (total, ...) tensor; with several processes only this one's, see utils.distributed.
+    rows: (3, B) int64 item numbers of the batch, of M^I and of M^T, or (1, B) without a memory
+    bank.
     """
 
     items: torch.Tensor
     rows: torch.Tensor
     start: int
     end: int
+    total: int
+
+    def span(self, part):
+        """(first, last + 1) item number of "batch", "memory" or "rest", the memory without the
+        batch."""
+        return {"batch": (0, self.end), "memory": (self.start, self.total),
+                "rest": (self.end, self.total)}[part]
+
+    def own(self, start, end):
+        """The items start..end-1 that this process has."""
+        return self.items[own_below(start) : own_below(end)]
 
 
 class Step(NamedTuple):
-    """One training step: pairs (B,) int64; its images, (u, 3, R, R) uint8, and its captions, (v, L)
-    int32 cut at the longest one, as `Shared`."""
+    """One training step: pairs (B,) int64; its distinct images, uint8 (3, R, R) each, and captions,
+    (L,) int32 tokens each, cut at the longest one."""
 
     pairs: torch.Tensor
     images: Shared
@@ -174,13 +189,15 @@ class Step(NamedTuple):
 
     def to(self, device):
         """The same step with its images and captions on `device`."""
-        def move(x):
-            return x.to(device, non_blocking=True) if torch.is_tensor(x) else x
-        return Step(self.pairs, *(Shared(*map(move, shared)) for shared in self[1:]))
+        def move(shared):
+            return shared._replace(items=shared.items.to(device, non_blocking=True),
+                                   rows=shared.rows.to(device, non_blocking=True))
+        return self._replace(images=move(self.images), texts=move(self.texts))
 
 
 def share(items):
-    """(distinct items, rows (k, B), start, end), as in `Shared`, of item indices (k, B) int64."""
+    """(distinct items (total,), rows (k, B), start, end), as in `Shared`, of item indices (k, B)
+    int64."""
     batch, memory = np.unique(items[0]), np.unique(items[1:])
     both = np.intersect1d(batch, memory, assume_unique=True)
     alone = np.setdiff1d(batch, both, assume_unique=True)
@@ -191,10 +208,12 @@ def share(items):
 
 
 class StepDataset(Dataset):
-    """Assembles whole steps: item = the list of a batch's pair indices, result = `Step`."""
+    """Assembles whole steps: item = the list of a batch's pair indices, result = `Step`. Of several
+    processes each reads only its own images."""
 
     def __init__(self, pairs, bank=None):
         self.pairs, self.bank = pairs, bank
+        self.share_of_process = slice(rank(), None, world())
 
     def __getitem__(self, batch):
         pairs = self.pairs
@@ -204,9 +223,11 @@ class StepDataset(Dataset):
                                 self.bank.caption_entry[batch]])
         images, *image_rows = share(pairs.image_of[entries])
         texts, *text_rows = share(pairs.text_of[entries])
-        return Step(torch.as_tensor(batch),
-                    Shared(torch.stack([pairs.images[k] for k in images]), *image_rows),
-                    Shared(cut_tokens(pairs.tokens[texts]), *text_rows))
+        crops = [pairs.images[k] for k in images[self.share_of_process]]
+        crops = torch.stack(crops or [pairs.images[0]])[: len(crops)]  # a share may be empty
+        tokens = cut_tokens(pairs.tokens[texts])[self.share_of_process]
+        return Step(torch.as_tensor(batch), Shared(crops, *image_rows, len(images)),
+                    Shared(tokens, *text_rows, len(texts)))
 
 
 def cut_tokens(tokens):
@@ -217,21 +238,22 @@ def cut_tokens(tokens):
 
 class EpochSampler(Sampler):
     """Batches of shuffled indices; the order depends on seed and epoch alone, the last incomplete
-    batch is dropped."""
+    batch is dropped. An epoch starts at batch `first`."""
 
     def __init__(self, n, batch_size, seed):
-        self.n, self.batch_size, self.seed, self.epoch = n, batch_size, seed, 0
+        self.n, self.batch_size, self.seed, self.epoch, self.first = n, batch_size, seed, 0, 0
 
     def __len__(self):
         return self.n // self.batch_size
 
     def __iter__(self):
         order = np.random.default_rng([self.seed, self.epoch]).permutation(self.n)
-        yield from order[: len(self) * self.batch_size].reshape(len(self), self.batch_size).tolist()
+        batches = order[: len(self) * self.batch_size].reshape(len(self), self.batch_size)
+        yield from batches[self.first :].tolist()
 
 
 def training_loader(args, pairs, bank=None):
-    """DataLoader of `Step`s; set `loader.sampler.epoch` before each epoch."""
+    """DataLoader of `Step`s; set `loader.sampler.epoch` (and `first`) before each epoch."""
     if args.batch_size > len(pairs):
         raise InputError(f"--batch_size {args.batch_size} is larger than the training set of "
                          f"{len(pairs)} pairs; choose one up to {len(pairs)}")
@@ -247,7 +269,13 @@ def image_loader(args, images):
 def _loader(args, dataset, **kwargs):
     workers = min(args.num_workers, len(kwargs.get("sampler", dataset)))
     return DataLoader(dataset, num_workers=workers, persistent_workers=workers > 0,
-                      pin_memory=args.device.type == "cuda", **kwargs)
+                      pin_memory=args.device.type == "cuda", worker_init_fn=_own_signals, **kwargs)
+
+
+def _own_signals(_):
+    """Ctrl-C reaches workers too: the main process decides what it means and ends them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @command

@@ -15,6 +15,7 @@ from sklearn.mixture import GaussianMixture
 
 from data import training_pairs
 from params import parse_args
+from utils.distributed import is_main, main_first
 from utils.embed import embed_pairs
 from utils.errors import InputError, command
 from utils.layout import ratio_name
@@ -173,19 +174,22 @@ def report(pairs, losses, posterior, clean, gmm, args, log):
 
 def memory_bank(model, pairs, args, precision, log=print):
     """The bank of `pairs` from the data folder, or a new one, built by `model` and kept there."""
-    found = load_bank(args.dataset_root, args.noise_ratio, pairs)
-    if found is not None:
-        bank, path = found
-        log(f"memory bank: {path}")
-        for key in ("vision_model", "recipe", "clean_threshold"):
-            if key in bank.info and bank.info[key] != getattr(args, key):
-                log(f"warning: that bank was built with --{key} {bank.info[key]}, this run has "
-                    f"{getattr(args, key)}; get_memorybank.py builds it anew")
-        return bank
     path = bank_path(args.dataset_root, args.noise_ratio)
-    log(f"No memory bank for noise ratio {ratio_name(args.noise_ratio)} yet: building {path}")
-    bank = build_bank(model, pairs, args, precision, log)
-    save_bank(bank, pairs, path)
+    found = load_bank(args.dataset_root, args.noise_ratio, pairs)
+    if not found:
+        log(f"No memory bank for noise ratio {ratio_name(args.noise_ratio)} yet: building {path}")
+        features = embed_pairs(model, pairs, args, precision, normalise=False)  # by all processes
+        with main_first():
+            if is_main():
+                bank = bank_from_features(*features, model.logit_scale, pairs, args, log)
+                save_bank(bank, pairs, path)
+        return load_bank(args.dataset_root, args.noise_ratio, pairs)[0]
+    bank, path = found
+    log(f"memory bank: {path}")
+    for key in ("vision_model", "recipe", "clean_threshold"):
+        if key in bank.info and bank.info[key] != getattr(args, key):
+            log(f"warning: that bank was built with --{key} {bank.info[key]}, this run has "
+                f"{getattr(args, key)}; get_memorybank.py builds it anew")
     return bank
 
 
@@ -196,13 +200,14 @@ def main(argv=None):
     model, preprocess = run.load_model()
     pairs = training_pairs(args, preprocess, run.log)
     bank = build_bank(model, pairs, args, run.precision, run.log)
-    if args.format == "released":
-        for path in save_released(bank, pairs, args.dataset_root, args.noise_ratio):
-            run.log(f"wrote {path}")
+    if not is_main():
         return
-    path = bank_path(args.dataset_root, args.noise_ratio)
-    save_bank(bank, pairs, path)
-    run.log(f"wrote {path}")
+    if args.format == "released":
+        paths = save_released(bank, pairs, args.dataset_root, args.noise_ratio)
+    else:
+        paths = [bank_path(args.dataset_root, args.noise_ratio)]
+        save_bank(bank, pairs, paths[0])
+    run.log(f"wrote {' and '.join(map(str, paths))}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from utils.embed import encode_batch
 from utils.errors import command
 from utils.losses import pair_losses
 from utils.run import Run
-from utils.training import adamw, fit, limit_logit_scale
+from utils.training import adamw, fit, limit_logit_scale, prepare_towers
 
 
 @command
@@ -24,16 +24,17 @@ def main(argv=None):
     pairs = training_pairs(args, preprocess, run.log)
     loader = training_loader(args, pairs)
     optimizer = adamw(model, args)
+    prepare_towers(model, args)
     max_norm = args.clip_grad if args.clip_grad and run.recipe.clips_baseline else float("inf")
 
     def step(batch):
         """One AdamW step on the mean contrastive loss of the batch."""
         optimizer.zero_grad()
         with run.precision.autocast():
-            features = encode_batch(model, batch)
+            features = encode_batch(model, batch, args.accum_steps)
         loss = pair_losses(*features, model.logit_scale).mean()
         run.precision.scaler.scale(loss).backward()
-        norm = run.precision.step(optimizer, max_norm)
+        norm = run.precision.step(model, optimizer, max_norm)
         run.precision.scaler.update()
         limit_logit_scale(model, run.recipe)
         return {"loss": loss, "grad_norm": norm}

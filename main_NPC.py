@@ -18,7 +18,7 @@ from utils.embed import encode, encode_batch, uses_batch_statistics
 from utils.errors import InputError, command
 from utils.losses import negative_impact_weights, one_step_anti_noise_weights, pair_losses
 from utils.run import Run
-from utils.training import adamw, fit, limit_logit_scale
+from utils.training import adamw, fit, limit_logit_scale, prepare_towers
 
 
 @command
@@ -46,6 +46,8 @@ class NPC:
         self.weights = weights  # (n,) of every pair where --weighting fixes them beforehand
         self.siamese = copy.deepcopy(A).eval()
         self.optimizer, self.siamese_optimizer = adamw(A, run.args), adamw(self.siamese, run.args)
+        for model in (A, self.siamese):
+            prepare_towers(model, run.args)
         self.optimizers = {"optimizer": self.optimizer, "siamese_optimizer": self.siamese_optimizer}
 
     def step(self, batch):
@@ -54,7 +56,6 @@ class NPC:
         Returns its numbers: the total loss, its parts, the gradient norm, and the weights w (B,).
         """
         run, args, recipe = self.run, self.args, self.run.recipe
-        images, texts = batch.images, batch.texts
 
         # A' := A. As long as both compute alike, A's forward passes are also those of A'.
         copy_weights(self.A, self.siamese)
@@ -63,22 +64,20 @@ class NPC:
 
         # Losses before the step. The batch and what only the memory needs are encoded apart, so
         # that the gradient of A' crosses the batch's graph alone.
-        features = self.encode(model, images.items[: images.end], texts.items[: texts.end])
-        loss = losses(model, features, images.rows[0], texts.rows[0])  # (B,)
+        features = self.encode(model, batch, "batch")
+        loss = losses(model, features, batch, 0)  # (B,)
         with torch.set_grad_enabled(recipe.trains_on_memory and args.memory_loss_weight > 0):
-            rest = self.encode(model, images.items[images.end :], texts.items[texts.end :])
+            rest = self.encode(model, batch, "rest")
             features = [torch.cat(parts) for parts in zip(features, rest, strict=True)]
-            memory_i, memory_t = (losses(model, features, images.rows[k], texts.rows[k])
-                                  for k in (1, 2))  # of M^I and M^T: (B,), (B,)
+            memory_i, memory_t = (losses(model, features, batch, k) for k in (1, 2))  # (B,), (B,)
 
         # A' takes the step first; its losses on the memory tell how much each pair would hurt
         if args.weighting == "npc":
             self.siamese_step(recipe.siamese_gradient * loss.mean(), model)
             with torch.no_grad():
-                features = self.encode(self.siamese, images.items[images.start :],
-                                       texts.items[texts.start :])
-                after_i, after_t = (losses(self.siamese, features, images.rows[k] - images.start,
-                                           texts.rows[k] - texts.start) for k in (1, 2))
+                features = self.encode(self.siamese, batch, "memory")
+                after_i, after_t = (losses(self.siamese, features, batch, k, "memory")
+                                    for k in (1, 2))
                 w = negative_impact_weights(memory_i, after_i, memory_t, after_t)
         elif args.weighting == "none":
             w = torch.ones_like(loss)
@@ -88,13 +87,13 @@ class NPC:
         # A takes the step on the re-weighted batch and the memory
         if not alike:
             with run.precision.autocast():
-                features = encode_batch(self.A, batch)
+                features = encode_batch(self.A, batch, args.accum_steps)
             loss = pair_losses(*features, self.A.logit_scale)
         weighted = (w * loss).mean() if recipe.per_sample else w.mean() * loss.mean()
         total = weighted + args.memory_loss_weight * (memory_i.mean() + memory_t.mean())
         self.optimizer.zero_grad()
         run.precision.scaler.scale(total).backward()
-        norm = run.precision.step(self.optimizer, args.clip_grad or float("inf"))
+        norm = run.precision.step(self.A, self.optimizer, args.clip_grad or float("inf"))
         run.precision.scaler.update()
         limit_logit_scale(self.A, recipe)
         return {"loss": total, "batch_loss": loss.mean(), "weighted_loss": weighted,
@@ -108,18 +107,20 @@ class NPC:
                                         list(model.parameters()), retain_graph=True)
         for parameter, gradient in zip(self.siamese.parameters(), gradients, strict=True):
             parameter.grad = gradient
-        self.run.precision.step(self.siamese_optimizer)
+        self.run.precision.step(self.siamese, self.siamese_optimizer)
 
-    def encode(self, model, images, tokens):
-        """L2-normalised features of distinct images and captions, in the run's precision."""
+    def encode(self, model, batch, part):
+        """Features of the distinct images and captions in a part of the step, see utils.embed."""
         with self.run.precision.autocast():
-            return encode(model, images, tokens)
+            return encode(model, batch, part, self.args.accum_steps)
 
 
-def losses(model, features, image_rows, text_rows):
-    """Losses (B,) of pairs among themselves, from the features of distinct images and captions."""
-    images, texts = features
-    return pair_losses(images[image_rows], texts[text_rows], model.logit_scale)
+def losses(model, features, batch, k, part="batch"):
+    """Losses (B,) of the pairs of the batch (k = 0), of M^I (1) or of M^T (2) among themselves,
+    from features [(u, D), (v, D)] that begin with those of a part of the step."""
+    images, texts = (own[shared.rows[k] - shared.span(part)[0]]
+                     for own, shared in zip(features, (batch.images, batch.texts), strict=True))
+    return pair_losses(images, texts, model.logit_scale)
 
 
 @torch.no_grad()

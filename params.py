@@ -21,7 +21,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse_args(command, argv=None):
-    """Options of a command: `npc`, `clip`, `memorybank`, `noise`, `cache`, `find_noise` or `search`.
+    """Options of a command: `npc`, `clip`, `memorybank`, `noise`, `cache`, `find_noise`, `search`.
 
     Returns a namespace with defaults filled in (`device` is a torch.device). Bad values end the
     program with one line on stderr and status 2.
@@ -99,8 +99,9 @@ def add_model(group):
                             "weights), or a checkpoint file; without it ViT-B/32, or what --resume "
                             "holds")
     group.add_argument("--resume", default=None, metavar="CKPT",
-                       help="checkpoint to start from; one of this script's own continues after "
-                            "its epoch, with its optimiser state")
+                       help="checkpoint to start from; a training state of this script is "
+                            "continued where it stopped; auto: the newest intact one of this "
+                            "experiment, if there is any")
     group.add_argument("--device", type=device, default=None,
                        help="cpu or cuda; without it cuda where there is one")
     group.add_argument("--precision", choices=PRECISIONS, default=None,
@@ -146,6 +147,15 @@ def add_optimisation(group):
     group.add_argument("--eps", type=natural_float, default=1e-6, help="AdamW's epsilon")
     group.add_argument("--weight_decay", type=natural_float, default=0.2,
                        help="AdamW's decoupled weight decay, on all parameters")
+    group.add_argument("--accum_steps", type=positive_int, default=1,
+                       help="encode a batch in so many pieces and compute each again in the "
+                            "backward pass: less memory, the same gradients, slower")
+    group.add_argument("--grad_checkpointing", action="store_true",
+                       help="keep only the input of each residual block and compute the rest again "
+                            "in the backward pass: less memory, the same gradients, slower")
+    group.add_argument("--compile", action="store_true",
+                       help="compile the towers with torch.compile: minutes at the start, faster "
+                            "steps on a GPU")
     group.add_argument("--clip_grad", type=natural_float, default=10.0,
                        help="largest norm of the gradient; 0 leaves it alone")
 
@@ -177,6 +187,7 @@ def add_search(group):
     group.add_argument("--top", type=positive_int, default=10, help="results to show")
     group.add_argument("--out", default="./logs/search.png", metavar="FILE",
                        help="contact sheet of the results, a PNG")
+    group.set_defaults(recipe="paper")  # recipes differ in training only
 
 
 def add_run(group, command):
@@ -196,6 +207,13 @@ def add_run(group, command):
                            help="name that is stored in the checkpoints")
         group.add_argument("--display", type=positive_int, default=20,
                            help="steps between two lines of the log")
+        group.add_argument("--save_every", type=natural_int, default=0, metavar="STEPS",
+                           help="save the training state every so many steps too; 0: at each "
+                                "epoch's end alone")
+        group.add_argument("--keep_checkpoints", type=natural_int, default=0, metavar="K",
+                           help="keep the newest K checkpoints beside best.pt; 0: all epochs")
+        group.add_argument("--force_resume", action="store_true",
+                           help="resume although options or data that make it another run changed")
         group.add_argument("--eval", action="store_true",
                            help="score --resume (or the initial model) on the test split and stop")
 

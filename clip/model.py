@@ -11,7 +11,7 @@ Shapes in the comments: n images or texts, L tokens, d width of a tower, h heads
 
 import math
 from collections import OrderedDict
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -330,20 +330,24 @@ def run_blocks(blocks, x, recompute):
 
 
 def _recompute_contexts(block):
-    return nullcontext(), _frozen_statistics(block)
+    return nullcontext(), _FrozenStatistics(block)
 
 
-@contextmanager
-def _frozen_statistics(block):
-    norms = [m for m in block.modules() if isinstance(m, nn.BatchNorm2d)]
-    kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
-    for norm in norms:
-        norm.momentum, norm.num_batches_tracked = 0.0, None
-    try:
-        yield
-    finally:
-        for norm, (momentum, count) in zip(norms, kept, strict=True):
-            norm.momentum, norm.num_batches_tracked = momentum, count
+class _FrozenStatistics:
+    """Context in which a block's batch norms do not update their statistics. It can be entered once
+    for each backward pass through the block."""
+
+    def __init__(self, block):
+        self.norms = [m for m in block.modules() if isinstance(m, nn.BatchNorm2d)]
+
+    def __enter__(self):
+        self.tracked = [norm.track_running_stats for norm in self.norms]
+        for norm in self.norms:
+            norm.track_running_stats = False
+
+    def __exit__(self, *_):
+        for norm, track in zip(self.norms, self.tracked, strict=True):
+            norm.track_running_stats = track
 
 
 def convert_weights_to_fp16(model):

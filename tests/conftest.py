@@ -9,6 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
+from params import parse_args
+
 torch.set_num_threads(1)
 
 COLOURS = {"red": (200, 30, 30), "green": (30, 180, 40), "blue": (40, 50, 220),
@@ -29,9 +31,12 @@ def image_ids(layout):
 
 def file_name(layout, image_id):
     """Where the image of an id lies below images/."""
-    return {"coco": lambda: f"COCO_2014_{int(image_id):012d}.jpg",
-            "f30k": lambda: f"{int(image_id) * 7}_{int(image_id):x}.{'png' * (image_id[-1] == '3') or 'jpg'}",
-            "cc": lambda: f"{image_id}.jpg"}[layout]()
+    if layout == "cc":
+        return f"{image_id}.jpg"
+    number = int(image_id)
+    if layout == "coco":
+        return "COCO_2014_" + str(number).zfill(12) + ".jpg"
+    return f"{number * 7}_{number:x}.{'png' if number % 4 == 0 else 'jpg'}"
 
 
 def draw(path, colour, place, shade):
@@ -59,7 +64,8 @@ def make_dataset(root, layout):
             captions[split] += [TEMPLATES[(a + k) % 5].format(c=colour, p=place)
                                 for a in range(num_anns)]
         repeat = 1 if split == "train" else num_anns
-        write_lines(split_folder / f"{split}_ids.txt", [i for i in ids[split] for _ in range(repeat)])
+        lines = [i for i in ids[split] for _ in range(repeat)]
+        write_lines(split_folder / f"{split}_ids.txt", lines)
         write_lines(split_folder / f"{split}_caps.txt", captions[split])
     if layout == "f30k":
         write_lines(split_folder / "image_name.txt", [file_name(layout, str(i)) for i in range(45)])
@@ -84,6 +90,12 @@ def write_lines(path, lines):
 def tree(folder):
     """Relative paths of all files below `folder`."""
     return {str(p.relative_to(folder)) for p in Path(folder).rglob("*") if not p.is_dir()}
+
+
+def options(dataset, *more, command="npc"):
+    """The namespace of options of a command on a data set: tiny model, no worker processes."""
+    argv = [*dataset.options, "--num_workers", "0", "--device", "cpu", *map(str, more)]
+    return parse_args(command, argv)
 
 
 @pytest.fixture(scope="session")

@@ -16,8 +16,9 @@ from utils.errors import InputError
 from utils.files import atomic_write
 from utils.layout import ratio_name, read_lines
 
-CAPTIONS = ["a dog", "a dog", "ein Hündchen läuft", "二匹の犬", "🐕 runs", "a", "a much longer caption "
-            "than all the others of this list", "naïve café", "a dog", "x" * 90, "a cat", "no, a dog"]
+LONG = "a much longer caption than all the others of this list"
+CAPTIONS = ["a dog", "a dog", "ein Hündchen läuft", "二匹の犬", "🐕 runs", "a", LONG, "naïve café",
+            "a dog", "x" * 90, "a cat", "no, a dog"]
 
 
 def released(captions, noise_ratio, seed):

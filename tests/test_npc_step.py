@@ -31,7 +31,8 @@ STD = torch.tensor([0.26862954, 0.26130258, 0.27577711], dtype=torch.float64).vi
 
 def options(**changes):
     args = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.98, "eps": 1e-6, "weight_decay": 0.2,
-            "clip_grad": 0.5, "weighting": "npc", "memory_loss_weight": 1.0, "recipe": "paper"}
+            "clip_grad": 0.5, "weighting": "npc", "memory_loss_weight": 1.0, "recipe": "paper",
+            "accum_steps": 1, "grad_checkpointing": False, "compile": False}
     return argparse.Namespace(**{**args, **changes})
 
 

@@ -45,7 +45,7 @@ class ImageCache:
                 if hasattr(os, "posix_fallocate"):  # so that no later write finds a full disk
                     os.posix_fallocate(f.fileno(), 0, total)
                 f.truncate(total)
-            os.replace(temporary, self.path)
+            os.replace(temporary, self.path)  # of two runs at once the later one's file stays
         except OSError as error:
             temporary.unlink(missing_ok=True)
             raise InputError(f"cannot make the image cache {self.path} of {total / 1e9:.1f} GB: "

@@ -45,9 +45,9 @@ def read_lines(path):
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
     try:
-        text = data.decode("utf-8")
+        text = data.decode("utf-8-sig")  # Windows editors begin a file with a byte order mark
     except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
+        line = error.object.count(b"\n", 0, error.start) + 1
         raise InputError(f"{path}, line {line}: not valid UTF-8; re-encode the file") from None
     if "\0" in text:
         line = text.count("\n", 0, text.index("\0")) + 1
@@ -154,7 +154,7 @@ def find_by_ratio(folder, suffix, ratio):
 
 
 def ratio_name(ratio):
-    """The one spelling of a noise ratio that we write, all digits of it: 0.2 for 0.20, 0 for 0.0."""
+    """The one spelling of a noise ratio that we write, with all its digits: 0.2 for 0.20."""
     return repr(abs(float(ratio))).removesuffix(".0")
 
 

@@ -5,6 +5,7 @@ import contextlib
 import torch
 
 import clip
+from utils.distributed import reduce_gradients
 
 PRECISIONS = ("fp32", "amp_bf16", "amp_fp16", "fp16")
 
@@ -30,13 +31,31 @@ class Precision:
             clip.convert_weights_to_fp16(model)
         return model
 
-    def step(self, optimizer, max_norm=None):
-        """One optimiser step on the gradients at hand, clipped to a global norm of `max_norm` if it
-        is given. Returns the norm before clipping (scalar tensor), None without `max_norm`."""
+    def step(self, model, optimizer, max_norm=None):
+        """One step of the optimiser of `model` on the gradients at hand, summed over processes and
+        clipped to a global norm of `max_norm` if it is given. Returns the norm before clipping
+        (scalar tensor), None without `max_norm`."""
+        reduce_gradients(model)
         self.scaler.unscale_(optimizer)
         norm = None
         if max_norm is not None:
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+            norm = clip_gradients(model, max_norm)
         self.scaler.step(optimizer)
         return norm
+
+
+def clip_gradients(model, max_norm):
+    """Scale a model's gradients in place to a global norm of at most `max_norm`; returns the norm
+    before that (scalar tensor). Norms of half gradients are fp32: in half they overflow at 65504,
+    and what is divided by infinity is silently zero."""
+    groups = {}
+    for p in model.parameters():
+        if p.grad is not None:
+            groups.setdefault(p.grad.dtype, []).append(p.grad)
+    norms = [norm for dtype, gradients in groups.items() for norm in
+             torch._foreach_norm(gradients, 2, torch.promote_types(dtype, torch.float32))]
+    norm = torch.linalg.vector_norm(torch.stack(norms))
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1)
+    for gradients in groups.values():
+        torch._foreach_mul_(gradients, scale)
+    return norm

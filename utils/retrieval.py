@@ -34,7 +34,7 @@ def best_ranks(queries, gallery, query_group, gallery_group):
         best = own.amax(dim=1, keepdim=True)  # (b, 1)
         ahead = (scores > best).sum(dim=1)
         equal = scores == best
-        if equal.sum() > len(rows):
+        if (equal.sum(dim=1) > 1).any():
             first = correct[rows].masked_fill(own < best, len(gallery)).amin(dim=1, keepdim=True)
             ahead += (equal & (position < first)).sum(dim=1)
         ranks[rows] = ahead
@@ -61,7 +61,7 @@ def recalls(image_features, text_features, image_of):
 def fold_recalls(image_features, text_features, image_of, folds=5):
     """Mean `recalls` over consecutive folds of the images: MSCOCO 1K is five folds of 1,000."""
     results = []
-    for rows in torch.arange(len(image_features), device=image_of.device).chunk(folds):
+    for rows in torch.arange(len(image_features), device=image_of.device).tensor_split(folds):
         own = (image_of >= rows[0]) & (image_of <= rows[-1])
         results.append(recalls(image_features[rows], text_features[own], image_of[own] - rows[0]))
     return {key: float(np.mean([scores[key] for scores in results])) for key in results[0]}

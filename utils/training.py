@@ -2,7 +2,10 @@
 
 import json
 import math
+import signal
+import sys
 import time
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -10,16 +13,38 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from data import retrieval_split
+from utils import checkpoints
+from utils.distributed import anyone, is_main
 from utils.errors import InputError
 from utils.files import atomic_write
+from utils.memorybank import fingerprint
 from utils.retrieval import evaluate
 from utils.schedule import Schedule
 
+INTERRUPTED = 75  # exit status after SIGTERM or SIGINT, when a checkpoint to resume from was saved
+
 
 def adamw(model, args):
-    """AdamW over all parameters of `model`, decayed alike, as CLIP's fine-tuners do."""
+    """AdamW over all parameters of `model`, decayed alike, as CLIP's fine-tuners do.
+
+    With half weights it is the unfused one, whose every operation rounds to half, as released. The
+    fused kernel computes in fp32 and rounds what it stores, so that a second moment still counts in
+    its own step if it underflows. Raises InputError when eps is zero in half.
+    """
+    half = any(p.dtype == torch.float16 for p in model.parameters())
+    if half and not torch.tensor(args.eps).half():
+        raise InputError(f"--eps {args.eps:g} is zero in half precision, where second moments are "
+                         "too; use 1e-6, or another --precision")
     return torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(args.beta1, args.beta2),
-                             eps=args.eps, weight_decay=args.weight_decay, fused=True)
+                             eps=args.eps, weight_decay=args.weight_decay, fused=not half)
+
+
+def prepare_towers(model, args):
+    """Apply --grad_checkpointing and --compile to a model, in place."""
+    model.grad_checkpointing = args.grad_checkpointing
+    if args.compile:
+        model.visual.compile(dynamic=True)
+        model.transformer.compile(dynamic=True)
 
 
 @torch.no_grad()
@@ -30,134 +55,271 @@ def limit_logit_scale(model, recipe):
 
 
 def fit(run, model, preprocess, optimizers, loader, step):
-    """Train `model` for the epochs that remain.
+    """Train `model` for the steps that remain.
 
     optimizers: name in the checkpoint -> optimiser, all on one schedule. step(batch) makes one
-    optimiser step on a `Step` and returns its numbers: scalar tensors by name, `loss` among them,
-    and under "w" the weights (B,) of its pairs if it has any. After each epoch: dev scores,
-    checkpoint, log.jsonl, weights.npz, TensorBoard. Raises InputError when a loss is not finite.
+    optimiser step on a `Step` and returns its numbers: scalar tensors by name, `loss` and
+    `grad_norm` among them, and under "w" the weights (B,) of its pairs if it has any. After each
+    epoch: dev scores, checkpoint, log.jsonl, weights.npz, TensorBoard. SIGTERM and SIGINT save a
+    checkpoint after the step at hand and exit with status `INTERRUPTED`. Raises InputError when a
+    loss or gradient is not finite.
     """
-    args = run.args
-    num_pairs = len(loader.dataset.pairs)
+    args, pairs = run.args, loader.dataset.pairs
     dev = retrieval_split(args, "dev", preprocess, run.log)
-    schedule = Schedule(args, run.recipe, len(loader), num_pairs)
-    first = run.restore(optimizers)
-    history = History(run, num_pairs, first)
-    if first >= args.epochs:
-        raise InputError(f"{args.resume} has done {first} epochs already; --epochs {args.epochs} "
-                         "leaves nothing to train")
+    schedule = Schedule(args, run.recipe, len(loader), len(pairs))
+    history = History(run, len(pairs))
+    saver = Saver(run, model, optimizers, history, fingerprint(pairs))
+    first_epoch, first_batch = divmod(saver.restore(), len(loader))
+    if first_epoch >= args.epochs:
+        run.log(f"{args.resume} has done {first_epoch} epochs already: nothing left of --epochs "
+                f"{args.epochs}")
+        return
     if schedule.warmup >= args.epochs * len(loader):
         run.log(f"warning: --warmup {args.warmup} is not shorter than the training of "
                 f"{args.epochs * len(loader)} steps: the learning rate never falls")
-    run.log(f"training: {num_pairs} pairs, batch size {args.batch_size}, {len(loader)} steps an "
-            f"epoch, epochs {first + 1} to {args.epochs}, {args.precision} on {run.device}")
+    run.log(f"training: {len(pairs)} pairs, batch size {args.batch_size}, {len(loader)} steps an "
+            f"epoch, epochs {first_epoch + 1} to {args.epochs}, {args.precision} on {run.device}")
 
-    for epoch in range(first, args.epochs):
-        loader.sampler.epoch = epoch
-        model.train(run.recipe.batch_norm_trains)
-        history.start_epoch(epoch)
-        with tqdm(total=len(loader) * args.batch_size, unit="pair", unit_scale=True,
-                  desc=f"epoch {epoch + 1}/{args.epochs}", disable=None) as bar:
-            for index, batch in enumerate(loader):
+    with interruptions() as interrupted:
+        for epoch in range(first_epoch, args.epochs):
+            loader.sampler.epoch, loader.sampler.first = epoch, first_batch
+            model.train(run.recipe.batch_norm_trains)
+            history.start_epoch(epoch, resumed=first_batch > 0)
+            for index, batch in enumerate(progress(loader, args, epoch, first_batch), first_batch):
+                history.data_arrived()
                 rate = schedule(epoch, index)
                 for optimizer in optimizers.values():
                     for group in optimizer.param_groups:
                         group["lr"] = rate
-                numbers = step(batch.to(run.device))
-                history.add(epoch * len(loader) + index, rate, batch.pairs, numbers)
+                done = epoch * len(loader) + index + 1
+                history.add(done, rate, batch, step(batch.to(run.device)))
+                stop = anyone(bool(interrupted), run.device)
+                due = args.save_every and done % args.save_every == 0
+                if (stop or due) and index + 1 < len(loader):
+                    saver.save(f"step{done}.pt", epoch, done)
+                    if stop:
+                        leave(run, f"step {done}")
+            first_batch = 0
+
+            record = history.finish_epoch()
+            scores = evaluate(model, dev, args, run.precision)
+            run.log(f"epoch {epoch + 1}: dev R@1 i2t {scores['i2t_R@1']:.2f}, t2i "
+                    f"{scores['t2i_R@1']:.2f}, mean {scores['mean_R1']:.2f}, rsum "
+                    f"{scores['rsum']:.2f}")
+            history.record({"epoch": epoch + 1, **record, "lr": rate, "dev": scores})
+            saver.save(f"epoch{epoch + 1}.pt", epoch + 1, done, scores["mean_R1"])
+            if anyone(bool(interrupted), run.device) and epoch + 1 < args.epochs:
+                leave(run, f"epoch {epoch + 1}")
+    history.close()
+
+
+@contextmanager
+def interruptions():
+    """A list that SIGTERM and SIGINT add to instead of ending the process."""
+    arrived = []
+    before = {number: signal.signal(number, lambda number, _: arrived.append(number))
+              for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield arrived
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def leave(run, where):
+    """End the process after an interruption."""
+    run.log(f"interrupted after {where}; a checkpoint is saved, --resume auto continues")
+    sys.exit(INTERRUPTED)
+
+
+def progress(loader, args, epoch, first):
+    """The batches of an epoch, behind a bar of pairs; a worker that dies is reported as such."""
+    bar = tqdm(total=len(loader) * args.batch_size, initial=first * args.batch_size, unit="pair",
+               unit_scale=True, desc=f"epoch {epoch + 1}/{args.epochs}",
+               disable=None if is_main() else True)
+    with bar:
+        try:
+            for batch in loader:
+                yield batch
                 bar.update(args.batch_size)
-        means = history.finish_epoch()
-        scores = evaluate(model, dev, args, run.precision)
-        run.log(f"epoch {epoch + 1}: dev R@1 i2t {scores['i2t_R@1']:.2f}, t2i "
-                f"{scores['t2i_R@1']:.2f}, mean {scores['mean_R1']:.2f}, rsum {scores['rsum']:.2f}")
-        run.save_checkpoint(epoch + 1, model, optimizers, scores)
-        history.save_epoch({"epoch": epoch + 1, **means, "lr": rate, "dev": scores})
-    history.writer.close()
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise InputError(f"a process that reads images was killed ({error}); its memory may "
+                             "have run out, or an image crashes the decoder: --num_workers 0 shows "
+                             "which") from error
+
+
+class Saver:
+    """Writes and restores the checkpoints of a run; see utils.checkpoints for what they hold."""
+
+    def __init__(self, run, model, optimizers, history, data):
+        self.run, self.model, self.optimizers, self.history = run, model, optimizers, history
+        self.data, self.best = data, 0.0
+
+    def restore(self):
+        """Take up the state of the checkpoint that the run continues; returns the steps done."""
+        state, args = self.run.state, self.run.args
+        if not state:
+            return 0
+        missing = [name for name in self.optimizers if name not in state]
+        if missing:
+            raise InputError(f"{args.resume} was trained by another script (it has no "
+                             f"{missing[0]}); start from its weights with --vision_model instead")
+        checkpoints.compare_options(state["args"], args, args.force_resume, self.run.log)
+        if state["data"] != self.data and not args.force_resume:
+            raise InputError(f"{args.resume} was trained on other pairs than --dataset_root has "
+                             "now; start from its weights with --vision_model, or insist with "
+                             "--force_resume")
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(state[name])
+        if state["scaler"]:
+            self.run.precision.scaler.load_state_dict(state["scaler"])
+        self.history.load(state["history"])
+        self.best = state["best_score"]
+        self.run.state = {}  # frees the memory
+        return state["step"]
+
+    def save(self, name, epoch, step, score=None):
+        """Write a checkpoint after `step` steps and `epoch` epochs; `score`, the dev mean R@1 at an
+        epoch's end, makes it also best.pt where none was better (ties go to the later epoch, as in
+        the released code)."""
+        self.history.check()
+        best = score is not None and score >= self.best
+        if best:
+            self.best = score
+        if not is_main():
+            return
+        run = self.run
+        path = run.folder / name
+        checkpoints.save(path, {
+            "epoch": epoch, "step": step, "name": run.args.name,
+            "state_dict": {k: v.detach().cpu() for k, v in self.model.state_dict().items()},
+            **{name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+            "scaler": run.precision.scaler.state_dict(), "args": checkpoints.plain(run.args),
+            "data": self.data, "best_score": self.best, "history": self.history.state(),
+        })
+        if best:
+            checkpoints.hard_link(path, run.folder / "best.pt")
+            run.log(f"best so far: {path}, dev mean R@1 {score:.2f}")
+        checkpoints.prune(run.folder, run.args.keep_checkpoints)
 
 
 class History:
     """What a run writes about itself: log lines, log.jsonl, weights.npz, TensorBoard."""
 
-    def __init__(self, run, num_pairs, epochs_done):
+    def __init__(self, run, num_pairs):
         self.run, self.folder, self.display = run, run.folder, run.args.display
-        self.writer = SummaryWriter(run.folder)
         self.weights = np.full((run.args.epochs, num_pairs), np.nan, np.float32)
-        self.lines = []
-        if epochs_done:
-            self._reload(epochs_done)
+        self.lines, self.sums, self.steps, self.writer = [], {}, 0, None
 
-    def _reload(self, epochs_done):
-        """Keep what the epochs before a continued one have written."""
-        log, weights = self.folder / "log.jsonl", self.folder / "weights.npz"
-        if log.exists():
-            lines = log.read_text(encoding="utf-8").splitlines()
-            self.lines = [line for line in lines if json.loads(line)["epoch"] <= epochs_done]
-        if weights.exists():
-            with np.load(weights, allow_pickle=False) as data:
-                old = data["w"][:epochs_done]
-            if old.shape[1] == self.weights.shape[1]:
-                self.weights[: len(old)] = old
+    def state(self):
+        """Everything that a resumed run needs to go on as if it had not stopped."""
+        self._collect()
+        return {"lines": self.lines, "steps": self.steps, "weights": torch.from_numpy(self.weights),
+                "sums": {k: torch.as_tensor(v).cpu() for k, v in self.sums.items()}}
 
-    def start_epoch(self, epoch):
-        self.epoch, self.sums, self.steps, self.drawn = epoch, {}, 0, []
+    def load(self, state):
+        """Take up a `state`."""
+        self.lines, self.steps = state["lines"], state["steps"]
+        self.sums = {k: v.to(self.run.device) for k, v in state["sums"].items()}
+        old = state["weights"].numpy()[: len(self.weights)]
+        if old.shape[1] == self.weights.shape[1]:
+            self.weights[: len(old)] = old
+
+    def start_epoch(self, epoch, resumed):
+        if self.writer is None and is_main():
+            self.writer = SummaryWriter(self.folder, purge_step=epoch + 1 if epoch else None)
+        if not resumed:
+            self.sums, self.steps = {}, 0
+        self.epoch, self.drawn = epoch, []
         self.recent = None  # numbers of the step before, not looked at yet
-        self.clock, self.since = time.perf_counter(), 0
+        self.clock = self.waiting_since = time.perf_counter()
+        self.since, self.waited = 0, 0.0
 
-    def add(self, step, rate, pairs, numbers):
+    def data_arrived(self):
+        """Tell that the next batch is there."""
+        self.waited += time.perf_counter() - self.waiting_since
+
+    def add(self, step, rate, batch, numbers):
         """Take in the numbers of a step. They are looked at one step later, so that a GPU is never
         waited for."""
         w = numbers.pop("w", None)
         if w is not None:
-            self.drawn.append((pairs, w))
+            self.drawn.append((batch.pairs, w))
             numbers = {**numbers, "w": w.mean(), "w<1": (w < 1).float().mean()}
+        if self.run.precision.scaler.is_enabled():  # which skips a step with infinite gradients
+            norm = numbers["grad_norm"]
+            numbers |= {"skipped": (~norm.isfinite()).float(),
+                        "grad_norm": norm.nan_to_num(0, 0, 0)}
         numbers = {name: value.detach() for name, value in numbers.items()}
         for name, value in numbers.items():
             self.sums[name] = self.sums.get(name, 0) + value
-        self._check()
-        self.recent = (step, pairs, numbers)
-        self.steps, self.since = self.steps + 1, self.since + len(pairs)
+        self.check()
+        self.recent = (step, batch.pairs, numbers)
+        self.steps, self.since = self.steps + 1, self.since + len(batch.pairs)
         if self.steps % self.display == 0:
-            self._show(step, rate, numbers)
+            self._show(step, rate, batch, numbers)
+        self.waiting_since = time.perf_counter()
 
-    def _check(self):
+    def check(self):
+        """Raise InputError if the step before was not finite."""
         if self.recent is None:
             return
         step, pairs, numbers = self.recent
-        if not math.isfinite(numbers["loss"]):
+        if not (math.isfinite(numbers["loss"]) and math.isfinite(numbers["grad_norm"])):
             parts = ", ".join(f"{name} {value.item():.4g}" for name, value in numbers.items())
-            ids = ", ".join(map(str, pairs[:8].tolist())) + (", ..." if len(pairs) > 8 else "")
-            raise InputError(f"the loss of step {step + 1} is not finite ({parts}; pairs {ids}); "
-                             "lower --lr or use --precision fp32; checkpoints before it are intact")
+            ids = ", ".join(map(str, pairs.tolist()))
+            raise InputError(f"step {step} is not finite: {parts}; lower --lr or use --precision "
+                             f"fp32; checkpoints before it are intact; pairs of the batch: {ids}")
 
-    def _show(self, step, rate, numbers):
-        speed = self.since / (time.perf_counter() - self.clock)
+    def _show(self, step, rate, batch, numbers):
+        seconds = time.perf_counter() - self.clock
         parts = ", ".join(f"{name} {value.item():.4f}" for name, value in numbers.items())
         self.run.log(f"epoch {self.epoch + 1}, step {self.steps}: {parts}, lr {rate:.3g}, "
-                     f"{speed:.0f} pairs/s")
-        for name, value in numbers.items():
-            self.writer.add_scalar(f"train/{name}", value.item(), step)
-        self.writer.add_scalar("train/lr", rate, step)
-        self.writer.add_scalar("train/pairs_per_second", speed, step)
-        self.clock, self.since = time.perf_counter(), 0
+                     f"{self.since / seconds:.0f} pairs/s")
+        if self.writer:
+            scalars = {name: value.item() for name, value in numbers.items()}
+            scalars |= {"lr": rate, "pairs_per_second": self.since / seconds,
+                        "data_wait_share": self.waited / seconds,
+                        "distinct_images": batch.images.total / len(batch.pairs),
+                        "distinct_captions": batch.texts.total / len(batch.pairs)}
+            for name, value in scalars.items():
+                self.writer.add_scalar(f"train/{name}", value, step)
+        self.clock, self.since, self.waited = time.perf_counter(), 0, 0.0
 
-    def finish_epoch(self):
-        """Means over the epoch's steps, by name; fills the epoch's row of the weights."""
-        self._check()
+    def _collect(self):
+        """Move the weights drawn so far to their places in `weights`."""
         if self.drawn:
             columns = zip(*self.drawn, strict=True)
             pairs, w = (torch.cat([x.cpu() for x in column]) for column in columns)
             self.weights[self.epoch, pairs.numpy()] = w.float().numpy()
-            self.writer.add_histogram("w", w.float(), self.epoch + 1)
+            self.drawn = []
+
+    def finish_epoch(self):
+        """Means over the epoch's steps, by name."""
+        self.check()
+        self._collect()
         return {name: total.item() / self.steps for name, total in self.sums.items()}
 
-    def save_epoch(self, record):
+    def record(self, record):
         """Write one epoch's record to log.jsonl and TensorBoard, and the weights so far."""
         self.lines.append(json.dumps(record))
+        if not is_main():
+            return
         with atomic_write(self.folder / "log.jsonl") as f:
             f.writelines(f"{line}\n" for line in self.lines)
-        if self.drawn:
+        drawn = self.weights[self.epoch]
+        drawn = drawn[np.isfinite(drawn)]
+        if len(drawn):
             with atomic_write(self.folder / "weights.npz", "wb") as f:
                 np.savez_compressed(f, w=self.weights)
+            self.writer.add_histogram("w", drawn, record["epoch"])
         for name, value in record["dev"].items():
             self.writer.add_scalar(f"dev/{name}", value, record["epoch"])
         self.writer.flush()
+
+    def close(self):
+        """Finish writing."""
+        if self.writer:
+            self.writer.close()

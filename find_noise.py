@@ -1,0 +1,222 @@
+"""Find the training pairs that are probably wrong.
+
+    python find_noise.py --dataset pairs --dataset_root PATH --out logs/noise
+    python find_noise.py --dataset pairs --dataset_root PATH --resume RUN/best.pt \\
+        --score npc --weights RUN/weights.npz --write_clean dataset/mine_cleaned
+
+Ranks all pairs from most to least suspicious: suspicious_pairs.csv lists them, and
+suspicious_pairs.html shows the worst beside what the model would rather pair them with.
+"""
+
+import csv
+import io
+import os
+import shlex
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.stats import rankdata
+from sklearn.metrics import average_precision_score, roc_auc_score
+
+import clip
+from data import Images, training_pairs
+from get_memorybank import bank_from_features, nearest
+from params import parse_args
+from utils.embed import embed_pairs
+from utils.errors import InputError, command
+from utils.files import atomic_write
+from utils.layout import split_folder, write_split
+from utils.losses import one_step_anti_noise_weights
+from utils.noise_page import Suspect, noise_page
+from utils.run import Run
+
+THUMBNAIL = 160  # pixels
+COLUMNS = ("rank", "pair", "score", "posterior", "image", "caption", "clean_pair", "clean_image",
+           "clean_caption")
+
+
+@command
+def main(argv=None):
+    args = parse_args("find_noise", argv)
+    run = Run(args)
+    if args.write_clean:
+        require_new(args.write_clean)
+    model, preprocess = run.load_model()
+    pairs = training_pairs(args, preprocess, run.log)
+
+    # Loss, mixture, strict clean set and cosine of all pairs are those of the memory bank
+    raw = embed_pairs(model, pairs, args, run.precision, normalise=False)
+    bank = bank_from_features(*raw, model.logit_scale, pairs, args, run.log)
+    score, suspicion = scores(args, bank, len(pairs))
+    order = np.lexsort((-bank.loss, -suspicion))  # equal ones by loss; what has no score comes last
+    scored = order[: np.isfinite(suspicion).sum()]
+    share = 1 - bank.posterior.mean(dtype=np.float64)
+    findings = [f"Estimated noise share: {share:.1%} of the pairs."]
+    if missing := len(order) - len(scored):
+        findings.append(f"{missing} of {len(pairs)} pairs have no weight in {args.weights}, as "
+                        "training never drew them; they come last.")
+    if pairs.wrong is not None:
+        findings.append(against_truth(suspicion[scored], pairs.wrong[scored], share))
+    for line in findings:
+        run.log(line)
+
+    out = Path(args.out)
+    with atomic_write(out / "suspicious_pairs.csv") as f:
+        write_table(f, pairs, bank, order, score)
+    worst = scored[: args.worst]
+    features = (F.normalize(x, dim=1) for x in raw)
+    about = (f"The {len(worst)} most suspicious of {len(pairs)} pairs by {args.score}, from "
+             f"{pairs.source}; model {args.vision_model}")
+    page = noise_page(suspects(args, pairs, bank, worst, score, *features), args.score, about,
+                      findings, bank.loss, mixture(bank), pairs.wrong)
+    with atomic_write(out / "suspicious_pairs.html") as f:
+        f.write(page)
+    run.log(f"wrote {out}/suspicious_pairs.csv, all {len(pairs)} pairs, and "
+            f"{out}/suspicious_pairs.html, the worst {len(worst)}")
+    if args.write_clean:
+        write_clean(args, pairs, bank.posterior >= args.keep_above, run.log)
+
+
+def scores(args, bank, n):
+    """(score (n,), suspicion (n,)) of the pairs by `--score`. The suspicion is the score with the
+    sign that makes a high one suspicious; NaN where there is none."""
+    if args.score == "loss":
+        return bank.loss, bank.loss
+    if args.score == "cosine":
+        score = bank.cosine
+    elif args.score == "osa":
+        cosine = torch.from_numpy(bank.cosine)
+        score = one_step_anti_noise_weights(cosine, bank.info["beta"]).numpy()
+    else:
+        score = mean_weights(args.weights, n)
+    return score, -score
+
+
+def mean_weights(path, n):
+    """Mean weight (n,) of each pair over the epochs of a run's weights.npz, NaN where it was never
+    drawn. Raises InputError when the file is broken or belongs to another number of pairs."""
+    try:
+        with np.load(io.BytesIO(Path(path).read_bytes()), allow_pickle=False) as data:
+            w = data["w"].astype(np.float64)
+    except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise InputError(f"--weights {path} cannot be read as a run's weights.npz "
+                         f"({type(error).__name__}); main_NPC.py writes one in its run's folder"
+                         ) from error
+    if w.ndim != 2 or w.shape[1] != n:
+        raise InputError(f"--weights {path} holds weights of shape {w.shape}, epochs x pairs, but "
+                         f"the training split has {n} pairs; they belong to another data set")
+    drawn = ~np.isnan(w)
+    count = drawn.sum(axis=0)
+    if not count.any():
+        raise InputError(f"--weights {path} holds no weight of any pair")
+    return np.where(count > 0, np.where(drawn, w, 0).sum(axis=0) / np.maximum(count, 1), np.nan)
+
+
+def against_truth(suspicion, wrong, share):
+    """How well an order by suspicion (n,), the highest first, has the wrong pairs, (n,) bool, in
+    front: a line of text.
+
+    Mean noise rank: with the pairs sorted from most to least trusted, the mean rank of the wrong
+    ones, where equal ones share theirs; it is at its optimum when all wrong ones come last.
+    """
+    n, num_wrong = len(wrong), int(wrong.sum())
+    if not 0 < num_wrong < n:
+        return f"Against train_caps.txt: {num_wrong} of {n} pairs are wrong, nothing to rank."
+    taken = max(1, round(share * n))
+    return (f"Against train_caps.txt, {num_wrong} of {n} pairs are wrong: "
+            f"AUC {roc_auc_score(wrong, suspicion):.3f}, "
+            f"average precision {average_precision_score(wrong, suspicion):.3f}, "
+            f"mean noise rank {rankdata(suspicion)[wrong].mean():.1f} "
+            f"(optimum {n - (num_wrong - 1) / 2:.1f}, chance {(n + 1) / 2:.1f}), "
+            f"precision of the {taken} most suspicious {wrong[:taken].mean():.3f}.")
+
+
+def write_table(f, pairs, bank, order, score):
+    """Write the CSV of all pairs in `order`, with the nearest strict-clean pair of each image; a
+    pair of the strict clean set is its own."""
+    nearest_pair = np.where(bank.clean, np.arange(len(pairs)), bank.image_entry[pairs.image_of])
+    table = csv.writer(f, lineterminator="\n")
+    table.writerow(COLUMNS)
+    for rank, i in enumerate(order, 1):
+        j = nearest_pair[i]
+        table.writerow((rank, i, "" if np.isnan(score[i]) else f"{score[i]:.6g}",
+                        f"{bank.posterior[i]:.6g}", file_of(pairs, i), pairs.captions[i],
+                        j, file_of(pairs, j), pairs.captions[j]))
+
+
+def file_of(pairs, i):
+    """File name of pair i's image."""
+    return pairs.images.names[pairs.image_of[i]]
+
+
+def suspects(args, pairs, bank, worst, score, images, texts):
+    """`Suspect`s of the pairs `worst` (k,), each with the model's best caption and best image among
+    all distinct ones. images (u, D), texts (v, D): normalised features."""
+    image_of, text_of = pairs.image_of[worst], pairs.text_of[worst]
+    caption_of_text = dict(zip(pairs.text_of, pairs.captions, strict=True))
+    best_text = nearest(images[torch.from_numpy(image_of).to(images.device)], texts).tolist()
+    best_image = nearest(texts[torch.from_numpy(text_of).to(texts.device)], images).tolist()
+    names = pairs.images.names
+    thumbnails = Images(args.dataset_root, names, clip.Preprocess(THUMBNAIL))
+    return [Suspect(rank, i, score[i], bank.posterior[i], names[k], thumbnails[k].numpy(),
+                    pairs.captions[i], caption_of_text[text], thumbnails[image].numpy(),
+                    names[image], None if pairs.wrong is None else pairs.wrong[i])
+            for rank, (i, k, text, image)
+            in enumerate(zip(worst, image_of, best_text, best_image, strict=True), 1)]
+
+
+def mixture(bank):
+    """(weight, mean, variance) of the low and of the high component of a bank's mixture."""
+    means = bank.info["means"]
+    return sorted(zip(bank.info["weights"], means, bank.info["variances"], strict=True),
+                  key=lambda component: component[1])
+
+
+# ---- the cleaned data set -----------------------------------------------------------------------
+
+
+def require_new(root):
+    """Raise InputError unless `root` is absent or an empty folder."""
+    root = Path(root)
+    if root.exists() and not (root.is_dir() and not any(root.iterdir())):
+        raise InputError(f"--write_clean {root} exists already and is not an empty folder; give a "
+                         "new one, or delete it")
+
+
+def write_clean(args, pairs, keep, log):
+    """Make the data set --write_clean of the pairs that `keep` (n,) bool names. Its dev and test
+    split are copies, its images/ is a link."""
+    if keep.sum() < 2:
+        raise InputError(f"--keep_above {args.keep_above} keeps {keep.sum()} of {len(keep)} pairs; "
+                         "lower it")
+    captions = [[] for _ in pairs.image_ids]
+    for i in np.flatnonzero(keep):
+        captions[pairs.image_of[i]].append(pairs.captions[i])
+    ids = [image_id for image_id, own in zip(pairs.image_ids, captions, strict=True) if own]
+    captions = [own for own in captions if own]
+    root = Path(args.write_clean)
+    write_split(root, "train", ids, captions)
+    for name in ("image_name.txt", *(f"{split}_{what}.txt" for split in ("dev", "test")
+                                     for what in ("ids", "caps"))):
+        source = split_folder(args.dataset_root) / name
+        if source.exists():
+            with atomic_write(split_folder(root) / name, "wb") as f:
+                f.write(source.read_bytes())
+    images = os.path.realpath(Path(args.dataset_root) / "images")
+    try:
+        os.symlink(images, root / "images")
+    except OSError as error:
+        raise InputError(f"cannot link {root}/images to {images}: {error.strerror}; copy the "
+                         "images there") from error
+    counts = {len(own) for own in captions}
+    log(f"wrote {root}: the {keep.sum()} of {len(keep)} pairs with a posterior from "
+        f"{args.keep_above}, on {len(ids)} of {len(pairs.image_ids)} images; train on it with:\n"
+        f"  python main_CLIP.py --dataset {args.dataset} --dataset_root {shlex.quote(str(root))} "
+        f"--num_anns {counts.pop() if len(counts) == 1 else 1}")
+
+
+if __name__ == "__main__":
+    main()

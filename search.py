@@ -1,0 +1,102 @@
+"""Search a data set by hand: images for a text, or captions for an image.
+
+    python search.py --resume CKPT --dataset f30k --dataset_root PATH "a dog on a beach"
+    python search.py --resume CKPT --dataset f30k --dataset_root PATH photo.jpg
+
+Prints the best matches with their cosine and writes a contact sheet of their images.
+"""
+
+import dataclasses
+import os
+import textwrap
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+import clip
+from data import Images, retrieval_split, training_pairs
+from params import parse_args
+from utils.embed import embed_pairs
+from utils.errors import InputError, command
+from utils.files import atomic_write
+from utils.run import Run
+
+COLUMNS, TILE, GAP = 5, 200, 16  # of the contact sheet; the latter two in pixels
+LETTERS, LINES, LINE = 28, 4, 16  # caption below a tile: letters a line, lines, pixels a line
+FONT = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
+
+
+@command
+def main(argv=None):
+    args = parse_args("search", argv)
+    run = Run(args)
+    by_image = is_image(args.query)
+    model, preprocess = run.load_model()
+    if args.split == "train":
+        pairs = training_pairs(args, preprocess, run.log)
+    else:
+        pairs = retrieval_split(args, args.split, preprocess, run.log)
+
+    # The query takes the place of what is not searched, so that all is encoded in one go
+    if by_image:
+        picture = [str(Path(args.query).resolve())]
+        asked = {"images": Images(args.dataset_root, picture, preprocess)}
+    else:
+        asked = {"tokens": clip.tokenize([args.query], args.context_length)}
+    images, texts = embed_pairs(model, dataclasses.replace(pairs, **asked), args, run.precision)
+    query, gallery = (images, texts) if by_image else (texts, images)
+    cosine = (gallery @ query[0]).cpu()
+    best = cosine.argsort(descending=True, stable=True)[: args.top]
+
+    # A result is the first pair of the caption, or of the image, that was found
+    first = np.unique(pairs.text_of if by_image else pairs.image_of, return_index=True)[1]
+    found = first[best.numpy()]
+    files = [pairs.images.names[k] for k in pairs.image_of[found]]
+    captions = [pairs.captions[i] for i in found]
+    scores = cosine[best].tolist()
+    for rank, (score, file, caption) in enumerate(zip(scores, files, captions, strict=True), 1):
+        print(f"{rank:3} {score:7.4f}  {file}  {caption}")
+
+    names = (picture if by_image else []) + files
+    pictures = Images(args.dataset_root, names, clip.Preprocess(TILE))
+    tiles = [pictures[k].numpy() for k in range(len(names))]
+    words = ["the query"] if by_image else []
+    words += [f"{score:.3f}  {caption}" for score, caption in zip(scores, captions, strict=True)]
+    with atomic_write(args.out, "wb") as f:
+        contact_sheet(args.query, tiles, words).save(f, "PNG")
+    run.log(f"wrote {args.out}")
+
+
+def is_image(query):
+    """Whether a query names an image file. Raises InputError when it is empty, or looks like the
+    name of one that does not exist."""
+    if not query.strip():
+        raise InputError("the query is empty; give a text or an image file")
+    exists = os.path.isfile(query)
+    if not exists and Path(query).suffix.lower() in Image.registered_extensions():
+        raise InputError(f"the query {query} looks like an image file, but there is none")
+    return exists
+
+
+def contact_sheet(title, tiles, words):
+    """PIL image of tiles, uint8 (3, TILE, TILE), in rows below a title, each above its words."""
+    columns = min(COLUMNS, len(tiles))
+    rows = -(-len(tiles) // columns)
+    width, height, top = TILE + GAP, TILE + LINES * LINE + GAP, 3 * GAP
+    sheet = Image.new("RGB", (columns * width + GAP, top + rows * height), "white")
+    draw = ImageDraw.Draw(sheet)
+    draw.text((GAP, GAP), textwrap.shorten(title, 24 * columns, placeholder=" ..."), "black",
+              ImageFont.truetype(FONT, 15))
+    font = ImageFont.truetype(FONT, 12)
+    for k, (tile, text) in enumerate(zip(tiles, words, strict=True)):
+        x, y = GAP + k % columns * width, top + k // columns * height
+        sheet.paste(Image.fromarray(tile.transpose(1, 2, 0)), (x, y))
+        lines = textwrap.wrap(text, LETTERS, max_lines=LINES, placeholder=" ...")
+        draw.text((x, y + TILE + 4), "\n".join(lines), (60, 60, 60), font, spacing=3)
+    return sheet
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,319 @@
+"""The three layouts of the data, and what the loaders serve from them."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from conftest import NUM_ANNS, NUM_IMAGES, options, write_lines
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import clip
+from data import (
+    EpochSampler,
+    StepDataset,
+    cut_tokens,
+    image_loader,
+    retrieval_split,
+    share,
+    training_loader,
+    training_pairs,
+)
+from utils.errors import InputError
+from utils.layout import image_names, read_captions, read_ids, read_lines
+from utils.memorybank import MemoryBank
+
+PREPROCESS = clip.Preprocess(32)
+LAYOUTS = list(NUM_ANNS)
+
+
+def quiet(*_):
+    """Takes log lines."""
+
+
+def pairs_of(dataset, *more, log=quiet):
+    return training_pairs(options(dataset, *more), PREPROCESS, log)
+
+
+def crop(dataset, image_id):
+    """What CLIP's preprocessing makes of an image, before normalisation."""
+    with Image.open(dataset.root / "images" / dataset.name(image_id)) as image:
+        return torch.from_numpy(PREPROCESS.crop(image))
+
+
+# ---- layouts ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_training_pairs_follow_the_two_files(datasets, layout):
+    dataset = datasets[layout]
+    pairs = pairs_of(dataset)
+    captions = dataset.lines("train_caps.txt")
+    assert len(pairs) == len(captions) == NUM_IMAGES["train"] * dataset.num_anns
+    assert pairs.captions == captions
+    for i, caption in enumerate(captions):
+        image_id = dataset.ids["train"][i // dataset.num_anns]
+        assert pairs.image_ids[pairs.image_of[i]] == image_id
+        assert torch.equal(pairs.images[pairs.image_of[i]], crop(dataset, image_id))
+        tokens = clip.tokenize(caption)[0]
+        assert torch.equal(pairs.tokens[pairs.text_of[i]], tokens)
+    assert len(pairs.images) == NUM_IMAGES["train"]
+    assert len(pairs.tokens) == len(set(captions))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("split", ["dev", "test"])
+def test_retrieval_splits_have_an_id_per_caption(datasets, layout, split):
+    dataset = datasets[layout]
+    pairs = retrieval_split(options(dataset), split, PREPROCESS, quiet)
+    ids = dataset.lines(f"{split}_ids.txt")
+    assert [pairs.image_ids[row] for row in pairs.image_of] == ids
+    assert pairs.captions == dataset.lines(f"{split}_caps.txt")
+    assert len(pairs.images) == NUM_IMAGES[split] == len(set(ids))
+    assert torch.equal(pairs.images[2], crop(dataset, pairs.image_ids[2]))
+
+
+def test_images_of_coco_are_named_by_twelve_digits(tmp_path):
+    names = image_names(tmp_path, "coco", ["9", "000581929", "0"])
+    assert names == [f"COCO_2014_{n}.jpg" for n in ("000000000009", "000000581929", "000000000000")]
+
+
+def test_images_of_f30k_are_lines_of_image_name_counted_from_0(tmp_path):
+    (tmp_path / "annotations/scan_split").mkdir(parents=True)
+    write_lines(tmp_path / "annotations/scan_split/image_name.txt", ["a.jpg", "sub/b.png", "c.jpg"])
+    assert image_names(tmp_path, "f30k", ["2", "0", "1"]) == ["c.jpg", "a.jpg", "sub/b.png"]
+
+
+def test_images_of_cc_are_named_by_any_string(tmp_path):
+    assert image_names(tmp_path, "cc", ["00012", "x-y_z", "1.5"]) == ["00012.jpg", "x-y_z.jpg",
+                                                                     "1.5.jpg"]
+
+
+@pytest.mark.parametrize("num_anns", [1, 5, None])
+def test_num_anns_repeats_training_ids_only(tmp_path, num_anns):
+    (tmp_path / "annotations/scan_split").mkdir(parents=True)
+    for split in ("train", "dev"):
+        write_lines(tmp_path / f"annotations/scan_split/{split}_ids.txt", ["7", "3"])
+    n = 2 * (num_anns or 3)
+    assert read_ids(tmp_path, "train", n, num_anns, "f") == ["7"] * (n // 2) + ["3"] * (n // 2)
+    assert read_ids(tmp_path, "dev", 2, num_anns, "f") == ["7", "3"]
+
+
+def test_an_image_that_occurs_in_two_places_of_the_ids_is_one_image(dataset):
+    data = dataset("cc")
+    ids = data.lines("train_ids.txt")
+    write_lines(data.split_folder / "train_ids.txt", [*ids[:-1], ids[0]])
+    pairs = pairs_of(data)
+    assert len(pairs.images) == len(ids) - 1
+    assert pairs.image_of.tolist() == [*range(len(ids) - 1), 0]
+
+
+def test_wrong_pairs_are_known_beside_the_clean_captions_only(dataset):
+    data = dataset("cc")
+    pairs = pairs_of(data, "--noise_ratio", "0.5")
+    clean, noisy = data.lines("train_caps.txt"), data.lines("0.5_noise_train_caps.txt")
+    assert pairs.captions == noisy
+    assert pairs.wrong.tolist() == [a != b for a, b in zip(clean, noisy, strict=True)]
+    assert pairs.wrong.any()
+    (data.split_folder / "train_caps.txt").unlink()
+    assert pairs_of(data, "--noise_ratio", "0.5").wrong is None
+
+
+# ---- lines --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("content", [b"a b\nc\n", b"a b\r\nc\r\n", b"a b\rc", b" a b \n\tc",
+                                     b"a b\nc", b"\xef\xbb\xbfa b\nc\n"])
+def test_line_ends_margins_and_byte_order_marks_do_not_matter(tmp_path, content):
+    (tmp_path / "f.txt").write_bytes(content)
+    assert read_lines(tmp_path / "f.txt") == read_captions(tmp_path / "f.txt") == ["a b", "c"]
+
+
+def test_only_line_ends_separate_lines(tmp_path):
+    odd = "a\u2028b\x0bc\x0cd\x85e\x1cf"
+    (tmp_path / "f.txt").write_bytes(f"{odd}\nzweite é 犬\n".encode())
+    assert read_lines(tmp_path / "f.txt") == [odd, "zweite é 犬"]
+
+
+@pytest.mark.parametrize("content, line, what", [
+    (b"a\nb\0c\n", 2, "NUL"), (b"\0", 1, "NUL"), (b"a\nb\nc \xff\n", 3, "UTF-8"),
+    (b"caf\xe9\n", 1, "UTF-8"), (b"a\n\nb\n", 2, "empty"), (b"a\n \t\nb\n\n", 2, "empty")])
+def test_a_bad_line_is_named(tmp_path, content, line, what):
+    (tmp_path / "f.txt").write_bytes(content)
+    with pytest.raises(InputError, match=rf"f\.txt, line {line}\b.*{what}"):
+        read_captions(tmp_path / "f.txt")
+
+
+def test_a_file_without_captions_is_refused(tmp_path):
+    (tmp_path / "f.txt").write_bytes(b"")
+    with pytest.raises(InputError, match="f.txt holds no captions"):
+        read_captions(tmp_path / "f.txt")
+
+
+# ---- captions -----------------------------------------------------------------------------------
+
+
+def test_too_long_captions_are_cut_with_one_warning_that_counts_them(dataset):
+    data, said = dataset("f30k"), []
+    captions = data.lines("train_caps.txt")
+    captions[4] = captions[17] = "dog " * 100
+    captions[30] = "cat " * 76
+    captions[31] = "cat " * 75  # fits, with the two end marks
+    write_lines(data.split_folder / "train_caps.txt", captions)
+    pairs = pairs_of(data, log=said.append)
+    warnings = [line for line in said if line.startswith("warning")]
+    assert len(warnings) == 1 and "train_caps.txt" in warnings[0]
+    assert re.search(r"\b3 captions\b.*\b77 tokens\b", warnings[0])  # lines 5, 18 and 31
+    end = int(pairs.tokens.max())
+    for line in (4, 30, 31):
+        tokens = pairs.tokens[pairs.text_of[line]]
+        assert tokens[-1] == end and (tokens[:-1] != end).all()
+
+
+def test_context_length_cuts_captions(datasets):
+    pairs = pairs_of(datasets["f30k"], "--context_length", "4")
+    full = pairs_of(datasets["f30k"])
+    assert pairs.tokens.shape[1] == 4
+    assert torch.equal(pairs.tokens[:, :3], full.tokens[:, :3])
+    assert (pairs.tokens[:, 3] == full.tokens.max()).all()
+
+
+@pytest.mark.parametrize("length", [1, 7, 20, 1000])
+def test_dev_length_keeps_the_first_captions_and_their_images(datasets, length):
+    data = datasets["f30k"]
+    args = options(data, "--dev_length", length)
+    dev = retrieval_split(args, "dev", PREPROCESS, quiet)
+    ids, captions = data.lines("dev_ids.txt")[:length], data.lines("dev_caps.txt")[:length]
+    assert dev.captions == captions and [dev.image_ids[k] for k in dev.image_of] == ids
+    assert len(dev.images) == len(set(ids))
+    assert len(retrieval_split(args, "test", PREPROCESS, quiet)) == 30
+
+
+# ---- steps --------------------------------------------------------------------------------------
+
+
+@st.composite
+def items(draw):
+    b, kinds = draw(st.integers(1, 8)), draw(st.integers(1, 9))
+    rows = draw(st.sampled_from([1, 3]))
+    flat = draw(st.lists(st.integers(0, kinds), min_size=rows * b, max_size=rows * b))
+    return np.array(flat).reshape(rows, b)
+
+
+@given(items())
+@settings(max_examples=200, deadline=None)
+def test_share_keeps_each_item_once_batch_only_then_both_then_memory_only(items):
+    distinct, rows, start, end = share(items)
+    assert torch.equal(torch.from_numpy(distinct)[rows], torch.from_numpy(items))
+    batch, memory = set(items[0].tolist()), set(items[1:].ravel().tolist())
+    assert len(distinct) == len(batch | memory)
+    assert set(distinct[:start]) == batch - memory
+    assert set(distinct[start:end]) == batch & memory
+    assert set(distinct[end:]) == memory - batch
+
+
+def test_cut_tokens_drops_what_lies_behind_the_last_end_token():
+    tokens = clip.tokenize(["a", "a red dog", "a dog"])
+    cut = cut_tokens(tokens)
+    assert cut.shape == (3, 5) and torch.equal(cut, tokens[:, :5])
+    full = clip.tokenize(["a", "dog " * 75])
+    assert torch.equal(cut_tokens(full), full)
+
+
+def test_sampler_draws_each_index_at_most_once_and_drops_the_last_batch():
+    sampler = EpochSampler(23, 5, seed=1)
+    batches = list(sampler)
+    assert len(sampler) == len(batches) == 4 and all(len(batch) == 5 for batch in batches)
+    drawn = sum(batches, [])
+    assert len(set(drawn)) == 20 and set(drawn) < set(range(23))
+
+
+def test_sampler_depends_on_seed_and_epoch_alone():
+    def order(seed, epoch):
+        sampler = EpochSampler(60, 10, seed)
+        sampler.epoch = epoch
+        return list(sampler)
+
+    np.random.seed(0)
+    first = order(4, 2)
+    np.random.seed(1)
+    assert order(4, 2) == first
+    assert order(4, 3) != first and order(5, 2) != first and order(2, 4) != first
+
+
+def random_bank(pairs, seed=0):
+    rng = np.random.default_rng(seed)
+    n = len(pairs)
+    return MemoryBank(rng.integers(0, n, len(pairs.images)), rng.integers(0, n, n))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_step_holds_the_batch_and_its_memory_entries(datasets, layout):
+    data = datasets[layout]
+    pairs = pairs_of(data)
+    bank = random_bank(pairs)
+    batch = np.random.default_rng(2).permutation(len(pairs))[:9].tolist()
+    step = StepDataset(pairs, bank)[batch]
+    assert step.pairs.tolist() == batch
+    captions = data.lines("train_caps.txt")
+    for k, entries in enumerate([batch, [bank.image_entry[pairs.image_of[i]] for i in batch],
+                                 [bank.caption_entry[i] for i in batch]]):
+        images = torch.stack([crop(data, data.ids["train"][i // data.num_anns]) for i in entries])
+        tokens = clip.tokenize([captions[i] for i in entries])
+        assert torch.equal(step.images.items[step.images.rows[k]], images)
+        length = step.texts.items.shape[1]
+        assert torch.equal(step.texts.items[step.texts.rows[k]], tokens[:, :length])
+        assert not tokens[:, length:].any()
+    assert step.texts.items[:, -1].any()  # not a column too many
+
+
+def test_each_distinct_image_of_a_step_is_decoded_once(datasets, monkeypatch):
+    pairs = pairs_of(datasets["f30k"])
+    decoded = []
+    decode = type(pairs.images).decode
+    monkeypatch.setattr(type(pairs.images), "decode",
+                        lambda images, k: decoded.append(int(k)) or decode(images, k))
+    bank = random_bank(pairs)
+    batch = list(range(0, 60, 4))
+    StepDataset(pairs, bank)[batch]
+    entries = [*batch, *bank.image_entry[pairs.image_of[batch]], *bank.caption_entry[batch]]
+    assert sorted(decoded) == sorted({int(pairs.image_of[i]) for i in entries})
+
+
+def test_a_step_without_a_bank_is_the_batch(datasets):
+    pairs = pairs_of(datasets["cc"])
+    step = StepDataset(pairs)[[7, 2, 5]]
+    assert torch.equal(step.images.items[step.images.rows[0]],
+                       torch.stack([pairs.images[k] for k in (7, 2, 5)]))
+    assert step.images.rows.shape == step.texts.rows.shape == (1, 3)
+    assert step.images.end == len(step.images.items) == 3
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_loader_serves_the_sampler_s_batches_in_any_number_of_processes(datasets, workers):
+    data = datasets["f30k"]
+    args = options(data, "--batch_size", 13, "--seed", 6)
+    args.num_workers = workers
+    pairs = pairs_of(data)
+    loader = training_loader(args, pairs, random_bank(pairs))
+    sampler, reference = EpochSampler(60, 13, 6), StepDataset(pairs, random_bank(pairs))
+    for epoch in (0, 1):
+        loader.sampler.epoch = sampler.epoch = epoch
+        steps = list(loader)
+        assert [step.pairs.tolist() for step in steps] == list(sampler)
+        for step in steps:
+            own = reference[step.pairs.tolist()]
+            assert torch.equal(step.images.items, own.images.items)
+            assert torch.equal(step.images.rows, own.images.rows)
+            assert torch.equal(step.texts.items, own.texts.items)
+
+
+def test_image_loader_serves_each_image_once_in_order(datasets):
+    data = datasets["coco"]
+    pairs = pairs_of(data)
+    batches = list(image_loader(options(data, "--eval_batch_size", 5), pairs.images))
+    assert [len(batch) for batch in batches] == [5, 5, 2]
+    expected = torch.stack([crop(data, image_id) for image_id in data.ids["train"]])
+    assert torch.equal(torch.cat(batches), expected)

@@ -1,0 +1,180 @@
+"""Losses, weights and the learning rate against closed forms and literal loops."""
+
+import argparse
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from utils.losses import negative_impact_weights, one_step_anti_noise_weights, pair_losses
+from utils.recipes import RECIPES
+from utils.schedule import Schedule, warmup_cosine
+
+F64 = torch.float64
+
+
+def features(n, width, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [F.normalize(torch.randn(n, width, generator=generator, dtype=F64), dim=1)
+            for _ in range(2)]
+
+
+def tensor(*values):
+    return torch.tensor(values, dtype=F64)
+
+
+# ---- the contrastive loss -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [1, 2, 7])
+@pytest.mark.parametrize("scale", [0.0, 2.65, math.log(100)])
+def test_pair_losses_are_the_two_cross_entropies(n, scale):
+    images, texts = features(n, 5)
+    losses = pair_losses(images, texts, torch.tensor(scale, dtype=F64))
+    assert losses.dtype == F64 and losses.shape == (n,)
+    for i in range(n):
+        own = math.exp(scale) * float(images[i] @ texts[i])
+        row = [math.exp(scale) * float(images[i] @ texts[j]) for j in range(n)]
+        column = [math.exp(scale) * float(images[j] @ texts[i]) for j in range(n)]
+        i2t = math.log(sum(math.exp(x - own) for x in row))
+        t2i = math.log(sum(math.exp(x - own) for x in column))
+        assert float(losses[i]) == pytest.approx((i2t + t2i) / 2, abs=1e-12)
+
+
+def test_loss_of_identical_features_is_log_of_the_batch_size():
+    images = F.normalize(torch.ones(6, 4, dtype=F64), dim=1)
+    losses = pair_losses(images, images, torch.tensor(3.0, dtype=F64))
+    assert torch.allclose(losses, torch.full((6,), math.log(6), dtype=F64), atol=1e-12)
+
+
+def test_loss_of_orthogonal_pairs():
+    eye = torch.eye(4, dtype=F64)
+    losses = pair_losses(eye, eye, torch.tensor(2.0, dtype=F64))
+    expected = math.log(math.exp(math.e**2) + 3) - math.e**2
+    assert torch.allclose(losses, torch.full((4,), expected, dtype=F64), atol=1e-12)
+
+
+def test_loss_has_the_gradient_of_finite_differences():
+    images, texts = features(4, 3)
+    scale = torch.tensor(1.5, dtype=F64)
+    inputs = [x.requires_grad_() for x in (images, texts, scale)]
+    assert torch.autograd.gradcheck(pair_losses, inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_features_are_scored_in_fp32(dtype):
+    images, texts = (x.to(dtype) for x in features(9, 16))
+    scale = torch.tensor(math.log(100))
+    losses = pair_losses(images, texts, scale)
+    assert losses.dtype == torch.float32
+    assert torch.equal(losses, pair_losses(images.float(), texts.float(), scale))
+
+
+def test_autocast_does_not_reach_the_loss():
+    images, texts = (x.float() for x in features(9, 16))
+    scale = torch.tensor(math.log(100))
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = pair_losses(images, texts, scale)
+    assert torch.equal(losses, pair_losses(images, texts, scale))
+
+
+# ---- the paper's weights ------------------------------------------------------------------------
+
+
+def test_weights_are_tanh_of_the_mean_ratio_below_one_and_one_above():
+    before_i, after_i = tensor(1.0, 2.0, 0.5, 1.0, 3.0), tensor(2.0, 1.0, 2.0, 1.0, 2.0)
+    before_t, after_t = tensor(1.0, 3.0, 0.5, 1.0, 1.0), tensor(4.0, 1.0, 0.5, 1.0, 2.0)
+    w = negative_impact_weights(before_i, after_i, before_t, after_t)
+    r = [(0.5 + 0.25) / 2, 2.5, (0.25 + 1) / 2, 1.0, (1.5 + 0.5) / 2]
+    expected = [1.0 if x >= 1 else math.tanh(x) for x in r]
+    assert w.tolist() == pytest.approx(expected, abs=1e-15)
+    assert w[3] == 1  # r = 1 is no harm: 1, not tanh(1)
+
+
+@pytest.mark.parametrize("before, after, ratio", [
+    (0.0, 0.0, 1.0), (1.0, 0.0, math.inf), (0.0, 1.0, 0.0), (1e-45, 0.0, math.inf)])
+def test_weights_at_zero_losses(before, after, ratio):
+    other = 0.4
+    x = [torch.tensor([v], dtype=torch.float32) for v in (before, after, other, 1.0)]
+    r = (ratio + other) / 2
+    expected = 1.0 if r >= 1 else math.tanh(r)
+    for order in ((0, 1, 2, 3), (2, 3, 0, 1)):
+        w = negative_impact_weights(*(x[k] for k in order))
+        assert float(w) == pytest.approx(expected, rel=1e-6)
+
+
+def test_weights_are_always_finite_and_at_most_one():
+    values = torch.tensor([0.0, 1e-45, 1e-38, 1e-7, 1.0, 50.0, 1e38])
+    grid = torch.cartesian_prod(values, values, values, values)
+    w = negative_impact_weights(*grid.T)
+    assert w.isfinite().all() and (w >= 0).all() and (w <= 1).all()
+    unchanged = negative_impact_weights(grid[:, 0], grid[:, 0], grid[:, 1], grid[:, 1])
+    assert (unchanged == 1).all()
+
+
+# ---- One-Step Anti-noise ------------------------------------------------------------------------
+
+
+def test_one_step_anti_noise_weights():
+    cosine = tensor(0.9, 0.2, 0.1, -0.5, 1.0)
+    expected = [0.7**2 * 0.3, 0.0, 0.0, 0.0, 0.8**2 * 0.2]
+    w = one_step_anti_noise_weights(cosine, 0.2)
+    assert w.tolist() == pytest.approx(expected, abs=1e-15)
+
+
+def test_one_step_anti_noise_weights_peak_at_two_thirds():
+    s = torch.linspace(0, 1, 3001, dtype=F64)
+    w = one_step_anti_noise_weights(s, 0.0)
+    assert float(s[w.argmax()]) == pytest.approx(2 / 3, abs=1e-3)
+    assert float(w.max()) == pytest.approx(4 / 27, abs=1e-6)
+
+
+# ---- the learning rate --------------------------------------------------------------------------
+
+
+def schedule(recipe, epochs=5, warmup=500, steps=1000, pairs=256_000, lr=2e-7):
+    args = argparse.Namespace(lr=lr, warmup=warmup, epochs=epochs)
+    return Schedule(args, RECIPES[recipe], steps, pairs)
+
+
+def test_warmup_is_linear_and_ends_at_the_base_rate():
+    rates = [warmup_cosine(t, 3.0, 10, 100) for t in range(10)]
+    assert rates == pytest.approx([3 * (t + 1) / 10 for t in range(10)])
+    assert warmup_cosine(10, 3.0, 10, 100) == 3
+
+
+def test_cosine_falls_from_the_warmup_to_zero():
+    for t in range(10, 101):
+        x = (t - 10) / 90
+        assert warmup_cosine(t, 3.0, 10, 100) == pytest.approx(1.5 * (1 + math.cos(math.pi * x)))
+    assert warmup_cosine(55, 3.0, 10, 100) == pytest.approx(1.5)
+    assert warmup_cosine(100, 3.0, 10, 100) == pytest.approx(0, abs=1e-15)
+
+
+@pytest.mark.parametrize("warmup, total", [(0, 10), (10, 10), (500, 12), (0, 1)])
+def test_any_warmup_gives_rates_between_zero_and_the_base(warmup, total):
+    rates = [warmup_cosine(t, 2.0, warmup, total) for t in range(total)]
+    assert all(0 <= rate <= 2 for rate in rates)
+    assert rates[0] == (2.0 if warmup == 0 else 2.0 / warmup)
+
+
+def test_paper_recipe_runs_the_cosine_over_optimiser_steps():
+    rate = schedule("paper")
+    assert rate(0, 0) == pytest.approx(2e-7 / 500)
+    assert rate(0, 499) == rate(0, 500) == pytest.approx(2e-7)
+    assert rate(2, 750) == pytest.approx(1e-7)  # half of the 4,500 steps behind the warm-up
+    assert rate(4, 999) == pytest.approx(1e-7 * (1 + math.cos(math.pi * 4499 / 4500)))
+    assert rate(1, 0) == pytest.approx(1e-7 * (1 + math.cos(math.pi * 500 / 4500)))
+
+
+def test_released_recipe_is_a_staircase_over_the_epochs():
+    rate = schedule("released")
+    levels = [rate(epoch, 600) / 2e-7 for epoch in range(5)]
+    assert levels == pytest.approx([1, 0.905, 0.655, 0.345, 0.095], abs=2e-3)
+    for epoch in range(5):  # nearly constant within an epoch, behind the warm-up
+        assert rate(epoch, 999) / rate(epoch, 500) == pytest.approx(1, abs=0.02)
+    t = 2 * 256_000 + 321
+    exact = 1e-7 * (1 + math.cos(math.pi * (t - 500) / (5 * 256_000 - 500)))
+    assert rate(2, 321) == pytest.approx(exact, rel=1e-12)
+    assert rate(0, 99) == pytest.approx(2e-7 / 5)

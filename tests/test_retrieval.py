@@ -1,0 +1,213 @@
+"""Recall at K against a full sort, ties and a collapsed model included."""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import utils.retrieval
+from data import Pairs
+from utils.errors import InputError
+from utils.precision import Precision
+from utils.retrieval import (
+    KS,
+    best_ranks,
+    evaluate,
+    evaluate_coco,
+    fold_recalls,
+    recalls,
+)
+
+
+def brute_ranks(queries, gallery, query_group, gallery_group):
+    """Rank of the best correct item in a full sort, equal scores in the order of their index."""
+    ranks = []
+    for query, group in zip(queries.tolist(), query_group.tolist(), strict=True):
+        scores = [sum(a * b for a, b in zip(query, item, strict=True)) for item in gallery.tolist()]
+        order = sorted(range(len(scores)), key=lambda j: (-scores[j], j))
+        ranks.append(next((r for r, j in enumerate(order) if gallery_group[j] == group),
+                          len(scores)))
+    return ranks
+
+
+def brute_recalls(images, texts, image_of):
+    own = torch.arange(len(images))
+    result = {}
+    for way, ranks in (("i2t", brute_ranks(images, texts, own, image_of)),
+                       ("t2i", brute_ranks(texts, images, image_of, own))):
+        for k in KS:
+            result[f"{way}_R@{k}"] = 100 * sum(r < k for r in ranks) / len(ranks)
+    result["rsum"] = sum(result.values())
+    result["mean_R1"] = (result["i2t_R@1"] + result["t2i_R@1"]) / 2
+    return result
+
+
+def small_integers(n, width, seed):
+    """Features whose scores are exact, so that ties abound and are real."""
+    rng = np.random.default_rng(seed)
+    return torch.from_numpy(rng.integers(-1, 2, (n, width))).double()
+
+
+def captions_of(n, seed, most=4):
+    """Image of each caption: 1 to `most` captions an image, in any order."""
+    rng = np.random.default_rng(seed)
+    image_of = np.repeat(np.arange(n), rng.integers(1, most + 1, n))
+    return torch.from_numpy(rng.permutation(image_of))
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("block", [1, 37, 2**24])
+def test_ranks_are_those_of_a_full_sort_with_ties_by_index(monkeypatch, seed, block):
+    monkeypatch.setattr(utils.retrieval, "BLOCK", block)
+    images, image_of = small_integers(15, 3, seed), captions_of(15, seed)
+    texts = small_integers(len(image_of), 3, seed + 100)
+    own = torch.arange(15)
+    ranks = best_ranks(images, texts, own, image_of)
+    assert ranks.tolist() == brute_ranks(images, texts, own, image_of)
+    ranks = best_ranks(texts, images, image_of, own)
+    assert ranks.tolist() == brute_ranks(texts, images, image_of, own)
+
+
+@pytest.mark.parametrize("block", [1, 2**24])
+def test_a_query_without_a_correct_item_ranks_behind_all_and_spoils_no_other(monkeypatch, block):
+    monkeypatch.setattr(utils.retrieval, "BLOCK", block)
+    queries, gallery = torch.ones(3, 2), torch.ones(2, 2)
+    ranks = best_ranks(queries, gallery, torch.tensor([7, 1, 9]), torch.tensor([0, 1]))
+    assert ranks.tolist() == [2, 1, 2]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_recalls_are_those_of_a_full_sort(seed):
+    image_of = captions_of(14, seed)
+    generator = torch.Generator().manual_seed(seed)
+    images = F.normalize(torch.randn(14, 4, generator=generator, dtype=torch.float64), dim=1)
+    noise = torch.randn(len(image_of), 4, generator=generator, dtype=torch.float64)
+    texts = F.normalize(images[image_of] + 0.7 * noise, dim=1)
+    scores = recalls(images, texts, image_of)
+    assert scores == pytest.approx(brute_recalls(images, texts, image_of), abs=1e-9)
+    assert 5 < scores["i2t_R@1"] < 100
+
+
+def test_any_caption_of_an_image_is_a_hit():
+    images, texts = torch.eye(2), torch.tensor([[0.0, 1.0], [0.5, 0.5], [0.9, 0.1], [0.0, 0.1]])
+    scores = recalls(images, texts, torch.tensor([0, 1, 0, 1]))
+    # image 0 ranks caption 2 first (its own); image 1 ranks caption 0 first, then its caption 1.
+    # Caption 1 is torn between both images: the tie goes to image 0; caption 0 finds image 1
+    assert scores["i2t_R@1"] == 50 and scores["i2t_R@5"] == 100
+    assert scores["t2i_R@1"] == 50 and scores["t2i_R@5"] == 100
+
+
+@pytest.mark.parametrize("per_image", [1, 5])
+def test_a_collapsed_model_scores_at_chance(per_image):
+    n = 40
+    images = torch.ones(n, 8) / 8**0.5
+    image_of = torch.arange(n).repeat_interleave(per_image)
+    scores = recalls(images, images[image_of], image_of)
+    assert scores["t2i_R@1"] == pytest.approx(100 / n) and scores["t2i_R@10"] == 100 * 10 / n
+    assert scores["i2t_R@1"] == pytest.approx(100 / n)
+    assert scores["i2t_R@10"] == pytest.approx(100 * (10 if per_image == 1 else 2) / n)
+
+
+@pytest.mark.parametrize("n, folds", [(25, 5), (12, 3), (11, 5), (6, 5), (5, 5)])
+def test_folds_are_consecutive_images_with_their_captions(n, folds):
+    image_of = captions_of(n, seed=n)
+    images, texts = small_integers(n, 4, 1), small_integers(len(image_of), 4, 2)
+    expected = []
+    for part in np.array_split(np.arange(n), folds):
+        own = [j for j, image in enumerate(image_of.tolist()) if image in part]
+        expected.append(brute_recalls(images[part], texts[own],
+                                      torch.tensor([int(image_of[j]) - part[0] for j in own])))
+    assert len(expected) == folds
+    scores = fold_recalls(images, texts, image_of, folds)
+    for key, value in scores.items():
+        assert value == pytest.approx(np.mean([fold[key] for fold in expected]), abs=1e-9), key
+
+
+# ---- with a model -------------------------------------------------------------------------------
+
+
+class Lookup:
+    """A model whose features are given: image k is a picture of value k, caption k has token k+1.
+    It counts what it encodes."""
+
+    dtype = torch.float64
+    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073], dtype=torch.float64)
+    std = torch.tensor([0.26862954, 0.26130258, 0.27577711], dtype=torch.float64)
+
+    def __init__(self, images, texts, scale=1.0):
+        self.images, self.texts = images, texts
+        self.logit_scale = torch.tensor(scale, dtype=torch.float64)
+        self.encoded = {"images": 0, "texts": 0}
+
+    def eval(self):
+        return self
+
+    def encode_image(self, pictures):
+        self.encoded["images"] += len(pictures)
+        values = (pictures[:, :, 0, 0] * self.std + self.mean) * 255
+        return self.images[values.mean(dim=1).round().long()]
+
+    def encode_text(self, tokens):
+        self.encoded["texts"] += len(tokens)
+        return self.texts[tokens[:, 1].long() - 1]
+
+
+def pairs_for(image_of, text_of):
+    n = max(image_of) + 1
+    tokens = torch.tensor([[49406, k + 1, 49407, 0] for k in range(max(text_of) + 1)])
+    pictures = [torch.full((3, 2, 2), k, dtype=torch.uint8) for k in range(n)]
+    captions = [f"caption {k}" for k in text_of]
+    return Pairs(pictures, [str(k) for k in range(n)], np.array(image_of), captions,
+                 np.array(text_of), tokens.int(), Path("caps.txt"))
+
+
+ARGS = argparse.Namespace(eval_batch_size=4, num_workers=0, device=torch.device("cpu"))
+FP32 = Precision("fp32", torch.device("cpu"))
+
+
+def example(n=11, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    image_of = captions_of(n, seed).tolist()
+    first = {}
+    image_of = [first.setdefault(k, len(first)) for k in image_of]
+    text_of = [*range(len(image_of) - 2), 0, 1]  # two captions occur twice
+    images = torch.randn(n, 4, generator=generator, dtype=torch.float64)
+    texts = torch.randn(len(image_of) - 2, 4, generator=generator, dtype=torch.float64)
+    return Lookup(images, texts), pairs_for(image_of, text_of)
+
+
+def test_evaluation_normalises_and_encodes_each_image_and_caption_once():
+    model, pairs = example()
+    scores = evaluate(model, pairs, ARGS, FP32)
+    images, texts = F.normalize(model.images, dim=1), F.normalize(model.texts, dim=1)
+    expected = brute_recalls(images, texts[pairs.text_of], torch.from_numpy(pairs.image_of))
+    assert scores == pytest.approx(expected, abs=1e-9)
+    assert model.encoded == {"images": 11, "texts": len(model.texts)}
+
+
+def test_coco_scores_all_images_and_five_folds_from_one_pass():
+    model, pairs = example()
+    scores = evaluate_coco(model, pairs, ARGS, FP32)
+    assert model.encoded == {"images": 11, "texts": len(model.texts)}
+    assert list(scores) == ["5K", "1K"]
+    images, texts = F.normalize(model.images, dim=1), F.normalize(model.texts, dim=1)
+    features = images, texts[pairs.text_of], torch.from_numpy(pairs.image_of)
+    assert scores["5K"] == recalls(*features) and scores["1K"] == fold_recalls(*features, 5)
+
+
+def test_coco_refuses_fewer_images_than_folds():
+    model, pairs = example(n=4)
+    with pytest.raises(InputError, match="caps.txt has captions of 4 images"):
+        evaluate_coco(model, pairs, ARGS, FP32)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("tower", ["images", "texts"])
+def test_features_that_are_not_finite_are_refused(tower, value):
+    model, pairs = example()
+    getattr(model, tower)[3, 1] = value
+    with pytest.raises(InputError, match=f"{tower[:-1]} features that are not finite"):
+        evaluate(model, pairs, ARGS, FP32)

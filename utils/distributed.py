@@ -1,0 +1,106 @@
+"""Several processes under torchrun: each encodes its share, all of them see every feature.
+
+Item i of a step belongs to process i mod N. Features are gathered, every process computes the whole
+loss from them (its cost is nothing beside the towers'), and the gradient that reaches a process's
+own features is complete. The sum of the processes' gradients is then that of one process; only
+logit_scale, which every process sees whole, counts N times. Without torchrun N = 1 and nothing
+here does anything.
+"""
+
+import contextlib
+import os
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from utils.errors import InputError
+
+
+def world():
+    """Number of processes, N."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank():
+    """Number of this process, 0 to N - 1."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def is_main():
+    """Whether this process writes files and speaks."""
+    return rank() == 0
+
+
+def start(device):
+    """Join the other processes of torchrun, if there are any; returns this process's device."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        if device.type == "cuda":
+            local = int(os.environ["LOCAL_RANK"])
+            if local >= torch.cuda.device_count():
+                raise InputError(f"--nproc_per_node asks for more processes than the "
+                                 f"{torch.cuda.device_count()} GPUs of this machine")
+            device = torch.device("cuda", local)
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+def stop():
+    """Leave the other processes."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def main_first():
+    """The main process runs the block before the others: it makes the files that they read."""
+    if not is_main():
+        dist.barrier()
+    yield
+    if is_main() and world() > 1:
+        dist.barrier()
+
+
+def own_below(k):
+    """How many of the items 0..k-1 are this process's."""
+    return max(0, -(-(k - rank()) // world()))
+
+
+def gather(features, start, end):
+    """Features (end - start, D) of the items start..end-1, of which this process gives its own in
+    order. A gradient flows into the own ones."""
+    if world() == 1:
+        return features
+    longest = -(-(end - start) // world())
+    padded = F.pad(features, (0, 0, 0, longest - len(features)))
+    parts = [torch.empty_like(padded) for _ in range(world())]
+    dist.all_gather(parts, padded.detach().contiguous())
+    parts[rank()] = padded
+    in_order = [parts[(start + j) % world()] for j in range(world())]
+    return torch.stack(in_order, dim=1).flatten(0, 1)[: end - start]
+
+
+@torch.no_grad()
+def reduce_gradients(model):
+    """Replace the gradients of a model's parameters by their sum over the processes, that of
+    logit_scale, which is the same everywhere, by itself."""
+    if world() == 1:
+        return
+    model.logit_scale.grad /= world()
+    gradients = [p.grad for p in model.parameters()]
+    for dtype in {g.dtype for g in gradients}:
+        same = [g for g in gradients if g.dtype == dtype]
+        flat = torch.cat([g.flatten() for g in same])
+        dist.all_reduce(flat)
+        for gradient, total in zip(same, flat.split([g.numel() for g in same]), strict=True):
+            gradient.copy_(total.view_as(gradient))
+
+
+def anyone(flag, device):
+    """Whether `flag` (bool) is set in any process."""
+    if world() == 1:
+        return flag
+    flags = torch.tensor(int(flag), device=device)
+    dist.all_reduce(flags, dist.ReduceOp.MAX)
+    return bool(flags)
