@@ -9,10 +9,8 @@ suspicious_pairs.html shows the worst beside what the model would rather pair th
 """
 
 import csv
-import io
 import os
 import shlex
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +30,7 @@ from utils.layout import split_folder, write_split
 from utils.losses import one_step_anti_noise_weights
 from utils.noise_page import Suspect, noise_page
 from utils.run import Run
+from utils.weights import read_weights
 
 THUMBNAIL = 160  # pixels
 COLUMNS = ("rank", "pair", "score", "posterior", "image", "caption", "clean_pair", "clean_image",
@@ -97,22 +96,14 @@ def scores(args, bank, n):
 
 def mean_weights(path, n):
     """Mean weight (n,) of each pair over the epochs of a run's weights.npz, NaN where it was never
-    drawn. Raises InputError when the file is broken or belongs to another number of pairs."""
-    try:
-        with np.load(io.BytesIO(Path(path).read_bytes()), allow_pickle=False) as data:
-            w = data["w"].astype(np.float64)
-    except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise InputError(f"--weights {path} cannot be read as a run's weights.npz "
-                         f"({type(error).__name__}); main_NPC.py writes one in its run's folder"
-                         ) from error
-    if w.ndim != 2 or w.shape[1] != n:
-        raise InputError(f"--weights {path} holds weights of shape {w.shape}, epochs x pairs, but "
-                         f"the training split has {n} pairs; they belong to another data set")
+    drawn. Raises InputError when they belong to another number of pairs."""
+    w = read_weights(path)
+    if w.shape[1] != n:
+        raise InputError(f"--weights {path} holds weights of {w.shape[1]} pairs, but the training "
+                         f"split has {n}; they belong to another data set")
     drawn = ~np.isnan(w)
-    count = drawn.sum(axis=0)
-    if not count.any():
-        raise InputError(f"--weights {path} holds no weight of any pair")
-    return np.where(count > 0, np.where(drawn, w, 0).sum(axis=0) / np.maximum(count, 1), np.nan)
+    total, count = np.where(drawn, w, 0).sum(axis=0), drawn.sum(axis=0)
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
 def against_truth(suspicion, wrong, share):

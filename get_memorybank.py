@@ -127,6 +127,9 @@ def bank_from_features(raw_images, raw_texts, logit_scale, pairs, args, log=prin
     losses = losses_in_batches(images, texts, image_of, text_of,
                                logit_scale.detach().to(images.dtype), batches)
     losses = losses.double().cpu().numpy()
+    if not np.isfinite(losses).all():
+        raise InputError(f"the model's losses are not finite; its logit_scale is "
+                         f"{logit_scale.item():.4g}, a log temperature of at most ln 100 is usual")
 
     # 2. and 3. The mixture, and the pairs that are surely clean
     posterior, gmm = clean_posterior(losses, args.seed)

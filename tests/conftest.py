@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from data import Pairs
 from params import parse_args
 
 torch.set_num_threads(1)
@@ -96,6 +97,47 @@ def options(dataset, *more, command="npc"):
     """The namespace of options of a command on a data set: tiny model, no worker processes."""
     argv = [*dataset.options, "--num_workers", "0", "--device", "cpu", *map(str, more)]
     return parse_args(command, argv)
+
+
+# ---- features without a model -------------------------------------------------------------------
+
+
+class Lookup:
+    """A model whose features are given: image k is a picture of value k, caption k has token k+1.
+    It counts what it encodes."""
+
+    dtype = torch.float64
+    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073], dtype=torch.float64)
+    std = torch.tensor([0.26862954, 0.26130258, 0.27577711], dtype=torch.float64)
+
+    def __init__(self, images, texts, scale=1.0):
+        self.images, self.texts = images, texts
+        self.logit_scale = torch.tensor(scale, dtype=torch.float64)
+        self.encoded = {"images": 0, "texts": 0}
+
+    def eval(self):
+        return self
+
+    def encode_image(self, pictures):
+        self.encoded["images"] += len(pictures)
+        values = (pictures[:, :, 0, 0] * self.std + self.mean) * 255
+        return self.images[values.mean(dim=1).round().long()]
+
+    def encode_text(self, tokens):
+        self.encoded["texts"] += len(tokens)
+        return self.texts[tokens[:, 1].long() - 1]
+
+
+def pairs_for(image_of, text_of):
+    n = max(image_of) + 1
+    tokens = torch.tensor([[49406, k + 1, 49407, 0] for k in range(max(text_of) + 1)])
+    pictures = [torch.full((3, 2, 2), k, dtype=torch.uint8) for k in range(n)]
+    captions = [f"caption {k}" for k in text_of]
+    return Pairs(pictures, [str(k) for k in range(n)], np.array(image_of), captions,
+                 np.array(text_of), tokens.int(), Path("caps.txt"))
+
+
+# ---- fixtures -----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,6 @@ import hashlib
 import io
 import json
 import pickle
-import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -86,7 +85,7 @@ def _read(path, pairs):
         info = json.loads(arrays.pop("info").tobytes())
         bank = MemoryBank(**arrays, info=info)
         known = info["fingerprint"]
-    except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except Exception as error:  # a damaged archive can raise anything
         raise InputError(f"{path} is not a memory bank of ours or is cut short; delete it and run "
                          "get_memorybank.py again") from error
     if known != fingerprint(pairs):

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+import torch._functorch.config
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -42,7 +43,9 @@ def adamw(model, args):
 def prepare_towers(model, args):
     """Apply --grad_checkpointing and --compile to a model, in place."""
     model.grad_checkpointing = args.grad_checkpointing
-    if args.compile:
+    if args.compile:  # A' takes a gradient through the graph before A does: it must be retained
+        if hasattr(torch._functorch.config, "donated_buffer"):
+            torch._functorch.config.donated_buffer = False
         model.visual.compile(dynamic=True)
         model.transformer.compile(dynamic=True)
 
