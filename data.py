@@ -128,14 +128,17 @@ def wrong_pairs(clean_captions, captions, image_of):
 
 def training_pairs(args, preprocess, log=print):
     """The (noisy) training split as `Pairs`; makes the noisy caption file when it is missing."""
+    clean = split_folder(args.dataset_root) / "train_caps.txt"
+    clean_captions = read_captions(clean) if clean.exists() else []
+    if clean_captions:  # checked before a noisy file is made of them
+        read_ids(args.dataset_root, "train", len(clean_captions), args.num_anns, clean)
     captions, path = training_captions(args.dataset_root, args.noise_ratio, args.seed, log)
     ids = read_ids(args.dataset_root, "train", len(captions), args.num_anns, path)
+    if "epochs" in args:  # a training run, which should not build a bank in vain
+        require_batch(args, len(captions))
     pairs = _pairs(args, "train", ids, captions, path, preprocess, log)
-    clean = split_folder(args.dataset_root) / "train_caps.txt"
-    if args.noise_ratio and clean.exists():
-        clean_captions = read_captions(clean)
-        if len(clean_captions) == len(captions):
-            pairs.wrong = wrong_pairs(clean_captions, captions, pairs.image_of)
+    if args.noise_ratio and len(clean_captions) == len(captions):
+        pairs.wrong = wrong_pairs(clean_captions, captions, pairs.image_of)
     return pairs
 
 
@@ -252,11 +255,16 @@ class EpochSampler(Sampler):
         yield from batches[self.first :].tolist()
 
 
+def require_batch(args, num_pairs):
+    """Raise InputError unless the training set fills a batch."""
+    if args.batch_size > num_pairs:
+        raise InputError(f"--batch_size {args.batch_size} is larger than the training set of "
+                         f"{num_pairs} pairs; choose one up to {num_pairs}")
+
+
 def training_loader(args, pairs, bank=None):
     """DataLoader of `Step`s; set `loader.sampler.epoch` (and `first`) before each epoch."""
-    if args.batch_size > len(pairs):
-        raise InputError(f"--batch_size {args.batch_size} is larger than the training set of "
-                         f"{len(pairs)} pairs; choose one up to {len(pairs)}")
+    require_batch(args, len(pairs))
     sampler = EpochSampler(len(pairs), args.batch_size, args.seed)
     return _loader(args, StepDataset(pairs, bank), sampler=sampler, batch_size=None)
 

@@ -152,7 +152,7 @@ def suspects(args, pairs, bank, worst, score, images, texts):
     best_image = nearest(texts[torch.from_numpy(text_of).to(texts.device)], images).tolist()
     names = pairs.images.names
     thumbnails = Images(args.dataset_root, names, clip.Preprocess(THUMBNAIL))
-    return [Suspect(rank, i, score[i], bank.posterior[i], names[k], thumbnails[k].numpy(),
+    return [Suspect(rank, i, float(score[i]), bank.posterior[i], names[k], thumbnails[k].numpy(),
                     pairs.captions[i], caption_of_text[text], thumbnails[image].numpy(),
                     names[image], None if pairs.wrong is None else pairs.wrong[i])
             for rank, (i, k, text, image)

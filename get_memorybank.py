@@ -15,7 +15,7 @@ from sklearn.mixture import GaussianMixture
 
 from data import training_pairs
 from params import parse_args
-from utils.distributed import is_main, main_first
+from utils.distributed import anyone, is_main, main_first
 from utils.embed import embed_pairs
 from utils.errors import InputError, command
 from utils.layout import ratio_name
@@ -179,7 +179,7 @@ def memory_bank(model, pairs, args, precision, log=print):
     """The bank of `pairs` from the data folder, or a new one, built by `model` and kept there."""
     path = bank_path(args.dataset_root, args.noise_ratio)
     found = load_bank(args.dataset_root, args.noise_ratio, pairs)
-    if not found:
+    if anyone(not found, args.device):  # another run may be writing one
         log(f"No memory bank for noise ratio {ratio_name(args.noise_ratio)} yet: building {path}")
         features = embed_pairs(model, pairs, args, precision, normalise=False)  # by all processes
         with main_first():

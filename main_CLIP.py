@@ -23,23 +23,33 @@ def main(argv=None):
 
     pairs = training_pairs(args, preprocess, run.log)
     loader = training_loader(args, pairs)
-    optimizer = adamw(model, args)
-    prepare_towers(model, args)
-    max_norm = args.clip_grad if args.clip_grad and run.recipe.clips_baseline else float("inf")
+    baseline = Baseline(model, run)
+    fit(run, model, preprocess, baseline.optimizers, loader, baseline.step)
 
-    def step(batch):
-        """One AdamW step on the mean contrastive loss of the batch."""
-        optimizer.zero_grad()
+
+class Baseline:
+    """CLIP and the step that trains it."""
+
+    def __init__(self, model, run):
+        self.model, self.run = model, run
+        prepare_towers(model, run.args)
+        self.optimizer = adamw(model, run.args)
+        self.optimizers = {"optimizer": self.optimizer}
+        clips = run.args.clip_grad and run.recipe.clips_baseline
+        self.max_norm = run.args.clip_grad if clips else float("inf")
+
+    def step(self, batch):
+        """One AdamW step on the mean contrastive loss of a `Step`; returns its numbers."""
+        model, run = self.model, self.run
         with run.precision.autocast():
-            features = encode_batch(model, batch, args.accum_steps)
+            features = encode_batch(model, batch, run.args.accum_steps)
         loss = pair_losses(*features, model.logit_scale).mean()
+        self.optimizer.zero_grad()
         run.precision.scaler.scale(loss).backward()
-        norm = run.precision.step(model, optimizer, max_norm)
+        norm = run.precision.step(model, self.optimizer, self.max_norm)
         run.precision.scaler.update()
         limit_logit_scale(model, run.recipe)
         return {"loss": loss, "grad_norm": norm}
-
-    fit(run, model, preprocess, {"optimizer": optimizer}, loader, step)
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ def add_data(group, command):
                             "file of this ratio is made when it is missing")
     if command == "noise":
         return
-    group.add_argument("--context_length", type=positive_int, default=77,
+    group.add_argument("--context_length", type=length, default=77,
                        help="longest caption in tokens, both end marks included; longer ones are "
                             "cut; at most the model's (77 for all published ones)")
     group.add_argument("--num_workers", type=natural_int, default=min(8, os.cpu_count() or 1),
@@ -191,7 +191,7 @@ def add_search(group):
 
 
 def add_run(group, command):
-    group.add_argument("--seed", type=natural_int, default=99,
+    group.add_argument("--seed", type=seed, default=99,
                        help="seed of the noise, the order of the pairs, the mixture and random "
                             "weights")
     if command not in ("noise", "cache", "search"):
@@ -255,6 +255,8 @@ def number(parse, low, high, expected):
 
 natural_int = number(int, 0, float("inf"), "a whole number from 0")
 positive_int = number(int, 1, float("inf"), "a whole number from 1")
+length = number(int, 2, float("inf"), "a whole number from 2")
+seed = number(int, 0, 2**32, "a whole number from 0 to below 2^32")
 natural_float = number(float, 0, float("inf"), "a number from 0")
 probability = number(float, 0, 1, "a number from 0 to below 1")
 ratio = number(float, 0, 1, "a number from 0 to below 1 (0.2 is 20 %)")

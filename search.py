@@ -44,7 +44,11 @@ def main(argv=None):
         picture = [str(Path(args.query).resolve())]
         asked = {"images": Images(args.dataset_root, picture, preprocess)}
     else:
-        asked = {"tokens": clip.tokenize([args.query], args.context_length)}
+        tokens, lengths = clip.tokenize_with_lengths([args.query], args.context_length)
+        if lengths[0] > args.context_length:
+            run.log(f"warning: the query has {lengths[0]} tokens and was cut after "
+                    f"{args.context_length}")
+        asked = {"tokens": tokens}
     images, texts = embed_pairs(model, dataclasses.replace(pairs, **asked), args, run.precision)
     query, gallery = (images, texts) if by_image else (texts, images)
     cosine = (gallery @ query[0]).cpu()

@@ -47,8 +47,9 @@ def start(device):
 
 
 def stop():
-    """Leave the other processes."""
+    """Leave the other processes once all of them have come here."""
     if dist.is_initialized():
+        dist.barrier()
         dist.destroy_process_group()
 
 
@@ -89,12 +90,21 @@ def reduce_gradients(model):
         return
     model.logit_scale.grad /= world()
     gradients = [p.grad for p in model.parameters()]
-    for dtype in {g.dtype for g in gradients}:
+    for dtype in dict.fromkeys(g.dtype for g in gradients):  # in the same order everywhere
         same = [g for g in gradients if g.dtype == dtype]
         flat = torch.cat([g.flatten() for g in same])
         dist.all_reduce(flat)
         for gradient, total in zip(same, flat.split([g.numel() for g in same]), strict=True):
             gradient.copy_(total.view_as(gradient))
+
+
+def from_main(value):
+    """What `value` (anything that can be pickled) is in the main process."""
+    if world() == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
 
 
 def anyone(flag, device):

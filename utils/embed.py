@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 import clip
 from data import cut_tokens, image_loader
-from utils.distributed import gather, rank, world
+from utils.distributed import gather, own_below, rank, world
 from utils.errors import InputError
 
 
@@ -68,7 +68,7 @@ def embed_pairs(model, pairs, args, precision, normalise=True):
     model.eval()
 
     def finish(features, what, total):
-        features = gather(torch.cat(features), 0, total)
+        features = gather(torch.cat(features)[: own_below(total)], 0, total)
         features = features if features.dtype == torch.float64 else features.float()
         if not features.isfinite().all():
             raise InputError(f"the model gives {what} features that are not finite; its weights "
@@ -78,7 +78,9 @@ def embed_pairs(model, pairs, args, precision, normalise=True):
     encode_image, encode_text = encoders(model)
     lengths = pairs.tokens.argmax(dim=1)  # captions of like length share a batch
     order = lengths.argsort(stable=True)
-    own_images = range(rank(), len(pairs.images), world())
+    # where there are fewer items than processes, the last ones encode one in vain
+    own_images = range(rank() % len(pairs.images), len(pairs.images), world())
+    own_texts = order[rank() % len(order) :: world()]
     with precision.autocast():
         images, texts = [], []
         with tqdm(total=len(own_images), desc="images", unit="img", disable=None) as bar:
@@ -86,7 +88,7 @@ def embed_pairs(model, pairs, args, precision, normalise=True):
                 images.append(encode_image(batch.to(args.device, non_blocking=True)))
                 bar.update(len(batch))
         with tqdm(total=len(order), desc="captions", unit="cap", disable=None) as bar:
-            for rows in order[rank() :: world()].split(args.eval_batch_size):
+            for rows in own_texts.split(args.eval_batch_size):
                 texts.append(encode_text(cut_tokens(pairs.tokens[rows]).to(args.device)))
                 bar.update(len(rows) * world())
 

@@ -1,6 +1,7 @@
 """Errors that a person can mend: one clear line instead of a traceback."""
 
 import functools
+import gc
 import sys
 
 import clip
@@ -20,8 +21,13 @@ def command(main):
         except (InputError, clip.CheckpointError) as error:
             # A DataLoader worker wraps the error in its own traceback: the last line is ours.
             message = str(error).strip().splitlines()[-1]
-            message = message.split("InputError: ", 1)[-1]
-            print(f"error: {message}", file=sys.stderr)
-            sys.exit(2)
+            print(f"error: {message.split('InputError: ', 1)[-1]}", file=sys.stderr)
+            status = 2
+        except SystemExit as error:
+            status = error.code
+        # Only here are the frames that were left gone, and with them the data loaders: workers that
+        # outlive those until the interpreter ends are killed there, loudly.
+        gc.collect()
+        sys.exit(status)
 
     return run

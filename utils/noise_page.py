@@ -2,6 +2,7 @@
 
 import base64
 import io
+import math
 from html import escape
 from pathlib import Path
 from string import Template
@@ -39,17 +40,22 @@ def noise_page(suspects, score_name, about, findings, losses, mixture, wrong):
     losses: (n,) of all pairs; mixture: (weight, mean, variance) of the clean and of the noisy
     component; wrong: (n,) bool or None. All text is escaped.
     """
-    scores = [suspect.score for suspect in suspects]
+    low, high = bounds([suspect.score for suspect in suspects])
     return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         about=escape(about), num_pairs=len(losses), score_name=escape(score_name),
         histogram=histogram(losses, mixture, wrong),
         findings="\n".join(f"<p>{escape(line)}</p>" for line in findings),
-        low=exact(min(scores)), high=exact(max(scores)), cards="\n".join(map(card, suspects)))
+        low=low, high=high, cards="\n".join(map(card, suspects)))
 
 
-def exact(score):
-    """A float as the shortest text that reads back as the same one: filters compare it."""
-    return repr(float(score))
+def bounds(scores):
+    """Lowest and highest score as text, rounded outwards to about a thousandth of their distance:
+    a slider rounds longer numbers, and would then hide what lies at its ends."""
+    low, high = float(min(scores)), float(max(scores))
+    decimals = max(0, 3 - math.floor(math.log10(high - low or 1)))
+    unit = 10**-decimals
+    return (f"{math.floor(low / unit) * unit:.{decimals}f}",
+            f"{math.ceil(high / unit) * unit:.{decimals}f}")
 
 
 def card(suspect):
@@ -58,7 +64,7 @@ def card(suspect):
     if s.wrong is not None:
         mark = ('<span class="mark">wrong</span>' if s.wrong
                 else '<span class="mark clean">right</span>')
-    return f"""<article data-score="{exact(s.score)}">
+    return f"""<article data-score="{s.score!r}">
 <header><b>{s.rank}</b><span>score {s.score:.4g}</span><span>posterior {s.posterior:.3f}</span>
 <span class="soft">pair {s.pair}</span>{mark}</header>
 <div class="sides">

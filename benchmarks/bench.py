@@ -1,0 +1,453 @@
+"""How fast, against what: our code and the released procedure, interleaved in one process.
+
+    python benchmarks/bench.py [--only step bank eval loader] [--json FILE]
+
+The released side is a literal transcription: every model pass for itself, captions padded to 77
+tokens, each image once per caption, the state dict copied entry by entry, ranks by two argsorts.
+"""
+
+import argparse
+import copy
+import ctypes
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import clip
+import data
+from get_memorybank import bank_from_features
+from main_CLIP import Baseline
+from main_NPC import NPC
+from params import parse_args
+from utils.embed import embed_pairs
+from utils.memorybank import MemoryBank
+from utils.retrieval import recalls
+from utils.run import Run
+
+CAPTIONS = 5  # an image
+RECALL = 0.85  # share of the right pairs in the strict clean set, as measured with the mixture
+
+
+# ---- data as a real run has it -------------------------------------------------------------------
+
+
+def caption_tokens(n, rng):
+    """n captions of COCO's length, (n, 77) int32: 10.5 words on average, a word or so more as
+    tokens, both end marks; a long tail up to 50 tokens."""
+    lengths = np.clip(np.round(2 + rng.gamma(20, 11.5 / 20, n) + rng.exponential(1, n)), 7, 50)
+    tokens = np.zeros((n, 77), np.int32)
+    for row, length in zip(tokens, lengths.astype(int), strict=True):
+        row[0], row[length - 1] = 49406, 49407
+        row[1 : length - 1] = rng.integers(1, 49000, length - 2)
+    return torch.from_numpy(tokens)
+
+
+def make_pairs(num_images, resolution, rng):
+    """Pairs of random images in memory with five captions each."""
+    images = torch.from_numpy(
+        rng.integers(0, 256, (num_images, 3, resolution, resolution), dtype=np.uint8))
+    n = num_images * CAPTIONS
+    return data.Pairs(images, list(map(str, range(num_images))), np.arange(n) // CAPTIONS,
+                      [str(i) for i in range(n)], np.arange(n), caption_tokens(n, rng), Path("-"))
+
+
+def make_bank(pairs, noise, rng):
+    """A bank like one built at a noise ratio: RECALL of the right pairs are clean and their own
+    entries; other captions find a clean pair anywhere, images one of their own if they have any."""
+    n = len(pairs)
+    clean = (rng.random(n) > noise) & (rng.random(n) < RECALL)
+    anywhere = rng.choice(np.flatnonzero(clean), n)
+    caption_entry = np.where(clean, np.arange(n), anywhere)
+    own = clean.reshape(-1, CAPTIONS)
+    first = np.arange(len(own)) * CAPTIONS + own.argmax(axis=1)
+    return MemoryBank(np.where(own.any(axis=1), first, anywhere[::CAPTIONS]), caption_entry)
+
+
+# ---- the released procedure ----------------------------------------------------------------------
+
+
+class ReleasedStep:
+    """The released training step: six forward passes, three backward passes, nothing shared."""
+
+    def __init__(self, A, pairs, bank, args):
+        self.A, self.siamese, self.pairs, self.bank = A, copy.deepcopy(A), pairs, bank
+        options = {"lr": args.lr, "betas": (args.beta1, args.beta2), "eps": args.eps,
+                   "weight_decay": args.weight_decay}
+        self.optimizer = torch.optim.AdamW(A.parameters(), **options)
+        self.siamese_optimizer = torch.optim.AdamW(self.siamese.parameters(), **options)
+
+    def load(self, batch):
+        """The step's three lists of pairs as normalised images and full-length tokens."""
+        pairs = self.pairs
+        entries = (batch, self.bank.image_entry[pairs.image_of[batch]],
+                   self.bank.caption_entry[batch])
+        device = self.A.logit_scale.device
+        return [(clip.normalize(pairs.images[pairs.image_of[e]].to(device), self.A.dtype),
+                 pairs.tokens[pairs.text_of[e]].to(device)) for e in entries]
+
+    def losses(self, model, inputs):
+        per_image, per_text = model(*inputs)
+        target = torch.arange(len(per_image), device=per_image.device)
+        return (F.cross_entropy(per_image, target, reduction="none")
+                + F.cross_entropy(per_text, target, reduction="none")) / 2
+
+    def __call__(self, inputs):
+        A, siamese = self.A, self.siamese
+        batch, memory_i, memory_t = inputs
+        for name, value in A.state_dict().items():
+            siamese.state_dict()[name].copy_(value)
+        siamese.eval()
+        with torch.no_grad():
+            before_i, before_t = self.losses(siamese, memory_i), self.losses(siamese, memory_t)
+        siamese_loss = 2 * self.losses(siamese, batch).mean()
+        loss = self.losses(A, batch).mean()
+        self.siamese_optimizer.zero_grad()
+        siamese_loss.backward(retain_graph=True)
+        siamese_loss.backward()
+        self.siamese_optimizer.step()
+        with torch.no_grad():
+            r = (before_i / self.losses(siamese, memory_i)
+                 + before_t / self.losses(siamese, memory_t)) / 2
+        w = torch.where(r < 1, torch.tanh(r), 1)
+        total = w.mean() * loss + (before_i + before_t).mean()
+        self.optimizer.zero_grad()
+        total.backward()
+        torch.nn.utils.clip_grad_norm_(A.parameters(), 10)
+        self.optimizer.step()
+
+
+@torch.no_grad()
+def released_features(model, pairs, args):
+    """Features of every pair, its image and its full-length caption encoded for each caption."""
+    images, texts = [], []
+    for rows in np.array_split(np.arange(len(pairs)), -(-len(pairs) // args.eval_batch_size)):
+        crops = pairs.images[pairs.image_of[rows]].to(args.device)
+        images.append(model.encode_image(clip.normalize(crops, model.dtype)))
+        texts.append(model.encode_text(pairs.tokens[pairs.text_of[rows]].to(args.device)))
+    return torch.cat(images), torch.cat(texts)
+
+
+def released_metric(images, texts, num_anns):
+    """The six recalls from two dense rank matrices, each by two argsorts."""
+    scores = torch.cat([(image @ texts.T)[None] for image in images])
+    label = torch.eye(len(images)).repeat_interleave(num_anns, dim=1)
+    results = []
+    for matrix, mask in ((scores, label), (scores.T, label.T)):
+        ranks = mask * ((-matrix).argsort().argsort() + 1)
+        ranks[ranks == 0] = 1e9
+        best = ranks.min(dim=1).values
+        results += [100 * (best <= k).float().mean().item() for k in (1, 5, 10)]
+    return results
+
+
+class ReleasedPairs(Dataset):
+    """One item a pair: three images, each read, decoded and preprocessed for itself."""
+
+    def __init__(self, pairs, bank):
+        self.pairs, self.bank = pairs, bank
+
+    def __len__(self):
+        return len(self.pairs)
+
+    def __getitem__(self, i):
+        pairs, images = self.pairs, self.pairs.images
+        entries = (i, self.bank.image_entry[pairs.image_of[i]], self.bank.caption_entry[i])
+        return [images.preprocess(Image.open(images.folder / images.names[pairs.image_of[e]]))
+                for e in entries]
+
+
+# ---- measuring -----------------------------------------------------------------------------------
+
+
+class Peak:
+    """Largest memory in MB during the block: allocated on a GPU, resident above the start on a
+    CPU."""
+
+    def __init__(self, device):
+        self.device = device
+
+    def __enter__(self):
+        self.value, self.stop = 0, threading.Event()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            ctypes.CDLL(None).malloc_trim(0)  # what the call before has freed is not reused
+            self.base = resident()
+            self.thread = threading.Thread(target=self._watch)
+            self.thread.start()
+        return self
+
+    def _watch(self):
+        while not self.stop.wait(0.01):
+            self.value = max(self.value, resident() - self.base)
+
+    def __exit__(self, *_):
+        if self.device.type == "cuda":
+            self.value = torch.cuda.max_memory_allocated() / 1e6
+        else:
+            self.stop.set()
+            self.thread.join()
+
+
+def resident():
+    """Resident memory of this process in MB."""
+    with open("/proc/self/statm") as f:
+        return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+def clock(function, device):
+    """Seconds that a call takes, all work on the device included."""
+    start = time.perf_counter()
+    function()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def compare(contenders, device, rounds, prepare=lambda: None):
+    """{name: {median, low, high (s), memory (MB)}} of functions that run in turn, round by round.
+
+    prepare() comes before each round. A first round is not timed, but its memory is taken.
+    """
+    seconds, memory = {name: [] for name in contenders}, {}
+    for index in range(rounds + 1):
+        prepare()
+        for name, function in contenders.items():
+            if index == 0:
+                with Peak(device) as peak:
+                    clock(function, device)
+                memory[name] = peak.value
+            else:
+                seconds[name].append(clock(function, device))
+    return {name: {"median": statistics.median(t), "low": min(t), "high": max(t),
+                   "memory": memory[name]} for name, t in seconds.items()}
+
+
+def matrix_rate(device, dtype):
+    """Floating-point operations per second of a large matrix product."""
+    a = torch.randn(2048, 2048, device=device, dtype=dtype)
+    best = min(clock(lambda: a @ a, device) for _ in range(10))
+    return 2 * 2048**3 / best
+
+
+def show(title, results, reference):
+    """Print one comparison as a Markdown table; ratios are to `reference`."""
+    print(f"\n### {title}\n\n| | median s | spread s | of {reference} | peak MB |")
+    print("|---|--:|--:|--:|--:|")
+    base = results[reference]["median"]
+    for name, r in results.items():
+        print(f"| {name} | {r['median']:.3f} | {r['low']:.3f}-{r['high']:.3f} "
+              f"| {r['median'] / base:.3f} | {r['memory']:.0f} |", flush=True)
+
+
+# ---- what is measured ----------------------------------------------------------------------------
+
+
+def bench_step(options, noise):
+    """Our steps against the released one and one plain CLIP step, on the same batches."""
+    args = options.run
+    run = Run(args)
+    released_run = Run(parse_args("npc", [*options.words, "--recipe", "released"]))
+    model = run.precision.prepare(new_model(args))
+    rng = np.random.default_rng(args.seed)
+    pairs = make_pairs(max(256, 16 * args.batch_size), model.visual.input_resolution, rng)
+    bank = make_bank(pairs, noise, rng)
+    ours = NPC(copy.deepcopy(model), run)
+    ours_released = NPC(copy.deepcopy(model), released_run)
+    baseline = Baseline(copy.deepcopy(model), run)
+    released = ReleasedStep(copy.deepcopy(model), pairs, bank, args)
+    with_bank, without = data.StepDataset(pairs, bank), data.StepDataset(pairs)
+    drawn, sizes = {}, []
+
+    def draw():
+        batch = rng.permutation(len(pairs))[: args.batch_size]
+        drawn.update(npc=with_bank[batch].to(args.device), clip=without[batch].to(args.device),
+                     released=released.load(batch))
+        images, texts = drawn["npc"].images, drawn["npc"].texts
+        sizes.append((images.total / len(batch), texts.total / len(batch), texts.items.shape[1]))
+
+    draw()
+    with FlopCounterMode(display=False) as counter:
+        ours.step(drawn["npc"])
+    ours_released.step(drawn["npc"])
+    released(drawn["released"])
+    difference = max((p - q).abs().max().item() for p, q in zip(
+        ours_released.A.parameters(), released.A.parameters(), strict=True))
+
+    results = compare({"released step": lambda: released(drawn["released"]),
+                       "ours, --recipe paper": lambda: ours.step(drawn["npc"]),
+                       "ours, --recipe released": lambda: ours_released.step(drawn["npc"]),
+                       "plain CLIP step, ours": lambda: baseline.step(drawn["clip"])},
+                      args.device, options.rounds, draw)
+    u_image, u_text, length = np.mean(sizes, axis=0)
+    image_share = tower_cost(model, args, int(length))
+    u = image_share * u_image + (1 - image_share) * u_text
+    seconds = results["ours, --recipe paper"]["median"]
+    clip_steps = seconds / results["plain CLIP step, ours"]["median"]
+    allowed = 1.15 * (2 + 4 * u) / 3
+    flops = counter.get_total_flops()
+    floor = flops / matrix_rate(args.device, options.compute_dtype)
+    show(f"Training step, {noise:.0%} noise, batch {args.batch_size}", results, "released step")
+    print(f"\nu is {u_image:.2f} for images, {u_text:.2f} for captions, {u:.2f} weighted by cost "
+          f"(an image is {image_share:.0%} of a pair); captions are cut at {length:.0f} tokens. "
+          f"Ours (paper) costs {clip_steps:.2f} plain CLIP steps, where 1.15 (2 + 4u)/3 is "
+          f"{allowed:.2f}, and does {args.batch_size / seconds:.1f} pairs/s. Floor: {floor:.3f} s "
+          f"({flops / 1e9:.0f} GFLOP at the measured matrix rate). After one step the parameters "
+          f"of the released recipe and of the transcription differ by {difference:.1e} at most.")
+    return {**results, "u_image": u_image, "u_text": u_text, "u": u, "clip_steps": clip_steps,
+            "allowed_clip_steps": allowed, "floor": floor, "difference": difference}
+
+
+def bench_bank(options):
+    """The memory bank: our build, and the released one's two passes over all captions."""
+    args = options.run
+    run = Run(args)
+    model = run.precision.prepare(new_model(args))
+    rng = np.random.default_rng(args.seed)
+    pairs = make_pairs(options.bank_images, model.visual.input_resolution, rng)
+
+    def ours():
+        features = embed_pairs(model, pairs, args, run.precision, normalise=False)
+        bank_from_features(*features, model.logit_scale, pairs, args, log=lambda message: None)
+
+    def released():
+        for _ in range(2):
+            with run.precision.autocast():
+                released_features(model, pairs, args)
+
+    results = compare({"released, both passes": released, "ours, whole bank": ours}, args.device,
+                      options.rounds)
+    show(f"Memory bank of {len(pairs)} pairs", results, "released, both passes")
+    return results
+
+
+def bench_eval(options):
+    """The metric on 5,000 images x 25,000 captions: ours, and two argsorts of the dense matrix."""
+    device = options.run.device
+    generator = torch.Generator().manual_seed(options.run.seed)
+    images = F.normalize(torch.randn(5000, 512, generator=generator), dim=1)
+    noise = torch.randn(25000, 512, generator=generator)
+    texts = F.normalize(images.repeat_interleave(5, dim=0) + 0.35 * noise, dim=1)
+    image_of = torch.arange(25000) // 5
+    images, texts, image_of = images.to(device), texts.to(device), image_of.to(device)
+    scores = {}
+    results = compare(
+        {"released": lambda: scores.update(released=released_metric(images.cpu(), texts.cpu(), 5)),
+         "ours": lambda: scores.update(ours=recalls(images, texts, image_of))},
+        device, options.rounds)
+    show("Metric, 5,000 x 25,000", results, "released")
+    same = np.abs(np.array(list(scores["ours"].values())[:6]) - scores["released"]).max()
+    print(f"\nThe six recalls differ by {same:.1e} points at most.")
+    return results
+
+
+def bench_loader(options):
+    """Reading a step's images: ours without and with a warm cache, and three decodes a pair."""
+    args = options.run
+    rng = np.random.default_rng(args.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        (root / "images").mkdir()
+        names = [f"{i}.jpg" for i in range(options.loader_images)]
+        for name in names:  # smooth textures, so that a file has about the size of COCO's
+            small = rng.integers(0, 256, (60, 80, 3), dtype=np.uint8)
+            picture = Image.fromarray(small).resize((640, 480), Image.Resampling.BICUBIC)
+            picture.save(root / "images" / name, quality=90)
+        size = sum((root / "images" / name).stat().st_size for name in names) / len(names)
+        preprocess = clip.Preprocess(224)
+        n = len(names) * CAPTIONS
+        cached = data.Images(root, names, preprocess, str(root / "cache"))
+        for k in range(len(names)):
+            cached[k]
+        pairs = {cache: data.Pairs(images, names, np.arange(n) // CAPTIONS, [""] * n, np.arange(n),
+                                   caption_tokens(n, rng), root)
+                 for cache, images in (("off", data.Images(root, names, preprocess)),
+                                       ("warm", cached))}
+        bank = make_bank(pairs["off"], 0.2, rng)
+        batches = rng.permutation(n)[: n // args.batch_size * args.batch_size]
+        batches = batches.reshape(-1, args.batch_size).tolist()[:4]
+
+        def ours(cache):
+            loader = DataLoader(data.StepDataset(pairs[cache], bank), sampler=batches,
+                                batch_size=None, num_workers=args.num_workers)
+            return lambda: [step.images.items for step in loader]
+
+        loader = DataLoader(ReleasedPairs(pairs["off"], bank), batch_sampler=batches,
+                            num_workers=args.num_workers)
+        results = compare({"three decodes a pair": lambda: list(loader),
+                           "ours, no cache": ours("off"), "ours, warm cache": ours("warm")},
+                          torch.device("cpu"), options.rounds)
+    show(f"Loader, 20% noise, 4 steps of {args.batch_size}, {args.num_workers} workers",
+         results, "three decodes a pair")
+    print(f"\n{len(names)} synthetic JPEGs of 640 x 480, {size / 1e3:.0f} kB each.")
+    return results
+
+
+def tower_cost(model, args, length):
+    """FLOPs of an image / FLOPs of an image and a caption of `length` tokens."""
+    shape = (1, 3, model.visual.input_resolution, model.visual.input_resolution)
+    costs = []
+    for encoder, items in ((model.encode_image, torch.zeros(shape, device=args.device)),
+                           (model.encode_text, torch.ones(1, length, dtype=torch.int32,
+                                                          device=args.device))):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            encoder(items)
+        costs.append(counter.get_total_flops())
+    return costs[0] / sum(costs)
+
+
+def new_model(args):
+    """A model with random weights, of the architecture of `--vision_model`."""
+    torch.manual_seed(args.seed)
+    return clip.CLIP(**clip.architecture(args.vision_model)).to(args.device).eval()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], epilog="Other options are "
+                                     "main_NPC.py's: --batch_size, --device, --precision, ...")
+    parser.add_argument("--only", nargs="+", choices=("step", "bank", "eval", "loader"),
+                        default=["step", "bank", "eval", "loader"], help="what to measure")
+    parser.add_argument("--noise", nargs="+", type=float, default=[0.2, 0.6],
+                        help="noise ratios of the steps")
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds")
+    parser.add_argument("--bank_images", type=int, default=60,
+                        help="images of the bank, 5 pairs each")
+    parser.add_argument("--loader_images", type=int, default=200, help="images of the loader")
+    parser.add_argument("--json", help="write the results to this file")
+    options, words = parser.parse_known_args()
+    options.words = ["--vision_model", "ViT-B/32", "--lr", "2e-7", *words]
+    options.run = parse_args("npc", options.words)
+    amp = {"amp_bf16": torch.bfloat16, "amp_fp16": torch.float16, "fp16": torch.float16}
+    options.compute_dtype = amp.get(options.run.precision, torch.float32)
+    machine = (torch.cuda.get_device_name() if options.run.device.type == "cuda"
+               else f"{platform.machine()} CPU, {torch.get_num_threads()} threads")
+    print(f"{options.run.vision_model}, random weights, {options.run.precision}, {machine}, torch "
+          f"{torch.__version__}, Python {platform.python_version()}, {options.rounds} rounds")
+
+    results = {}
+    if "step" in options.only:
+        results["step"] = {str(noise): bench_step(options, noise) for noise in options.noise}
+    for name, bench in (("bank", bench_bank), ("eval", bench_eval), ("loader", bench_loader)):
+        if name in options.only:
+            results[name] = bench(options)
+    if options.json:
+        Path(options.json).write_text(json.dumps(results, indent=1, default=float))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,315 @@
+"""The commands on small data sets: what they write, and what equals what."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_dataset, tree
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import clip
+import construct_noise
+import get_memorybank
+import main_CLIP
+import main_NPC
+from params import parse_args
+from utils.layout import read_lines
+from utils.losses import one_step_anti_noise_weights
+
+SCORES = {"i2t_R@1", "i2t_R@5", "i2t_R@10", "t2i_R@1", "t2i_R@5", "t2i_R@10", "mean_R1", "rsum"}
+COMMON = ["--vision_model", "tiny", "--device", "cpu", "--num_workers", "0", "--batch_size", "16"]
+TRAINING = [*COMMON, "--noise_ratio", "0.4", "--epochs", "2", "--lr", "1e-3", "--warmup", "2",
+            "--display", "1"]
+PAIRS, STEPS = 60, 3  # 48 of the 60 pairs are drawn in an epoch
+
+
+def checkpoint(path):
+    return clip.read_checkpoint(path)
+
+
+def records(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def weights(folder):
+    with np.load(folder / "weights.npz", allow_pickle=False) as data:
+        assert data.files == ["w"]
+        return data["w"]
+
+
+def same_tensors(a, b):
+    assert a.keys() == b.keys()
+    return all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Runs of the commands on one f30k data set, each made when first asked for: name -> folder."""
+    place = tmp_path_factory.mktemp("trained")
+    data = make_dataset(place / "data", "f30k")
+
+    def run(name, main, *more):
+        main([*data.options, *TRAINING, "--checkpoint_path", str(place), "--experiments", name,
+              *map(str, more)])
+        return place / name
+
+    clip_folder = run("clip", main_CLIP.main)
+    npc_folder = run("npc", main_NPC.main)
+    return SimpleNamespace(data=data, run=run, clip=clip_folder, npc=npc_folder, place=place)
+
+
+@pytest.fixture(scope="module")
+def bank(trained):
+    """The bank that main_NPC.py built."""
+    with np.load(trained.data.root / "annotations/frozen_memory_bank/0.4_mbank.npz") as data:
+        arrays = {key: data[key] for key in data.files}
+    return SimpleNamespace(**{**arrays, "info": json.loads(arrays["info"].tobytes())})
+
+
+# ---- what a run writes --------------------------------------------------------------------------
+
+
+def test_training_writes_its_files_and_no_others(trained):
+    own = {"epoch1.pt", "epoch2.pt", "best.pt", "log.txt", "log.jsonl", "options.json"}
+    for folder, more in ((trained.clip, set()), (trained.npc, {"weights.npz"})):
+        files = tree(folder)
+        events = {file for file in files if file.startswith("events.out.tfevents")}
+        assert len(events) == 1 and files - events == own | more
+
+
+def test_training_makes_the_noise_file_and_the_bank_that_are_missing(trained, datasets):
+    made = tree(trained.data.root) - tree(datasets["f30k"].root)
+    assert made == {"annotations/scan_split/0.4_noise_train_caps.txt",
+                    "annotations/frozen_memory_bank/0.4_mbank.npz"}
+
+
+@pytest.mark.parametrize("name", ["CLIP", "NPC"])
+def test_checkpoints_hold_weights_optimiser_and_origin(trained, name):
+    folder = trained.clip if name == "CLIP" else trained.npc
+    for epoch in (1, 2):
+        content = checkpoint(folder / f"epoch{epoch}.pt")
+        assert content["epoch"] == epoch and content["name"] == name
+        assert content["optimizer"]["param_groups"][0]["weight_decay"] == 0.2
+        assert content["args"]["noise_ratio"] == 0.4
+        model, _ = clip.load(folder / f"epoch{epoch}.pt", device="cpu")
+        assert same_tensors(model.state_dict(), content["state_dict"])
+    assert ("siamese_optimizer" in content) == (name == "NPC")
+
+
+@pytest.mark.parametrize("name, parts", [
+    ("clip", {"loss", "grad_norm"}),
+    ("npc", {"loss", "batch_loss", "weighted_loss", "memory_image_loss", "memory_text_loss",
+             "grad_norm", "w", "w<1"})])
+def test_log_jsonl_has_an_object_per_epoch(trained, name, parts):
+    rows = records(getattr(trained, name))
+    assert [row["epoch"] for row in rows] == [1, 2]
+    for row in rows:
+        assert row.keys() >= {"epoch", "lr", "dev"} | parts
+        assert all(np.isfinite(row[part]) for part in parts)
+        assert row["dev"].keys() == SCORES
+        dev = row["dev"]
+        assert dev["mean_R1"] == pytest.approx((dev["i2t_R@1"] + dev["t2i_R@1"]) / 2)
+        assert dev["rsum"] == pytest.approx(sum(v for k, v in dev.items() if "@" in k))
+    if name == "npc":
+        for row in rows:
+            memory = row["memory_image_loss"] + row["memory_text_loss"]
+            assert row["loss"] == pytest.approx(row["weighted_loss"] + memory, rel=1e-5)
+            assert 0 < row["w"] <= 1 and 0 <= row["w<1"] <= 1
+
+
+def test_best_is_the_epoch_of_the_best_mean_recall(trained):
+    for folder in (trained.clip, trained.npc):
+        scores = [row["dev"]["mean_R1"] for row in records(folder)]
+        best = 2 if scores[1] >= scores[0] else 1
+        assert checkpoint(folder / "best.pt")["epoch"] == best
+
+
+def test_weights_are_there_exactly_where_a_pair_was_drawn(trained):
+    w = weights(trained.npc)
+    assert w.shape == (2, PAIRS) and w.dtype == np.float32
+    for epoch, row in enumerate(w):
+        drawn = np.random.default_rng([99, epoch]).permutation(PAIRS)[:48]
+        assert set(np.flatnonzero(~np.isnan(row))) == set(drawn)
+        assert (row[drawn] > 0).all() and (row[drawn] <= 1).all()
+        assert np.nanmean(row) == pytest.approx(records(trained.npc)[epoch]["w"], abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["clip", "npc"])
+def test_tensorboard_has_losses_rate_and_scores(trained, name):
+    folder = getattr(trained, name)
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    tags = set(events.Tags()["scalars"])
+    assert tags >= {"train/loss", "train/lr", "train/grad_norm", "dev/i2t_R@1", "dev/mean_R1"}
+    assert len(events.Scalars("train/lr")) == 2 * STEPS
+    rates = [event.value for event in events.Scalars("train/lr")]
+    cosine = [0.5e-3 * (1 + np.cos(np.pi * t / 4)) for t in range(4)]
+    assert rates == pytest.approx([0.5e-3, 1e-3, *cosine], rel=1e-5)
+    scores = [event.value for event in events.Scalars("dev/mean_R1")]
+    assert scores == pytest.approx([row["dev"]["mean_R1"] for row in records(folder)])
+    if name == "npc":
+        assert tags >= {"train/w", "train/w<1", "train/memory_image_loss", "train/weighted_loss"}
+        assert events.Tags()["histograms"] == ["w"]
+
+
+def test_log_txt_tells_the_epochs_and_the_mixture(trained):
+    text = (trained.npc / "log.txt").read_text(encoding="utf-8")
+    assert text.count("dev R@1") == 2 and text.count("mixture: mean") == 2
+    assert "strict clean set" in text and "precision" in text and "lr" in text
+
+
+# ---- what equals what ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, main", [("clip", main_CLIP.main), ("npc", main_NPC.main)])
+def test_resumed_run_equals_the_uninterrupted_one(trained, name, main):
+    whole = getattr(trained, name)
+    folder = trained.run(f"{name}_resumed", main, "--resume", whole / "epoch1.pt")
+    assert not (folder / "epoch1.pt").exists()
+    old, new = checkpoint(whole / "epoch2.pt"), checkpoint(folder / "epoch2.pt")
+    assert same_tensors(old["state_dict"], new["state_dict"])
+    for optimizer in ("optimizer", "siamese_optimizer"):
+        if optimizer in old:
+            states = old[optimizer]["state"], new[optimizer]["state"]
+            assert all(same_tensors(states[0][k], states[1][k]) for k in states[0])
+    assert records(folder) == records(whole)
+    assert (folder / "best.pt").exists() or old["best_score"] == new["best_score"]
+    if name == "npc":
+        assert np.array_equal(weights(folder), weights(whole), equal_nan=True)
+
+
+def test_npc_without_weights_and_memory_is_clip(trained):
+    folder = trained.run("npc_none", main_NPC.main, "--weighting", "none",
+                         "--memory_loss_weight", 0)
+    ours = checkpoint(folder / "epoch2.pt")["state_dict"]
+    theirs = checkpoint(trained.clip / "epoch2.pt")["state_dict"]
+    first = checkpoint(trained.clip / "epoch1.pt")["state_dict"]
+    for key, value in theirs.items():
+        assert torch.allclose(ours[key], value, atol=2e-5), key
+    assert max((theirs[key] - first[key]).abs().max() for key in theirs) > 5e-4
+    assert (np.nan_to_num(weights(folder), nan=1) == 1).all()
+
+
+def test_fixed_weightings_are_the_bank_s(trained, bank):
+    osa = one_step_anti_noise_weights(torch.from_numpy(bank.cosine), bank.info["beta"]).numpy()
+    for weighting, expected in (("gmm", bank.posterior), ("osa", osa)):
+        folder = trained.run(weighting, main_NPC.main, "--weighting", weighting, "--epochs", 1)
+        w = weights(folder)[0]
+        drawn = ~np.isnan(w)
+        assert drawn.sum() == 48 and np.allclose(w[drawn], expected[drawn], atol=1e-7)
+
+
+def test_released_recipe_trains(trained):
+    folder = trained.run("released", main_NPC.main, "--recipe", "released", "--epochs", 1)
+    row = records(folder)[0]
+    assert row["lr"] == pytest.approx(1e-3, rel=0.01)  # the first stair
+
+
+# ---- evaluation ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout, main", [("f30k", main_CLIP.main), ("cc", main_NPC.main),
+                                          ("coco", main_CLIP.main)])
+def test_eval_scores_a_checkpoint_on_the_test_split(trained, datasets, tmp_path, capsys, layout,
+                                                    main):
+    main(["--eval", "--resume", str(trained.npc / "best.pt"), *datasets[layout].options,
+          "--num_workers", "0", "--device", "cpu", "--checkpoint_path", str(tmp_path)])
+    scores = json.loads((tmp_path / "ex0" / "eval_test.json").read_text())
+    parts = scores.values() if layout == "coco" else [scores]
+    assert layout != "coco" or scores.keys() == {"5K", "1K"}
+    printed = capsys.readouterr().out
+    for part in parts:
+        assert part.keys() == SCORES
+        assert f"{part['rsum']:.2f}" in printed and f"{part['t2i_R@10']:.2f}" in printed
+    assert ("MSCOCO 1K" in printed and "MSCOCO 5K" in printed) == (layout == "coco")
+    assert not list((tmp_path / "ex0").glob("*.pt"))
+
+
+def test_eval_does_not_depend_on_the_size_of_its_batches(trained, tmp_path):
+    results = []
+    for size in ("3", "64"):
+        main_CLIP.main(["--eval", "--resume", str(trained.clip / "epoch1.pt"), "--device", "cpu",
+                        *trained.data.options, "--num_workers", "0", "--eval_batch_size", size,
+                        "--checkpoint_path", str(tmp_path), "--experiments", size])
+        results.append((tmp_path / size / "eval_test.json").read_text())
+    assert results[0] == results[1]
+
+
+# ---- the other commands -------------------------------------------------------------------------
+
+
+def test_construct_noise_command(dataset, capsys):
+    data = dataset("coco")
+    construct_noise.main([*data.options, "--noise_ratio", "0.60", "--seed", "3"])
+    path = data.split_folder / "0.6_noise_train_caps.txt"
+    clean, noisy = data.lines("train_caps.txt"), read_lines(path)
+    assert sorted(noisy) == sorted(clean) and noisy != clean
+    changed = sum(a != b for a, b in zip(clean, noisy, strict=True))
+    said = capsys.readouterr().out
+    assert str(path) in said and f"60 captions, {changed} of them" in said
+
+
+@pytest.mark.parametrize("layout", ["coco", "cc"])
+def test_memory_bank_command_takes_a_trained_checkpoint(trained, dataset, layout, capsys):
+    data = dataset(layout)
+    options = [*data.options, "--device", "cpu", "--num_workers", "0", "--noise_ratio", "0.2"]
+    get_memorybank.main([*options, "--resume", str(trained.npc / "best.pt")])
+    said = capsys.readouterr().out
+    assert "mixture" in said and "strict clean set" in said and "precision" in said
+    with np.load(data.root / "annotations/frozen_memory_bank/0.2_mbank.npz") as arrays:
+        n = len(data.lines("train_caps.txt"))
+        assert arrays["image_entry"].shape == (12,) and arrays["caption_entry"].shape == (n,)
+        assert arrays["clean"][arrays["caption_entry"]].all()
+
+
+def test_memory_bank_command_writes_the_authors_format(trained, dataset):
+    data = dataset("cc")
+    get_memorybank.main([*data.options, *COMMON, "--format", "released"])
+    images = np.load(data.root / "annotations/memory_bank/0_mbank_img_idx.npy", allow_pickle=True)
+    assert set(images.item()) == set(data.ids["train"])
+    main_NPC.main([*data.options, *COMMON, "--batch_size", "12", "--epochs", "1",
+                   "--checkpoint_path", str(data.root.parent)])
+    assert not (data.root / "annotations/frozen_memory_bank").exists()
+
+
+def test_bank_command_says_when_the_strict_clean_set_is_too_small(dataset, capsys):
+    data = dataset("cc")
+    get_memorybank.main([*data.options, *COMMON, "--clean_threshold", "0.9999999",
+                         "--min_clean", "0.99"])
+    assert "warning: only" in capsys.readouterr().out
+    with np.load(data.root / "annotations/frozen_memory_bank/0_mbank.npz") as arrays:
+        assert arrays["clean"].sum() == 12
+
+
+@pytest.mark.parametrize("module", [main_NPC, main_CLIP, get_memorybank, construct_noise])
+def test_help_names_every_option_with_its_default(module, capsys):
+    with pytest.raises(SystemExit) as caught:
+        module.main(["--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    for option in ("--dataset", "--dataset_root", "--num_anns", "--noise_ratio", "--seed"):
+        assert option in text
+    if module is not construct_noise:
+        for option in ("--vision_model", "--resume", "--batch_size", "--num_workers", "--precision",
+                       "--eval_batch_size", "--context_length", "--recipe", "--device"):
+            assert option in text
+    if module in (main_NPC, main_CLIP):
+        for option in ("--epochs", "--lr", "--checkpoint_path", "--experiments", "--eval", "--name",
+                       "--display", "--dev_length", "--warmup", "--beta1", "--beta2", "--eps",
+                       "--weight_decay"):
+            assert option in text
+    if module is main_NPC:
+        for option in ("--weighting", "--memory_loss_weight", "--clean_threshold", "--min_clean"):
+            assert option in text
+    assert "(default: 99)" in text
+
+
+def test_the_readme_s_command_lines_parse():
+    args = parse_args("npc", "--batch_size 256 --epochs 5 --lr 2e-7 --vision_model ViT-B/32 "
+                      "--noise_ratio 0.2 --num_anns 5 --dataset_root PATH --dataset coco "
+                      "--checkpoint_path PATH --device cpu".split())
+    assert (args.batch_size, args.lr, args.num_anns, args.precision) == (256, 2e-7, 5, "fp32")
+    assert (args.recipe, args.weighting, args.memory_loss_weight) == ("paper", "npc", 1)
+    assert (args.beta1, args.beta2, args.eps, args.weight_decay) == (0.9, 0.98, 1e-6, 0.2)

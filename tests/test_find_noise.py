@@ -1,0 +1,317 @@
+"""find_noise.py: its ranking, what it says about it, the page, and the cleaned data set."""
+
+import base64
+import csv
+import html
+import io
+import re
+import shlex
+import shutil
+import subprocess
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from conftest import tree, write_lines
+from PIL import Image
+
+import find_noise
+import main_CLIP
+from utils.layout import read_captions
+
+CHROMIUM = shutil.which("chromium")
+FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--hide-scrollbars",
+         "--disable-background-networking", "--disable-component-update", "--disable-sync",
+         "--host-resolver-rules=MAP * ~NOTFOUND", "--window-size=1200,1600"]
+EVIL = ("<script>document.title='owned'</script> "
+        '"><img src=x onerror="document.title=\'owned\'"> &amp;')
+
+
+def embedding(data, spread):
+    """Stands in for the model: captions lie near the image that they belong to in the clean file,
+    `spread` (0: on it) away from it."""
+    own = dict(zip(data.lines("train_caps.txt"), np.repeat(data.ids["train"], data.num_anns),
+                   strict=True))
+    rng = np.random.default_rng(0)
+    place = {image_id: rng.normal(size=16) for image_id in data.ids["train"]}
+
+    def embed_pairs(model, pairs, args, precision, normalise):
+        texts = dict(zip(pairs.text_of, pairs.captions, strict=True))
+        images = [place[image_id] for image_id in pairs.image_ids]
+        texts = [place[own[texts[k]]] + spread * rng.normal(size=16) for k in range(len(texts))]
+        return tuple(torch.tensor(np.array(x), dtype=torch.float32) for x in (images, texts))
+
+    return embed_pairs
+
+
+@pytest.fixture
+def find(tmp_path, monkeypatch, capsys):
+    """Run find_noise.py on a data set; returns what it printed and the rows of the CSV file. With a
+    `spread` the features are made ones, without it those of a small random model."""
+
+    def run(data, *more, spread=None):
+        if spread is not None:
+            monkeypatch.setattr(find_noise, "embed_pairs", embedding(data, spread))
+        find_noise.main([*data.options, "--vision_model", "tiny", "--num_workers", "0", "--device",
+                         "cpu", "--out", str(tmp_path / "out"), *map(str, more)])
+        with open(tmp_path / "out" / "suspicious_pairs.csv", encoding="utf-8", newline="") as f:
+            return capsys.readouterr().out, list(csv.DictReader(f))
+
+    return run
+
+
+@pytest.fixture
+def fails(find, capsys):
+    """Run find_noise.py where it must fail; returns its one line on stderr."""
+
+    def run(*args, **kwargs):
+        with pytest.raises(SystemExit) as stop:
+            find(*args, **kwargs)
+        error = capsys.readouterr().err
+        assert stop.value.code == 2
+        assert error.startswith("error: ") and error.count("\n") == 1
+        return error
+
+    return run
+
+
+def page(tmp_path):
+    return tmp_path / "out" / "suspicious_pairs.html"
+
+
+def wrong_lines(data, ratio):
+    """Pairs whose caption is none of their image's, told from the two caption files alone."""
+    clean, noisy = data.lines("train_caps.txt"), data.lines(f"{ratio}_noise_train_caps.txt")
+    k = data.num_anns
+    own = [clean[i // k * k :][:k] for i in range(len(clean))]
+    return {i for i, caption in enumerate(noisy) if caption not in own[i]}
+
+
+# ---- the ranking --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("score", ["loss", "cosine", "osa"])
+def test_wrong_pairs_come_first(dataset, find, score):
+    data = dataset()
+    out, rows = find(data, "--noise_ratio", 0.4, "--score", score, spread=0.1)
+    wrong = wrong_lines(data, 0.4)
+    assert len(wrong) > 10
+    assert {int(row["pair"]) for row in rows[: len(wrong)]} == wrong
+    assert [int(row["rank"]) for row in rows] == list(range(1, 61))
+    assert sorted(int(row["pair"]) for row in rows) == list(range(60))
+    scores = [float(row["score"]) for row in rows]
+    assert scores == sorted(scores, reverse=score == "loss")
+    assert re.search(r"AUC 1.000, average precision 1.000, .*suspicious 1.000", out)
+
+    noisy = data.lines("0.4_noise_train_caps.txt")
+    for row in rows:
+        i, j = int(row["pair"]), int(row["clean_pair"])
+        assert row["caption"] == noisy[i] and row["clean_caption"] == noisy[j]
+        assert row["image"] == data.name(data.ids["train"][i // 5])
+        assert row["clean_image"] == data.name(data.ids["train"][j // 5])
+        assert j not in wrong
+        assert (float(row["posterior"]) < 0.5) == (i in wrong)
+        assert j == i or i in wrong or float(row["posterior"]) < 0.95  # clean ones are their own
+
+
+def test_printed_measures(dataset, find):
+    data = dataset()
+    out, rows = find(data, "--noise_ratio", 0.4, "--score", "cosine", spread=4)
+    wrong = wrong_lines(data, 0.4)
+    marks = np.array([int(row["pair"]) in wrong for row in rows])
+    score = np.array([float(row["score"]) for row in rows])
+    m, n = marks.sum(), len(marks)
+    auc = np.mean([(a < b) + (a == b) / 2 for a in score[marks] for b in score[~marks]])
+    hits = np.flatnonzero(marks) + 1  # in the order from most to least suspicious
+    share = 1 - np.mean([float(row["posterior"]) for row in rows])
+    taken = round(share * n)
+    assert 0.6 < auc < 0.99
+    for said in (f"{m} of {n} pairs are wrong", f"AUC {auc:.3f}", f"share: {share:.1%}",
+                 f"average precision {np.mean(np.arange(1, m + 1) / hits):.3f}",
+                 f"mean noise rank {np.mean(n + 1 - hits):.1f}",
+                 f"optimum {np.mean(np.arange(n - m + 1, n + 1)):.1f}, chance {(n + 1) / 2:.1f}",
+                 f"precision of the {taken} most suspicious {marks[:taken].mean():.3f}"):
+        assert said in out, said
+
+
+def test_mean_weight_of_a_run(dataset, find, tmp_path):
+    data = dataset("cc")
+    w = np.ones((3, 12), np.float32)
+    w[:, 4] = 0.2, np.nan, 0.4
+    w[:, 7] = np.nan, np.nan, 0.1
+    w[:, 9] = np.nan
+    np.savez(tmp_path / "weights.npz", w=w)
+    out, rows = find(data, "--score", "npc", "--weights", tmp_path / "weights.npz")
+    assert [int(row["pair"]) for row in rows[:2]] == [7, 4]
+    assert [row["score"] for row in rows[:2]] == ["0.1", "0.3"]
+    assert (rows[-1]["pair"], rows[-1]["score"]) == ("9", "")
+    assert "1 of 12 pairs have no weight" in out
+    assert page(tmp_path).read_text().count("<article") == 11
+    assert "Against" not in out  # nothing was shuffled
+
+
+def all_alike(dataset):
+    """A data set of twelve times the same pair: the mixture cannot tell its components apart."""
+    data = dataset("cc")
+    write_lines(data.split_folder / "train_caps.txt", ["the same"] * 12)
+    write_lines(data.split_folder / "train_ids.txt", [data.ids["train"][0]] * 12)
+    return data
+
+
+def test_identical_pairs(dataset, find, tmp_path):
+    data = all_alike(dataset)
+    _, rows = find(data)
+    assert [int(row["pair"]) for row in rows] == list(range(12))
+    assert "nan" not in page(tmp_path).read_text()
+
+
+def test_errors(dataset, fails, tmp_path):
+    data = dataset("cc")
+    np.savez(tmp_path / "other.npz", w=np.ones((3, 11)))
+    np.savez(tmp_path / "empty.npz", w=np.full((3, 12), np.nan))
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "other.npz").read_bytes()[:100])
+    for name, said in (("other", "11 pairs"), ("empty", "no weight"), ("cut", "broken"),
+                       ("absent", "No such file")):
+        assert said in fails(data, "--score", "npc", "--weights", tmp_path / f"{name}.npz")
+    assert "--weights" in fails(data, "--score", "npc")
+    assert "--weights" in fails(data, "--weights", tmp_path / "other.npz")
+    (tmp_path / "file").write_text("")
+    assert "cannot write" in fails(data, "--out", tmp_path / "file")
+
+
+# ---- the page -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def evil_page(dataset, find, tmp_path):
+    """A page of a data set with hostile captions and odd images, and the rows of the CSV file."""
+    data = dataset("cc")
+    captions = data.lines("train_caps.txt")
+    captions[3], captions[5] = EVIL, 'a "quoted", comma\u202e and </q></article>'
+    write_lines(data.split_folder / "train_caps.txt", captions)
+    images = [data.root / "images" / data.name(image_id) for image_id in data.ids["train"]]
+    for k, (mode, form) in enumerate([("CMYK", "JPEG"), ("P", "PNG"), ("I;16", "PNG"),
+                                      ("RGBA", "WEBP"), ("LA", "PNG"), ("P", "GIF")]):
+        Image.new(mode, (90, 50), 1).save(images[k], form)
+    Image.new("RGB", (50, 90), (255, 0, 255)).save(images[6], "PNG")
+    out, rows = find(data, "--worst", 11)
+    return page(tmp_path), rows
+
+
+def test_page_is_whole_and_escaped(evil_page):
+    path, rows = evil_page
+    text = path.read_text(encoding="utf-8")
+    assert text.count("<article") == 11
+    assert text.count("<script") == 1 and text.count("</q>") == 22
+    assert not re.search(r"https?:|//[a-z]|<link|@import|url\(", text)
+    shown = [html.unescape(q) for q in re.findall(r"<q [^>]*>(.*?)</q>", text)]
+    assert shown[::2] == [row["caption"] for row in rows[:11]]  # the others: the best captions
+    pictures = re.findall(r'src="data:image/jpeg;base64,([^"]+)"', text)
+    assert len(pictures) == 22
+    for data in pictures:
+        with Image.open(io.BytesIO(base64.b64decode(data))) as image:
+            assert image.convert("RGB").size == (160, 160)
+
+
+def test_what_the_model_would_rather(dataset, find, tmp_path):
+    data = dataset()
+    find(data, "--noise_ratio", 0.4, "--worst", 5, spread=0.1)
+    truth = dict(zip(data.lines("train_caps.txt"),
+                     [data.name(i) for i in data.ids["train"] for _ in range(5)], strict=True))
+    for card in page(tmp_path).read_text(encoding="utf-8").split("<article")[1:]:
+        own, best = (html.unescape(q) for q in re.findall(r"<q [^>]*>(.*?)</q>", card))
+        file, best_file = re.findall(r'class="file">(.*?)<', card)
+        assert truth[own] != file  # the worst pairs are wrong, and marked so
+        assert '"mark">wrong' in card
+        assert truth[best] == file and truth[own] == best_file
+
+
+def chromium(*args):
+    return subprocess.run([CHROMIUM, *FLAGS, *args], capture_output=True, text=True, timeout=60,
+                          check=True).stdout
+
+
+def dom(path, tmp_path, fragment=""):
+    """The page as a browser has it after its scripts have run."""
+    return chromium(f"--user-data-dir={tmp_path}/profile", "--dump-dom",
+                    f"{path.as_uri()}#{fragment}")
+
+
+def visible(text):
+    """Captions of the pairs that are shown."""
+    cards = re.findall(r"<article([^>]*)>(.*?)</article>", text, re.DOTALL)
+    return [html.unescape(re.search(r"<q [^>]*>(.*?)</q>", body)[1]) for attributes, body in cards
+            if "hidden" not in attributes]
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
+def test_page_in_a_browser(evil_page, tmp_path):
+    path, rows = evil_page
+    plain = dom(path, tmp_path)
+    assert "<title>Suspicious pairs</title>" in plain
+    assert visible(plain) == [row["caption"] for row in rows[:11]]
+    assert "showing 11 of 11" in plain
+
+    low, high = float(rows[7]["score"]) - 1e-3, float(rows[2]["score"]) + 1e-3
+    some = dom(path, tmp_path, f"min={low}&max={high}")
+    assert visible(some) == [row["caption"] for row in rows[2:8]]
+    assert "showing 6 of 11" in some
+    found = visible(dom(path, tmp_path, "text=SRC%3DX+ONERROR"))  # in either caption of a card
+    cards = plain.split("<article")[1:]
+    assert len(found) == sum("src=x onerror" in card for card in cards) < 11 and EVIL in found
+    assert visible(dom(path, tmp_path, "text=no+such+words")) == []
+
+    chromium(f"--user-data-dir={tmp_path}/profile", f"--screenshot={tmp_path}/page.png",
+             f"{path.as_uri()}#text=x")
+    with Image.open(tmp_path / "page.png") as image:
+        colours = Counter(map(tuple, np.asarray(image.convert("RGB")).reshape(-1, 3).tolist()))
+    magenta = sum(n for (r, g, b), n in colours.items() if r > 240 and g < 15 and b > 240)
+    assert magenta > 3000  # the picture of this colour is there
+
+
+# ---- the cleaned data set -----------------------------------------------------------------------
+
+
+def train(printed, tmp_path):
+    """Train with the command that find_noise.py printed; returns the log."""
+    words = shlex.split(re.search(r"python main_CLIP.py (.*)", printed)[1])
+    main_CLIP.main([*words, "--vision_model", "tiny", "--epochs", "1", "--batch_size", "4",
+                    "--num_workers", "0", "--device", "cpu", "--warmup", "1", "--checkpoint_path",
+                    str(tmp_path), "--experiments", "run"])
+    return (tmp_path / "run" / "log.txt").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("layout", ["f30k", "coco", "cc", "pairs"])
+def test_cleaned_data_can_be_trained_on(dataset, find, tmp_path, layout):
+    data = dataset("f30k" if layout == "pairs" else layout)
+    data.options[1] = layout
+    clean = tmp_path / "my clean data"
+    out, rows = find(data, "--noise_ratio", 0.4, "--write_clean", clean, "--batch_size", 20)
+    kept = sorted(int(row["pair"]) for row in rows if float(row["posterior"]) >= 0.5)
+    assert 2 < len(kept) < len(rows)
+    folder = clean / "annotations" / "scan_split"
+    noisy = data.lines("0.4_noise_train_caps.txt")
+    assert read_captions(folder / "train_caps.txt") == [noisy[i] for i in kept]
+    assert f"train: {len(kept)} captions" in train(out, tmp_path)
+    for source in data.split_folder.glob("[dti]*_*.txt"):
+        if "train" not in source.name:
+            assert (folder / source.name).read_bytes() == source.read_bytes()
+
+
+def test_cleaned_data_with_five_captions_each(dataset, find, tmp_path):
+    data = dataset()
+    out, _ = find(data, "--keep_above", 0, "--write_clean", tmp_path / "clean")
+    folder = tmp_path / "clean" / "annotations" / "scan_split"
+    for name in ("train_caps.txt", "train_ids.txt"):
+        assert (folder / name).read_bytes() == (data.split_folder / name).read_bytes()
+    assert out.rstrip().endswith("--num_anns 5")
+    assert "60 captions of 12 images" in train(out, tmp_path)
+
+
+def test_cleaned_data_is_neither_empty_nor_over_other_data(dataset, fails, tmp_path):
+    data = all_alike(dataset)
+    before = tree(data.root)
+    assert "not an empty folder" in fails(data, "--write_clean", data.root)
+    assert "keeps 0 of 12" in fails(data, "--write_clean", tmp_path / "new", "--keep_above", 0.9)
+    assert tree(data.root) == before and not (tmp_path / "new").exists()

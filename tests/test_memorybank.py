@@ -1,0 +1,517 @@
+"""The memory bank against double loops over features, and its files."""
+
+import argparse
+import io
+import json
+import math
+import pickle
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import Lookup, pairs_for, tree
+
+import get_memorybank
+from get_memorybank import (
+    build_bank,
+    clean_posterior,
+    losses_in_batches,
+    memory_bank,
+    nearest,
+    nearest_clean,
+    strict_clean_set,
+)
+from utils.errors import InputError
+from utils.losses import pair_losses
+from utils.memorybank import MemoryBank, bank_path, load_bank, save_bank, save_released
+from utils.precision import Precision
+
+FP32 = Precision("fp32", torch.device("cpu"))
+N_IMAGES, PER_IMAGE = 12, 5
+N = N_IMAGES * PER_IMAGE
+
+
+def options(**changes):
+    values = {"eval_batch_size": 7, "num_workers": 0, "device": torch.device("cpu"), "seed": 3,
+              "batch_size": N, "recipe": "paper", "clean_threshold": 0.9, "min_clean": 0.02,
+              "vision_model": "lookup", "resume": None, "noise_ratio": 0.4}
+    return argparse.Namespace(**{**values, **changes})
+
+
+def example(noise=0.4, repeats=True, seed=0):
+    """(model, pairs): features in which a caption lies near its image, and some captions at a wrong
+    image. With `repeats` some captions occur several times."""
+    rng = np.random.default_rng(seed)
+    image_of, text_of = np.arange(N) // PER_IMAGE, np.arange(N)
+    if repeats:
+        text_of[[1, 8, 33]] = text_of[[0, 7, 2]]
+        text_of = np.unique(text_of, return_inverse=True)[1]
+        order = dict.fromkeys(text_of.tolist())
+        text_of = np.array([list(order).index(row) for row in text_of])
+    images = rng.normal(size=(N_IMAGES, 16))
+    source = np.empty(text_of.max() + 1, int)
+    source[text_of[::-1]] = image_of[::-1]
+    texts = images[source] + 0.6 * rng.normal(size=(len(source), 16))
+    texts *= rng.uniform(0.2, 5, (len(source), 1))  # lengths must not matter
+    wrong = rng.random(N) < noise
+    text_of = text_of.copy()
+    text_of[wrong] = rng.permutation(text_of[wrong])
+    pairs = pairs_for(image_of.tolist(), text_of.tolist())
+    pairs.wrong = source[text_of] != image_of
+    return Lookup(torch.from_numpy(images), torch.from_numpy(texts), scale=2.0), pairs
+
+
+def unit(features):
+    return F.normalize(features, dim=1)
+
+
+def brute_nearest(queries, keys, clean):
+    """For each row of queries the pair of the clean set whose row of keys is most similar, the
+    lowest one of equals."""
+    result = []
+    for query in queries:
+        best, entry = -math.inf, None
+        for pair in range(len(clean)):
+            score = float((query * keys[pair]).sum())
+            if clean[pair] and score > best:
+                best, entry = score, pair
+        result.append(entry)
+    return result
+
+
+# ---- the whole bank -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("repeats", [False, True])
+def test_bank_is_that_of_a_double_loop(seed, repeats):
+    model, pairs = example(seed=seed, repeats=repeats)
+    said = []
+    bank = build_bank(model, pairs, options(), FP32, said.append)
+    images, texts = unit(model.images)[pairs.image_of], unit(model.texts)[pairs.text_of]
+
+    losses = pair_losses(images, texts, model.logit_scale)  # of one batch that holds all pairs
+    assert np.allclose(bank.loss, losses, atol=1e-6)
+    info = bank.info
+    low, high = np.argsort(info["means"])
+    density = [info["weights"][k] / math.sqrt(info["variances"][k]) * np.exp(
+        -(losses.numpy() - info["means"][k]) ** 2 / (2 * info["variances"][k])) for k in (0, 1)]
+    posterior = density[low] / (density[low] + density[high])
+    assert np.allclose(bank.posterior, posterior, atol=1e-6)
+    assert (bank.clean == (posterior > 0.9)).all() and 5 < bank.clean.sum() < N
+
+    assert bank.image_entry.tolist() == brute_nearest(unit(model.images), images, bank.clean)
+    expected = brute_nearest(texts, texts, bank.clean)
+    for pair in np.flatnonzero(bank.clean):  # a pair of the set is its own, beside its duplicates
+        assert np.allclose(texts[expected[pair]], texts[pair])
+        expected[pair] = pair
+    assert bank.caption_entry.tolist() == expected
+
+    assert np.allclose(bank.cosine, (images * texts).sum(1), atol=1e-6)
+    assert info["beta"] == pytest.approx(float((images @ texts.T).mean()))
+
+
+def test_bank_has_the_shape_of_the_data():
+    model, pairs = example()
+    bank = build_bank(model, pairs, options(), FP32, lambda _: None)
+    assert bank.image_entry.shape == (N_IMAGES,) and bank.caption_entry.shape == (N,)
+    assert bank.clean[bank.image_entry].all() and bank.clean[bank.caption_entry].all()
+    clean = np.flatnonzero(bank.clean)
+    assert (bank.caption_entry[clean] == clean).all()
+    for image in np.unique(pairs.image_of[clean]):  # the five pairs of an image tie: the lowest
+        assert bank.image_entry[image] == clean[pairs.image_of[clean] == image][0]
+
+
+def test_report_gives_precision_and_recall():
+    model, pairs = example()
+    said = []
+    bank = build_bank(model, pairs, options(), FP32, said.append)
+    right = ~pairs.wrong
+    hits = (bank.clean & right).sum()
+    text = "\n".join(said)
+    assert f"precision {hits / bank.clean.sum():.3f}, recall {hits / right.sum():.3f}" in text
+    assert f"strict clean set: {bank.clean.sum()} of {N} pairs" in text
+    assert text.count("mixture: mean") == 2
+    pairs.wrong, said[:] = None, []
+    build_bank(model, pairs, options(), FP32, said.append)
+    assert "precision" not in "\n".join(said)
+
+
+def test_bank_is_deterministic_and_its_blocks_do_not_matter(monkeypatch):
+    model, pairs = example()
+    first = build_bank(model, pairs, options(batch_size=16), FP32, lambda _: None)
+    monkeypatch.setattr(get_memorybank, "BLOCK", 50)
+    other = options(batch_size=16, eval_batch_size=1000)
+    second = build_bank(model, pairs, other, FP32, lambda _: None)
+    for name in ("image_entry", "caption_entry", "clean"):
+        assert (getattr(first, name) == getattr(second, name)).all()
+    assert np.allclose(first.loss, second.loss, atol=1e-6)
+    assert first.info["means"] == pytest.approx(second.info["means"])
+
+
+def test_batches_of_the_loss_are_random_of_like_size_and_depend_on_the_seed(monkeypatch):
+    model, pairs = example()
+    seen = []
+
+    def spy(*args):
+        seen.append([batch.tolist() for batch in args[-1]])
+        return losses_in_batches(*args)
+
+    monkeypatch.setattr(get_memorybank, "losses_in_batches", spy)
+    for seed in (1, 1, 2):
+        build_bank(model, pairs, options(batch_size=25, seed=seed), FP32, lambda _: None)
+    assert seen[0] == seen[1] != seen[2]
+    assert sorted(map(len, seen[0])) == [20, 20, 20]
+    assert sorted(sum(seen[0], [])) == list(range(N)) != sum(seen[0], [])
+
+
+def test_losses_in_batches_are_losses_of_each_batch():
+    model, pairs = example()
+    images, texts = unit(model.images), unit(model.texts)
+    image_of, text_of = torch.from_numpy(pairs.image_of), torch.from_numpy(pairs.text_of)
+    batches = torch.from_numpy(np.random.default_rng(0).permutation(N)).split(17)
+    losses = losses_in_batches(images, texts, image_of, text_of, model.logit_scale, batches)
+    for batch in batches:
+        expected = pair_losses(images[image_of[batch]], texts[text_of[batch]], model.logit_scale)
+        assert torch.allclose(losses[batch], expected)
+
+
+def test_released_recipe_takes_batches_in_order_and_embeddings_as_long_as_they_are():
+    model, pairs = example()
+    args = options(recipe="released", batch_size=16)
+    bank = build_bank(model, pairs, args, FP32, lambda _: None)
+    images, texts = model.images[pairs.image_of], model.texts[pairs.text_of]
+    for start in range(0, N, 16):
+        rows = slice(start, start + 16)
+        expected = pair_losses(unit(images[rows]), unit(texts[rows]), model.logit_scale)
+        assert np.allclose(bank.loss[rows], expected, atol=1e-6)
+    assert bank.image_entry.tolist() == brute_nearest(unit(model.images), images, bank.clean)
+    assert bank.caption_entry.tolist() == brute_nearest(unit(texts), texts, bank.clean)
+
+
+# ---- the strict clean set -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case, threshold, min_clean, size", [
+    ("threshold too high", 0.9999999, 0.1, 6),
+    ("threshold too high", 0.9999999, 0.0, 2),
+    ("all losses alike", 0.9, 0.1, 6),
+    ("weak model", 0.9, 0.5, 30)])
+def test_small_strict_clean_set_is_the_pairs_of_smallest_loss(case, threshold, min_clean, size):
+    model, pairs = example()
+    if case == "all losses alike":
+        model.images[:] = model.images[0]
+        model.texts[:] = model.texts[0]
+    if case == "weak model":
+        model.texts[:] = torch.randn(model.texts.shape, dtype=torch.float64)
+    said = []
+    args = options(clean_threshold=threshold, min_clean=min_clean)
+    bank = build_bank(model, pairs, args, FP32, said.append)
+    assert bank.clean.sum() == size
+    assert set(np.flatnonzero(bank.clean)) == set(np.argsort(bank.loss, kind="stable")[:size])
+    assert [line for line in said if line.startswith("warning")] and "--min_clean" in "".join(said)
+    assert bank.clean[bank.image_entry].all() and bank.clean[bank.caption_entry].all()
+
+
+@pytest.mark.parametrize("losses", [[0.5] * 9, [0.0] * 9, [1e-9] * 4 + [2e-9] * 5, [1.0, 2.0]])
+def test_mixture_of_hardly_differing_losses_is_finite(losses):
+    losses = np.array(losses)
+    posterior, _ = clean_posterior(losses, seed=0)
+    assert np.isfinite(posterior).all() and posterior.shape == losses.shape
+    clean = strict_clean_set(posterior, losses, 0.9, 0.02)
+    assert clean.sum() >= 2
+
+
+def test_strict_clean_set_is_what_exceeds_the_threshold():
+    posterior = np.array([0.95, 0.9, 0.91, 0.2, 0.0])
+    losses = np.array([5.0, 4.0, 3.0, 2.0, 1.0])
+    assert strict_clean_set(posterior, losses, 0.9, 0.4).tolist() == [True, False, True, False,
+                                                                     False]
+    assert strict_clean_set(posterior, losses, 0.9, 0.41).tolist() == [False, False, True, True,
+                                                                      True]
+    assert strict_clean_set(posterior, np.ones(5), 0.9, 0.41).tolist() == [True, True, True, False,
+                                                                          False]
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_broken_temperature_is_refused(broken):
+    model, pairs = example()
+    model.logit_scale = torch.tensor(broken)
+    with pytest.raises(InputError, match="not finite"):
+        build_bank(model, pairs, options(), FP32, lambda _: None)
+
+
+# ---- the nearest neighbour ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("block", [1, 5, 2**25])
+@pytest.mark.parametrize("seed", range(3))
+def test_nearest_gives_the_lowest_of_equals(monkeypatch, block, seed):
+    monkeypatch.setattr(get_memorybank, "BLOCK", block)
+    rng = np.random.default_rng(seed)
+    queries = torch.from_numpy(rng.integers(-1, 2, (20, 3))).double()  # exact scores, many ties
+    keys = torch.from_numpy(rng.integers(-1, 2, (30, 3))).double()
+    assert nearest(queries, keys).tolist() == brute_nearest(queries, keys, np.ones(30, bool))
+
+
+def test_nearest_looks_beyond_its_first_block_of_keys():
+    keys = torch.zeros(20_000, 2)
+    keys[[9_000, 19_999]] = torch.tensor([1.0, 0.0])
+    keys[15_000] = torch.tensor([0.0, 1.0])
+    assert nearest(torch.eye(2), keys).tolist() == [9_000, 15_000]
+
+
+def test_item_with_clean_pairs_finds_its_own_even_beside_a_twin_of_lower_number():
+    features = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.6, 0.8]])  # two images look alike
+    item_of, clean = np.array([0, 0, 1, 1, 2]), np.array([False, True, False, True, False])
+    assert nearest_clean(features, item_of, clean).tolist() == [1, 3, 1]
+
+
+# ---- files --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def built():
+    model, pairs = example()
+    return build_bank(model, pairs, options(), FP32, lambda _: None), pairs
+
+
+def same(bank, other):
+    return all(np.array_equal(getattr(bank, name), getattr(other, name)) for name in
+               ("image_entry", "caption_entry", "clean", "loss", "posterior", "cosine"))
+
+
+def test_bank_survives_its_file(tmp_path, built):
+    bank, pairs = built
+    path = bank_path(tmp_path, 0.4)
+    save_bank(bank, pairs, path)
+    assert tree(tmp_path) == {"annotations/frozen_memory_bank/0.4_mbank.npz"}
+    loaded, where = load_bank(tmp_path, 0.4, pairs)
+    assert where == path and same(loaded, bank)
+    for name in ("image_entry", "caption_entry", "clean", "loss", "posterior", "cosine"):
+        assert getattr(loaded, name).dtype == getattr(bank, name).dtype
+    assert loaded.info.items() >= bank.info.items()
+
+
+def test_our_file_holds_plain_arrays_and_no_pickle(tmp_path, built, monkeypatch):
+    bank, pairs = built
+    path = bank_path(tmp_path, 0.4)
+    save_bank(bank, pairs, path)
+    with zipfile.ZipFile(path) as archive:
+        for name in archive.namelist():
+            stream = io.BytesIO(archive.read(name))
+            np.lib.format.read_magic(stream)
+            assert not np.lib.format.read_array_header_1_0(stream)[2].hasobject
+
+    def refuse(*_, **__):
+        raise AssertionError("unpickled")
+
+    monkeypatch.setattr(pickle, "load", refuse)
+    monkeypatch.setattr(pickle, "Unpickler", refuse)
+    assert same(load_bank(tmp_path, 0.4, pairs)[0], bank)
+
+
+@pytest.mark.parametrize("spelling", ["0.4", "0.40", ".4", "4e-1"])
+@pytest.mark.parametrize("folder", ["frozen_memory_bank", "memory_bank"])
+def test_bank_is_found_in_both_folders_and_any_spelling_of_its_ratio(tmp_path, built, spelling,
+                                                                     folder):
+    bank, pairs = built
+    save_bank(bank, pairs, tmp_path / "annotations" / folder / f"{spelling}_mbank.npz")
+    assert same(load_bank(tmp_path, 0.4, pairs)[0], bank)
+    assert load_bank(tmp_path, 0.45, pairs) is None
+
+
+def test_there_may_be_no_bank(tmp_path, built):
+    assert load_bank(tmp_path, 0.4, built[1]) is None
+
+
+def test_memory_bank_is_built_once_and_kept(tmp_path):
+    model, pairs = example()
+    args, said = options(dataset_root=tmp_path), []
+    bank = memory_bank(model, pairs, args, FP32, said.append)
+    assert "building" in said[0] and bank_path(tmp_path, 0.4).is_file()
+    encoded = dict(model.encoded)
+    assert same(memory_bank(model, pairs, args, FP32, said.append), bank)
+    assert model.encoded == encoded
+    assert same(bank, build_bank(model, pairs, args, FP32, said.append))
+
+
+def test_a_bank_of_another_model_or_threshold_is_used_with_a_warning(tmp_path):
+    model, pairs = example()
+    memory_bank(model, pairs, options(dataset_root=tmp_path), FP32, lambda _: None)
+    for change in ({"vision_model": "other"}, {"clean_threshold": 0.7}, {"recipe": "released"}):
+        said = []
+        memory_bank(model, pairs, options(dataset_root=tmp_path, **change), FP32, said.append)
+        assert len([x for x in said if x.startswith("warning") and f"--{next(iter(change))}" in x])
+
+
+@pytest.mark.parametrize("change", ["caption", "order", "image"])
+def test_a_bank_of_other_captions_is_refused(tmp_path, built, change):
+    bank, pairs = built
+    save_bank(bank, pairs, bank_path(tmp_path, 0.4))
+    if change == "caption":
+        pairs.captions[7] += "!"
+    elif change == "order":
+        pairs.captions[3], pairs.captions[30] = pairs.captions[30], pairs.captions[3]
+    else:
+        pairs.image_ids[4] = "99"
+    with pytest.raises(InputError, match=r"mbank\.npz was built for other captions than .*caps"):
+        load_bank(tmp_path, 0.4, pairs)
+
+
+@pytest.mark.parametrize("name", ["image_entry", "caption_entry"])
+@pytest.mark.parametrize("value", [-1, N, 10**12])
+def test_a_bank_out_of_range_is_refused(tmp_path, built, name, value):
+    bank, pairs = built
+    getattr(bank, name)[5] = value
+    save_bank(bank, pairs, bank_path(tmp_path, 0.4))
+    with pytest.raises(InputError, match=rf"mbank\.npz points at pair {value}\b.*0 to {N - 1}"):
+        load_bank(tmp_path, 0.4, pairs)
+
+
+def test_a_bank_with_too_few_entries_is_refused(tmp_path, built):
+    bank, pairs = built
+    bank.caption_entry = bank.caption_entry[:-1]
+    save_bank(bank, pairs, bank_path(tmp_path, 0.4))
+    with pytest.raises(InputError, match=f"entries for {N - 1} captions, the data set has {N}"):
+        load_bank(tmp_path, 0.4, pairs)
+
+
+def test_a_bank_that_is_cut_short_or_damaged_is_refused(tmp_path, built):
+    bank, pairs = built
+    path = bank_path(tmp_path, 0.4)
+    save_bank(bank, pairs, path)
+    whole = path.read_bytes()
+    rng = np.random.default_rng(0)
+    for length in (0, 1, 50, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(InputError, match="0.4_mbank.npz"):
+            load_bank(tmp_path, 0.4, pairs)
+    for position in rng.choice(len(whole), 150, replace=False):
+        damaged = bytearray(whole)
+        damaged[position] ^= 1 << rng.integers(8)
+        path.write_bytes(damaged)
+        try:
+            loaded, _ = load_bank(tmp_path, 0.4, pairs)
+        except InputError as error:
+            assert "0.4_mbank.npz" in str(error) and "\n" not in str(error)
+        else:
+            assert same(loaded, bank)  # a byte that does not matter, of a date or the like
+
+
+@pytest.mark.parametrize("content", ["text", "other arrays", "no info", "pickle"])
+def test_a_file_that_is_no_bank_is_refused(tmp_path, built, content):
+    bank, pairs = built
+    path = bank_path(tmp_path, 0.4)
+    path.parent.mkdir(parents=True)
+    arrays = {"image_entry": bank.image_entry, "caption_entry": bank.caption_entry}
+    if content == "text":
+        path.write_text("hello")
+    elif content == "other arrays":
+        np.savez(path, w=np.ones(3), info=np.frombuffer(b"{}", np.uint8))
+    elif content == "no info":
+        np.savez(path, **arrays)
+    else:
+        np.savez(path, **arrays, info=np.array({"a": 1}, dtype=object))
+    with pytest.raises(InputError, match=r"0\.4_mbank\.npz is not a memory bank"):
+        load_bank(tmp_path, 0.4, pairs)
+
+
+# ---- the authors' format ------------------------------------------------------------------------
+
+
+def write_released(root, pairs, bank, value=int, spelling="0.4", folder="memory_bank"):
+    """The two files as the authors' script writes them: pickled dictionaries, string keys."""
+    folder = root / "annotations" / folder
+    folder.mkdir(parents=True, exist_ok=True)
+    images = {str(i): value(e) for i, e in zip(pairs.image_ids, bank.image_entry, strict=True)}
+    captions = {str(i): value(e) for i, e in enumerate(bank.caption_entry)}
+    np.save(folder / f"{spelling}_mbank_img_idx.npy", images)
+    np.save(folder / f"{spelling}_mbank_txt_idx.npy", captions)
+    return folder / f"{spelling}_mbank_img_idx.npy", folder / f"{spelling}_mbank_txt_idx.npy"
+
+
+@pytest.mark.parametrize("folder, spelling", [("memory_bank", "0.4"), ("frozen_memory_bank", ".4")])
+@pytest.mark.parametrize("value", [int, np.int64, np.int32, np.array, lambda e: np.array([[e]])],
+                         ids=["int", "int64", "int32", "array", "array of (1, 1)"])
+def test_authors_bank_is_read(tmp_path, built, value, folder, spelling):
+    bank, pairs = built
+    path, _ = write_released(tmp_path, pairs, bank, value, spelling, folder)
+    loaded, where = load_bank(tmp_path, 0.4, pairs)
+    assert where == path and loaded.posterior is None
+    assert np.array_equal(loaded.image_entry, bank.image_entry)
+    assert np.array_equal(loaded.caption_entry, bank.caption_entry)
+    assert loaded.image_entry.dtype == np.int64
+
+
+def test_authors_bank_that_we_write_is_what_they_read(tmp_path, built):
+    bank, pairs = built
+    paths = save_released(bank, pairs, tmp_path, 0.4)
+    assert tree(tmp_path) == {f"annotations/memory_bank/0.4_mbank_{kind}_idx.npy"
+                              for kind in ("img", "txt")}
+    images, captions = (np.load(path, allow_pickle=True).item() for path in paths)
+    for i in range(N):
+        assert captions[str(i)] == bank.caption_entry[i]
+        assert images[pairs.image_ids[pairs.image_of[i]]] == bank.image_entry[pairs.image_of[i]]
+    assert np.array_equal(load_bank(tmp_path, 0.4, pairs)[0].image_entry, bank.image_entry)
+
+
+def test_our_bank_comes_before_the_authors(tmp_path, built):
+    bank, pairs = built
+    other = MemoryBank(bank.image_entry[::-1].copy(), bank.caption_entry)
+    write_released(tmp_path, pairs, other)
+    save_bank(bank, pairs, bank_path(tmp_path, 0.4))
+    assert same(load_bank(tmp_path, 0.4, pairs)[0], bank)
+
+
+class Harm:
+    def __reduce__(self):
+        return (open, ("harm_was_done", "w"))
+
+
+@pytest.mark.parametrize("payload", [Harm(), {"0": Harm()}, {"0": print}])
+def test_authors_bank_with_code_is_refused_and_not_run(tmp_path, built, payload, monkeypatch):
+    bank, pairs = built
+    monkeypatch.chdir(tmp_path)
+    path, _ = write_released(tmp_path, pairs, bank)
+    array = np.empty((), object)
+    array[()] = payload
+    np.save(path, array)
+    with pytest.raises(InputError, match="refused to run"):
+        load_bank(tmp_path, 0.4, pairs)
+    assert not (tmp_path / "harm_was_done").exists()
+
+
+@pytest.mark.parametrize("broken", ["half", "key", "range", "float", "list", "numbers", "cut"])
+def test_broken_authors_bank_is_refused(tmp_path, built, broken):
+    bank, pairs = built
+    images, captions = write_released(tmp_path, pairs, bank)
+    if broken == "half":
+        captions.unlink()
+    elif broken == "key":
+        np.save(captions, {str(i): 0 for i in range(N - 1)})
+    elif broken == "range":
+        np.save(captions, {str(i): N for i in range(N)})
+    elif broken == "float":
+        np.save(captions, {str(i): 0.5 for i in range(N)})
+    elif broken == "list":
+        np.save(images, np.array([[1, 2], 3], dtype=object))
+    elif broken == "numbers":
+        np.save(images, np.arange(5))
+    else:
+        images.write_bytes(images.read_bytes()[:-40])
+    with pytest.raises(InputError, match=r"0\.4_mbank_(img|txt)_idx\.npy") as caught:
+        load_bank(tmp_path, 0.4, pairs)
+    assert "\n" not in str(caught.value)
+
+
+def test_info_of_the_file_says_how_it_was_made(tmp_path, built):
+    bank, pairs = built
+    path = bank_path(tmp_path, 0.4)
+    save_bank(bank, pairs, path)
+    with np.load(path, allow_pickle=False) as data:
+        info = json.loads(data["info"].tobytes())
+    assert info["seed"] == 3 and info["recipe"] == "paper" and info["vision_model"] == "lookup"
+    assert len(info["fingerprint"]) == 64

@@ -1,0 +1,168 @@
+"""benchmarks/table.py on made runs."""
+
+import csv
+import json
+import re
+from statistics import mean, pvariance, stdev
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from benchmarks import table
+
+OPTIONS = {"dataset": "f30k", "dataset_root": "data", "noise_ratio": 0.2, "seed": 1, "lr": 1e-6,
+           "weighting": "npc", "name": "NPC", "epochs": 2, "resume": None, "eval": False,
+           "vision_model": "ViT-B/32", "batch_size": 256, "num_workers": 0, "experiments": "x"}
+
+
+def scores(first):
+    """An eval_test.json whose i2t R@1 is `first`, the others 1, 2, ... above it."""
+    made = {metric: first + k for k, metric in enumerate(table.METRICS)}
+    return {**made, "mean_R1": first + 1.5, "rsum": sum(made.values())}
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Make the folder of a finished run; returns its path."""
+
+    def make(folder, first, **options):
+        folder = tmp_path / folder
+        folder.mkdir(parents=True)
+        options = {**OPTIONS, **options}
+        (folder / "options.json").write_text(json.dumps(options))
+        made = scores(first)
+        if options["dataset"] == "coco":
+            made = {"1K": scores(first + 10), "5K": made}
+        (folder / "eval_test.json").write_text(json.dumps(made))
+        (folder / "log.jsonl").write_text("".join(
+            json.dumps({"epoch": e, "dev": {"mean_R1": 50 - e}}) + "\n" for e in (1, 2)))
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def tables(tmp_path, capsys):
+    """Run the command; returns the Markdown, the rows of the CSV file, and the figure's size."""
+
+    def make(*args):
+        out = tmp_path / "out"
+        table.main([*map(str, args), "--out", str(out)])
+        text = (out / "tables.md").read_text(encoding="utf-8")
+        assert text in capsys.readouterr().out
+        with open(out / "tables.csv", encoding="utf-8", newline="") as f:
+            rows = list(csv.DictReader(f))
+        with Image.open(out / "r1_over_noise.png") as image:
+            return text, rows, image.size
+
+    return make
+
+
+def line(text, *cells):
+    """The cells of the one Markdown line that starts with `cells`."""
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
+    found, = [own for own in lines if own[: len(cells)] == list(cells)]
+    return found
+
+
+def test_mean_and_deviation_over_seeds(run, tables):
+    firsts = 70.0, 72.5, 71.0
+    folders = [run(f"r{k}", first, seed=k, num_workers=k) for k, first in enumerate(firsts)]
+    text, rows, _ = tables(*folders, run("other", 60, noise_ratio=0.6), folders[0])
+    assert line(text, "20 %", "NPC")[2:4] == ["3", f"{mean(firsts):.1f} ± {stdev(firsts):.1f}"]
+    assert line(text, "60 %", "NPC")[2:] == ["1", "60.0", "61.0", "62.0", "63.0", "64.0", "65.0",
+                                             "375.0"]
+    row, = [r for r in rows if (r["noise_ratio"], r["seeds"]) == ("0.2", "3")]
+    assert float(row["t2i_R@5"]) == pytest.approx(mean(firsts) + 4, abs=1e-3)
+    assert float(row["rsum"]) == pytest.approx(6 * mean(firsts) + 15, abs=1e-3)
+    assert float(row["rsum std"]) == pytest.approx(6 * stdev(firsts), abs=1e-3)
+    assert line(text, "NPC", "20 %, 60 %")[2] == f"{pvariance([mean(firsts), 60]):.2f}"
+    assert line(text, str(folders[0]))[1:6] == ["20 %", "0", "2 of 2", "1", "49.0"]
+
+
+def test_published_rows(run, tables):
+    text, rows, _ = tables(run("f", 70), run("c", 70, dataset="coco"), run("cc", 70, dataset="cc",
+                                                                           noise_ratio=0))
+    # the paper's own figures for Flickr30K
+    assert line(text, "NPC (published)", "0 %, 20 %, 40 %, 60 %")[2] == "3.61"
+    assert line(text, "CLIP (published)", "0 %, 20 %, 40 %, 60 %")[2] == "56.40"
+    assert line(text, "real", "NPC (published)")[3:] == ["71.1", "92.0", "96.2", "73.0", "90.5",
+                                                         "94.8", "517.6"]
+    one_k, five_k = text.split("### MSCOCO")[1:]
+    assert line(one_k, "50 %", "NPC (published)")[3:] == ["78.5", "95.0", "98.1", "64.1", "89.6",
+                                                          "98.1\\*", "–"]
+    assert "wrong one" in one_k and "\\*" not in five_k
+    assert line(one_k, "20 %", "NPC")[3] == "80.0" and line(five_k, "20 %", "NPC")[3] == "70.0"
+    published = [row for row in rows if row["published"] == "1"]
+    assert len(published) == 30
+    for row in published:
+        assert (row["t2i_R@10"] == "") == (row["table"] == "MSCOCO 1K")
+
+    text, rows, _ = tables(run("again", 70), "--no_published")
+    assert "(published)" not in text and len(rows) == 1
+
+
+def test_methods_are_told_apart_by_their_options(run, tables):
+    text, rows, _ = tables(run("a", 70), run("b", 71, lr=2e-6), run("c", 72, weighting="none"),
+                           run("d", 60, name="CLIP", lr=5e-7), "--no_published")
+    assert {row["method"] for row in rows} == {
+        "NPC, lr 1e-06, weighting npc", "NPC, lr 2e-06, weighting npc",
+        "NPC, lr 1e-06, weighting none", "CLIP"}
+
+
+def test_initial_checkpoints_of_each_seed_are_one_method(run, tables):
+    folders = [run(f"r{seed}", 70, seed=seed, vision_model=f"seed{seed}/best.pt")
+               for seed in (1, 2)]
+    assert line(tables(*folders)[0], "20 %", "NPC")[2] == "2"
+
+
+def test_folders_of_eval_alone(run, tables, tmp_path):
+    trained, zero_shot = run("trained", 70), run("zero", 40)
+    (trained / "options.json").rename(tmp_path / "trained.json")
+    tested = trained / "tested"
+    for folder, resume in ((tested, trained / "epoch2.pt"), (zero_shot, None)):
+        folder.mkdir(exist_ok=True)
+        (folder / "eval_test.json").write_text(json.dumps(scores(70 if resume else 40)))
+        (folder / "options_eval.json").write_text(json.dumps(
+            {**OPTIONS, "noise_ratio": 0, "eval": True, "resume": resume and str(resume)}))
+    (tmp_path / "trained.json").rename(trained / "options.json")
+    (zero_shot / "options.json").unlink()
+    np.savez(trained / "weights.npz", w=np.array([[0.5, np.nan], [0.75, 1]], np.float32))
+    text, _, _ = tables(tested, zero_shot)
+    assert line(text, "20 %", "NPC")[3] == "70.0"
+    assert line(text, "–", "zero-shot")[3] == "40.0"
+    assert line(text, str(tested))[6] == "0.750"  # of the run it tests
+
+
+def test_figure_has_a_row_for_each_table(run, tables):
+    *_, one = tables(run("a", 70))
+    *_, three = tables(run("b", 70), run("c", 70, dataset="coco"))
+    assert one[0] == three[0] and three[1] == pytest.approx(3 * one[1], abs=3)
+
+
+@pytest.mark.parametrize("spoil, said", [
+    (lambda r: (r / "eval_test.json").unlink(), "--eval --resume"),
+    (lambda r: (r / "eval_test.json").write_text('{"i2t_R@1": 3'), "not JSON"),
+    (lambda r: (r / "eval_test.json").write_text('{"i2t_R@1": 3}'), "lacks i2t_R@5"),
+    (lambda r: (r / "log.jsonl").write_text("{"), "log.jsonl: not JSON"),
+    (lambda r: (r / "options.json").unlink(), "options_eval.json"),
+    (lambda r: (r / "weights.npz").write_text("none"), "weights.npz: broken"),
+])
+def test_broken_runs(run, capsys, tmp_path, spoil, said):
+    folder = run("broken", 70)
+    spoil(folder)
+    check_error(capsys, tmp_path, [folder], said)
+
+
+def test_the_same_seed_twice(run, capsys, tmp_path):
+    folders = [run("a", 70), run("b", 71)]
+    check_error(capsys, tmp_path, folders, "same seed 1")
+
+
+def check_error(capsys, tmp_path, folders, said):
+    with pytest.raises(SystemExit) as stop:
+        table.main([*map(str, folders), "--out", str(tmp_path / "out")])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and re.match("error: .*\n$", error) and said in error
+    assert not (tmp_path / "out").exists()
