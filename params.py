@@ -1,7 +1,10 @@
 """Every option of every command: its meaning, its default, its check."""
 
 import argparse
+import difflib
 import os
+import re
+import sys
 
 import torch
 
@@ -13,11 +16,29 @@ WEIGHTINGS = ("npc", "none", "gmm", "osa")
 SCORES = ("loss", "cosine", "osa", "npc")
 
 
+FIRST_STEPS = {
+    "npc": """\
+Train on noisy pairs:  python main_NPC.py --dataset coco --dataset_root DIR --noise_ratio 0.2
+Score a checkpoint:    python main_NPC.py --eval --resume CKPT --dataset coco --dataset_root DIR
+Your own pairs:        python dataset/prepare_pairs.py --help, then --dataset pairs
+No data at hand?       make demo (a few minutes on a CPU, it draws its own)
+All options:           python main_NPC.py --help; how DIR must look: dataset/README.md
+"""}
+FIRST_STEPS["clip"] = FIRST_STEPS["npc"].replace("main_NPC.py", "main_CLIP.py")
+
+
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line."""
+    """argparse whose errors are one line, with the nearest option or choice to a mistyped one."""
 
     def error(self, message):
-        self.exit(2, f"error: {message} ({self.prog} --help lists the options)\n")
+        words = re.findall(r"[\w.@/-]+", message.split("(choose from")[0])
+        choices = list(self._option_string_actions)
+        if "(choose from" in message:
+            words, choices = words[-1:], re.findall(r"[\w.@/-]+", message.split("(choose from")[1])
+        near = [match for word in words if word not in choices
+                for match in difflib.get_close_matches(word, choices, 1)]
+        hint = f"did you mean {near[0]}? " if near else ""
+        self.exit(2, f"error: {message} ({hint}{self.prog} --help lists the options)\n")
 
 
 def parse_args(command, argv=None):
@@ -26,6 +47,8 @@ def parse_args(command, argv=None):
     Returns a namespace with defaults filled in (`device` is a torch.device). Bad values end the
     program with one line on stderr and status 2.
     """
+    if command in FIRST_STEPS and not (sys.argv[1:] if argv is None else argv):
+        sys.exit(FIRST_STEPS[command].rstrip())
     parser = Parser(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
                     description={"npc": "Train or evaluate NPC.",
                                  "clip": "Train or evaluate the CLIP baseline.",
