@@ -107,6 +107,8 @@ class Demo:
             *(testing(method.script, seed, folder, f"{run}/{files[c]}", f"{run}/{c}")
               for c in CHECKPOINTS),
         ])
+        for checkpoint in (folder / run).glob("*.pt"):  # tested, and tens of megabytes each
+            checkpoint.unlink()
 
     def execute(self, folder, what, tested, commands):
         """Run `commands`, unless exactly these are finished, and show the score in folder/tested.

@@ -144,7 +144,7 @@ def test_adamw_rounds_every_operation_to_half():
     assert state["exp_avg"].dtype == state["exp_avg_sq"].dtype == torch.float16
     for ours, expected in ((state["exp_avg"], m), (state["exp_avg_sq"], v),
                            (model.values.detach(), w)):
-        assert (ours.float() == expected).float().mean() > 0.98  # 0.05 if the fused one steps
+        assert (ours.float() == expected).float().mean() > 0.98  # fused: 0.13
 
 
 def test_only_half_weights_give_up_the_fused_adamw():
@@ -194,7 +194,7 @@ def test_a_step_changes_half_weights_whose_half_ulp_is_below_the_rate():
         expected = 100 * (spacing(weights, torch.float16) / 2 < lr).double().mean().item()
         assert kept["changed in step 1 %"] == pytest.approx(expected, abs=0.5)
         assert kept["zero v %"] == 0
-        assert steps_kept(weights, slopes, [lr], torch.float32)["changed in all %"] > 99
+        assert steps_kept(weights, slopes, [lr], torch.float32)["changed in total %"] > 99
     assert 100 > expected > 80
 
 

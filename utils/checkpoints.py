@@ -2,8 +2,8 @@
 
 `epoch{N}.pt` after each epoch and `step{S}.pt` in between hold `epoch` (epochs done), `step`
 (optimiser steps done), `name`, `state_dict`, the optimisers, the gradient scaler, `args` (options),
-`data` (fingerprint of the training pairs), `best_score` and `history` (see utils.training). The
-order of the pairs depends on seed and epoch alone and nothing else is random, so that there is no
+`data` (a hash of the training pairs and memory entries), `best_score`, `best_epoch` and `history`
+(see utils.training). The order of the pairs depends on seed and epoch alone and nothing else is random, so that there is no
 random state to keep. They are read by clip.read_checkpoint, which runs no code of theirs.
 """
 
@@ -20,6 +20,9 @@ from utils.files import atomic_write
 STEP_FILES_KEPT = 2  # the newest may turn out broken after a crash of the machine
 MEANING = ("dataset", "noise_ratio", "num_anns", "context_length", "batch_size", "recipe", "seed",
            "weighting", "memory_loss_weight")  # options that make it another run
+STATE = {"epoch": int, "step": int, "args": dict, "data": str, "best_score": float,
+         "best_epoch": int, "scaler": dict, "history": dict}
+TEMPORARY = tuple(f".{name}" for name in ("epoch", "step", "best.pt", "log.jsonl", "weights.npz"))
 
 
 def save(path, checkpoint):
@@ -55,14 +58,56 @@ def newest(folder, log):
     """Path of the newest intact epoch or step checkpoint of an experiment, None without any.
     Files whose checksums do not fit are passed over with a warning."""
     for path in _by_age(folder, "epoch*.pt", "step*.pt"):
-        try:
-            with zipfile.ZipFile(path) as archive:
-                if archive.testzip() is None:
-                    return path
-        except (OSError, zipfile.BadZipFile):
-            pass
+        if intact(path):
+            return path
         log(f"warning: {path} is damaged; taking the one before")
     return None
+
+
+def intact(path):
+    """Whether the checksums of all parts of a checkpoint of ours fit, which torch does not look
+    at."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except Exception:  # zipfile raises almost anything on a broken archive
+        return False
+
+
+def training_state(checkpoint, path):
+    """The training state in the content of the checkpoint `path`, without the weights; {} if it has
+    none, as those of the authors. Raises InputError when it is incomplete or damaged."""
+    if "history" not in checkpoint:
+        return {}
+    for key, kind in STATE.items():
+        if not isinstance(checkpoint.get(key), kind):
+            raise broken_state(path, f"'{key}' is no {kind.__name__}")
+    if checkpoint["step"] < 0:
+        raise broken_state(path, "'step' is negative")
+    if not intact(path):
+        raise InputError(f"{path} is damaged: its checksums do not fit; take an older checkpoint, "
+                         "as --resume auto does")
+    return {k: v for k, v in checkpoint.items() if k != "state_dict"}
+
+
+def broken_state(path, reason):
+    """The InputError for a checkpoint whose training state is unusable."""
+    reason = " ".join(f"{reason or type(reason).__name__}".split())[:200]
+    return InputError(f"{path} holds no usable training state ({reason}); take another checkpoint, "
+                      "or start from its weights with --vision_model")
+
+
+def load_optimizer(optimizer, saved):
+    """Take up AdamW's moments from a state dict; rates and decays stay those of this run. Raises
+    anything when they do not fit the parameters."""
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            moments = optimizer.state[parameter]
+            if any(moments[k].shape != parameter.shape for k in ("exp_avg", "exp_avg_sq")):
+                raise ValueError("AdamW's moments have other shapes than the parameters")
+            moments["step"].item()
 
 
 def prune(folder, keep):
@@ -73,6 +118,13 @@ def prune(folder, keep):
         old += [p for p in _by_age(folder, "epoch*.pt", "step*.pt")[keep:] if p not in old]
     for path in old:
         path.unlink(missing_ok=True)
+
+
+def clean(folder):
+    """Delete the unfinished files of a run that was killed while it wrote."""
+    for path in Path(folder).glob(".*"):
+        if path.name.startswith(TEMPORARY):
+            path.unlink(missing_ok=True)
 
 
 def plain(args):
@@ -86,7 +138,7 @@ def compare_options(saved, args, force, log):
     now = plain(args)
     ignored = {"resume", "force_resume", "eval", "device", "vision_model"}
     changed = {k: f"--{k} {saved[k]} -> {now[k]}" for k in saved
-               if k in now and k not in ignored and saved[k] != now[k]}
+               if k in now and k not in ignored and str(saved[k]) != str(now[k])}
     if not changed:
         return
     log("options changed since the checkpoint: " + ", ".join(changed.values()))

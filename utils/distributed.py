@@ -108,9 +108,25 @@ def from_main(value):
 
 
 def anyone(flag, device):
-    """Whether `flag` (bool) is set in any process."""
-    if world() == 1:
-        return flag
-    flags = torch.tensor(int(flag), device=device)
-    dist.all_reduce(flags, dist.ReduceOp.MAX)
-    return bool(flags)
+    """Whether `flag` (bool) is set in any process, as a tensor on `device`."""
+    flags = torch.full((), int(flag), dtype=torch.int32, device=device)
+    if world() > 1:
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+    return flags
+
+
+class Later:
+    """A small tensor on its way to the host: whoever reads it a step later never waits for the GPU
+    to finish the step at hand."""
+
+    def __init__(self, tensor):
+        self.host = tensor.to("cpu", non_blocking=True)
+        self.event = torch.cuda.Event() if tensor.is_cuda else None
+        if self.event:
+            self.event.record()
+
+    def get(self):
+        """The tensor, on the CPU."""
+        if self.event:
+            self.event.synchronize()
+        return self.host

@@ -47,8 +47,12 @@ class Run:
             return
         tqdm.write(message)
         if self.folder:
-            with open(self.folder / "log.txt", "a", encoding="utf-8") as f:
-                f.write(f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S} {message}\n")
+            path = self.folder / "log.txt"
+            try:
+                with open(path, "a", encoding="utf-8") as f:
+                    f.write(f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S} {message}\n")
+            except OSError as error:
+                raise InputError(f"cannot write {path}: {error.strerror}") from error
 
     def load_model(self):
         """(model, preprocess): `--vision_model`, with the weights of `--resume` if it is given.
@@ -61,7 +65,8 @@ class Run:
             if self.folder is None:
                 raise InputError("--resume auto looks in an experiment's folder, which this "
                                  "command does not have; give the checkpoint's path")
-            path = checkpoints.newest(self.folder, self.log)
+            path = checkpoints.newest(self.folder, self.log) if distributed.is_main() else None
+            path = distributed.from_main(path)
             args.resume = str(path) if path else None
             self.log(f"resuming from {path}" if path else "nothing to resume from: a fresh start")
         if args.resume is None:
@@ -85,9 +90,9 @@ class Run:
                     f"{args.resume} holds {clip.describe(model.config)}, but --vision_model is "
                     f"{clip.describe(expected)}; leave --vision_model out to take what the "
                     "checkpoint holds")
-        if "history" in checkpoint:
-            self.state = {k: v for k, v in checkpoint.items() if k != "state_dict"}
-            args.vision_model = args.vision_model or checkpoint["args"]["vision_model"]
+        self.state = checkpoints.training_state(checkpoint, args.resume)
+        if self.state:
+            args.vision_model = args.vision_model or self.state["args"].get("vision_model")
         args.vision_model = args.vision_model or args.resume
         return model, preprocess
 

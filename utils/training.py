@@ -1,11 +1,14 @@
 """The training loop: schedule, progress, log, weights, dev scores and checkpoints around a step."""
 
+import errno
+import hashlib
 import json
 import math
 import signal
 import sys
 import time
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,9 +16,9 @@ import torch._functorch.config
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from data import retrieval_split
+from data import explain_deaths, retrieval_split
 from utils import checkpoints
-from utils.distributed import anyone, is_main
+from utils.distributed import Later, anyone, is_main, stop, world
 from utils.errors import InputError
 from utils.files import atomic_write
 from utils.memorybank import fingerprint
@@ -71,7 +74,7 @@ def fit(run, model, preprocess, optimizers, loader, step):
     dev = retrieval_split(args, "dev", preprocess, run.log)
     schedule = Schedule(args, run.recipe, len(loader), len(pairs))
     history = History(run, len(pairs))
-    saver = Saver(run, model, optimizers, history, fingerprint(pairs))
+    saver = Saver(run, model, optimizers, history, identity(loader.dataset))
     first_epoch, first_batch = divmod(saver.restore(), len(loader))
     if first_epoch >= args.epochs:
         run.log(f"{args.resume} has done {first_epoch} epochs already: nothing left of --epochs "
@@ -83,7 +86,8 @@ def fit(run, model, preprocess, optimizers, loader, step):
     run.log(f"training: {len(pairs)} pairs, batch size {args.batch_size}, {len(loader)} steps an "
             f"epoch, epochs {first_epoch + 1} to {args.epochs}, {args.precision} on {run.device}")
 
-    with interruptions() as interrupted:
+    with (interruptions(run.device) as interrupted, explain_deaths(pairs.images),
+          explain_full_disk(run.folder)):
         for epoch in range(first_epoch, args.epochs):
             loader.sampler.epoch, loader.sampler.first = epoch, first_batch
             model.train(run.recipe.batch_norm_trains)
@@ -96,11 +100,11 @@ def fit(run, model, preprocess, optimizers, loader, step):
                         group["lr"] = rate
                 done = epoch * len(loader) + index + 1
                 history.add(done, rate, batch, step(batch.to(run.device)))
-                stop = anyone(bool(interrupted), run.device)
+                leaving = interrupted()
                 due = args.save_every and done % args.save_every == 0
-                if (stop or due) and index + 1 < len(loader):
+                if (leaving or due) and index + 1 < len(loader):
                     saver.save(f"step{done}.pt", epoch, done)
-                    if stop:
+                    if leaving:
                         leave(run, f"step {done}")
             first_batch = 0
 
@@ -111,46 +115,73 @@ def fit(run, model, preprocess, optimizers, loader, step):
                     f"{scores['rsum']:.2f}")
             history.record({"epoch": epoch + 1, **record, "lr": rate, "dev": scores})
             saver.save(f"epoch{epoch + 1}.pt", epoch + 1, done, scores["mean_R1"])
-            if anyone(bool(interrupted), run.device) and epoch + 1 < args.epochs:
+            if interrupted(now=True) and epoch + 1 < args.epochs:
                 leave(run, f"epoch {epoch + 1}")
     history.close()
+    stop()
+
+
+def identity(dataset):
+    """What a run is trained on, as a hash (hex): the pairs of a `StepDataset` and, if it has any,
+    their memory entries."""
+    digest = hashlib.sha256(fingerprint(dataset.pairs).encode())
+    if dataset.bank is not None:
+        digest.update(dataset.bank.image_entry.tobytes() + dataset.bank.caption_entry.tobytes())
+    return digest.hexdigest()
 
 
 @contextmanager
-def interruptions():
-    """A list that SIGTERM and SIGINT add to instead of ending the process."""
+def interruptions(device):
+    """SIGTERM and SIGINT no longer end the process: the function given tells whether one came. With
+    several processes it asks all of them, so that all leave at the same step, and its answer is
+    that of its call before, for which no GPU has to be waited for, unless `now`."""
     arrived = []
+    answer = Later(torch.zeros(()))
+
+    def interrupted(now=False):
+        nonlocal answer
+        if world() == 1:
+            return bool(arrived)
+        previous, answer = answer, Later(anyone(bool(arrived), device))
+        return bool((answer if now else previous).get())
+
     before = {number: signal.signal(number, lambda number, _: arrived.append(number))
               for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield arrived
+        yield interrupted
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
 def leave(run, where):
-    """End the process after an interruption."""
+    """End the process after an interruption, once the main process has saved."""
     run.log(f"interrupted after {where}; a checkpoint is saved, --resume auto continues")
+    stop()
     sys.exit(INTERRUPTED)
 
 
+@contextmanager
+def explain_full_disk(folder):
+    """Turn the error of a log file that does not fit on the disk into an InputError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise InputError(f"cannot write to {folder}: {error.strerror}; older checkpoints are "
+                         "intact, --resume auto continues once there is room") from error
+
+
 def progress(loader, args, epoch, first):
-    """The batches of an epoch, behind a bar of pairs; a worker that dies is reported as such."""
+    """The batches of an epoch, behind a bar of pairs."""
     bar = tqdm(total=len(loader) * args.batch_size, initial=first * args.batch_size, unit="pair",
                unit_scale=True, desc=f"epoch {epoch + 1}/{args.epochs}",
                disable=None if is_main() else True)
     with bar:
-        try:
-            for batch in loader:
-                yield batch
-                bar.update(args.batch_size)
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise InputError(f"a process that reads images was killed ({error}); its memory may "
-                             "have run out, or an image crashes the decoder: --num_workers 0 shows "
-                             "which") from error
+        for batch in loader:
+            yield batch
+            bar.update(args.batch_size)
 
 
 class Saver:
@@ -158,30 +189,47 @@ class Saver:
 
     def __init__(self, run, model, optimizers, history, data):
         self.run, self.model, self.optimizers, self.history = run, model, optimizers, history
-        self.data, self.best = data, 0.0
+        self.data, self.best, self.best_epoch = data, 0.0, 0
+        if is_main():
+            checkpoints.clean(run.folder)
 
     def restore(self):
         """Take up the state of the checkpoint that the run continues; returns the steps done."""
         state, args = self.run.state, self.run.args
         if not state:
             return 0
-        missing = [name for name in self.optimizers if name not in state]
-        if missing:
-            raise InputError(f"{args.resume} was trained by another script (it has no "
-                             f"{missing[0]}); start from its weights with --vision_model instead")
+        if {name for name in state if name.endswith("optimizer")} != set(self.optimizers):
+            raise InputError(f"{args.resume} was trained by another script; start from its weights "
+                             "with --vision_model instead")
         checkpoints.compare_options(state["args"], args, args.force_resume, self.run.log)
         if state["data"] != self.data and not args.force_resume:
-            raise InputError(f"{args.resume} was trained on other pairs than --dataset_root has "
-                             "now; start from its weights with --vision_model, or insist with "
-                             "--force_resume")
-        for name, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(state[name])
-        if state["scaler"]:
-            self.run.precision.scaler.load_state_dict(state["scaler"])
-        self.history.load(state["history"])
-        self.best = state["best_score"]
+            raise InputError(f"{args.resume} was trained on other pairs or memory entries than "
+                             "--dataset_root has now; start from its weights with --vision_model, "
+                             "or insist with --force_resume")
+        try:
+            for name, optimizer in self.optimizers.items():
+                checkpoints.load_optimizer(optimizer, state[name])
+            if state["scaler"]:
+                self.run.precision.scaler.load_state_dict(state["scaler"])
+            self.history.load(state["history"])
+        except Exception as error:  # a crafted file can provoke anything
+            raise checkpoints.broken_state(args.resume, error) from error
+        self._take_up_best(state)
         self.run.state = {}  # frees the memory
         return state["step"]
+
+    def _take_up_best(self, state):
+        """Make best.pt what it was when the checkpoint was saved: a run that was killed just then
+        may not have come to it. Without that epoch's file best.pt stays, if there is one."""
+        self.best, self.best_epoch = state["best_score"], state["best_epoch"]
+        if not is_main():
+            return
+        best, target = (Path(self.run.args.resume).with_name(f"epoch{self.best_epoch}.pt"),
+                        self.run.folder / "best.pt")
+        if best.is_file():
+            checkpoints.hard_link(best, target)
+        elif not target.is_file():
+            self.best = 0.0
 
     def save(self, name, epoch, step, score=None):
         """Write a checkpoint after `step` steps and `epoch` epochs; `score`, the dev mean R@1 at an
@@ -190,7 +238,7 @@ class Saver:
         self.history.check()
         best = score is not None and score >= self.best
         if best:
-            self.best = score
+            self.best, self.best_epoch = score, epoch
         if not is_main():
             return
         run = self.run
@@ -200,7 +248,8 @@ class Saver:
             "state_dict": {k: v.detach().cpu() for k, v in self.model.state_dict().items()},
             **{name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
             "scaler": run.precision.scaler.state_dict(), "args": checkpoints.plain(run.args),
-            "data": self.data, "best_score": self.best, "history": self.history.state(),
+            "data": self.data, "best_score": self.best, "best_epoch": self.best_epoch,
+            "history": self.history.state(),
         })
         if best:
             checkpoints.hard_link(path, run.folder / "best.pt")
@@ -215,6 +264,7 @@ class History:
         self.run, self.folder, self.display = run, run.folder, run.args.display
         self.weights = np.full((run.args.epochs, num_pairs), np.nan, np.float32)
         self.lines, self.sums, self.steps, self.writer = [], {}, 0, None
+        self.recent = None
 
     def state(self):
         """Everything that a resumed run needs to go on as if it had not stopped."""
@@ -224,7 +274,7 @@ class History:
 
     def load(self, state):
         """Take up a `state`."""
-        self.lines, self.steps = state["lines"], state["steps"]
+        self.lines, self.steps = list(state["lines"]), int(state["steps"])
         self.sums = {k: v.to(self.run.device) for k, v in state["sums"].items()}
         old = state["weights"].numpy()[: len(self.weights)]
         if old.shape[1] == self.weights.shape[1]:
@@ -247,9 +297,10 @@ class History:
     def add(self, step, rate, batch, numbers):
         """Take in the numbers of a step. They are looked at one step later, so that a GPU is never
         waited for."""
+        pairs = batch.pairs.clone()  # one from a worker would hold a file descriptor for so long
         w = numbers.pop("w", None)
         if w is not None:
-            self.drawn.append((batch.pairs, w))
+            self.drawn.append((pairs, w))
             numbers = {**numbers, "w": w.mean(), "w<1": (w < 1).float().mean()}
         if self.run.precision.scaler.is_enabled():  # which skips a step with infinite gradients
             norm = numbers["grad_norm"]
@@ -259,7 +310,8 @@ class History:
         for name, value in numbers.items():
             self.sums[name] = self.sums.get(name, 0) + value
         self.check()
-        self.recent = (step, batch.pairs, numbers)
+        self.recent = step, pairs, list(numbers), Later(torch.stack(
+            [value.float() for value in numbers.values()]))
         self.steps, self.since = self.steps + 1, self.since + len(batch.pairs)
         if self.steps % self.display == 0:
             self._show(step, rate, batch, numbers)
@@ -269,9 +321,10 @@ class History:
         """Raise InputError if the step before was not finite."""
         if self.recent is None:
             return
-        step, pairs, numbers = self.recent
+        step, pairs, names, values = self.recent
+        numbers = dict(zip(names, values.get().tolist(), strict=True))
         if not (math.isfinite(numbers["loss"]) and math.isfinite(numbers["grad_norm"])):
-            parts = ", ".join(f"{name} {value.item():.4g}" for name, value in numbers.items())
+            parts = ", ".join(f"{name} {value:.4g}" for name, value in numbers.items())
             ids = ", ".join(map(str, pairs.tolist()))
             raise InputError(f"step {step} is not finite: {parts}; lower --lr or use --precision "
                              f"fp32; checkpoints before it are intact; pairs of the batch: {ids}")
@@ -300,10 +353,11 @@ class History:
             self.drawn = []
 
     def finish_epoch(self):
-        """Means over the epoch's steps, by name."""
+        """Means over the epoch's steps, by name; of `skipped` (amp_fp16) the number of steps."""
         self.check()
         self._collect()
-        return {name: total.item() / self.steps for name, total in self.sums.items()}
+        return {name: total.item() / (1 if name == "skipped" else self.steps)
+                for name, total in self.sums.items()}
 
     def record(self, record):
         """Write one epoch's record to log.jsonl and TensorBoard, and the weights so far."""
