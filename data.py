@@ -9,16 +9,22 @@ images (five captions an image) and sometimes captions, so everything here keeps
 and each distinct caption once and refers to it by row.
 """
 
+import atexit
+import functools
+import os
+import re
 import signal
 import warnings
+from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing.sharedctypes import RawArray, RawValue
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from tqdm import tqdm
 
 import clip
@@ -36,6 +42,8 @@ from utils.layout import (
     split_folder,
 )
 
+MAX_WORKERS = 256  # whose current image is known
+
 
 class Images(Dataset):
     """Distinct images of a split; item k is the uint8 crop (3, R, R) that CLIP's preprocessing
@@ -47,6 +55,8 @@ class Images(Dataset):
         if cache != "off":
             paths = [self.folder / name for name in names]
             self.cache = ImageCache(cache, paths, preprocess.resolution)
+        # of each worker process, its pid and 1 + the image that it decodes, 0 between two
+        self.reading = RawArray("q", 2 * MAX_WORKERS)
 
     def __len__(self):
         return len(self.names)
@@ -54,7 +64,9 @@ class Images(Dataset):
     def __getitem__(self, k):
         crop = self.cache.get(k) if self.cache else None
         if crop is None:
+            self._note(k + 1)
             crop = self.decode(k)
+            self._note(0)
             if self.cache:
                 self.cache.put(k, crop)
         return torch.from_numpy(crop)
@@ -71,6 +83,34 @@ class Images(Dataset):
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise InputError(f"image {path} cannot be read ({reason}); replace it, or leave its "
                              "line out of the id and caption files") from error
+
+
+    def _note(self, value):
+        worker = get_worker_info()
+        if worker is not None:
+            slot = 2 * (worker.id % MAX_WORKERS)
+            self.reading[slot : slot + 2] = os.getpid(), value
+
+    def read_by(self, pids):
+        """Paths of the images that these worker processes were decoding last."""
+        slots = zip(self.reading[::2], self.reading[1::2], strict=True)
+        return [self.folder / self.names[k - 1] for pid, k in slots if pid in pids and k]
+
+
+@contextmanager
+def explain_deaths(images):
+    """Turn the error of a worker process that was killed into an InputError that names the image of
+    `Images` which it was decoding."""
+    try:
+        yield
+    except RuntimeError as error:
+        found = re.search(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)", str(error))
+        if not found:
+            raise
+        paths = images.read_by({int(pid) for pid in found[1].split(",")})
+        reason = (f"while it decoded {', '.join(map(str, paths))}: replace that image" if paths
+                  else "between two images: the memory may have run out, use fewer --num_workers")
+        raise InputError(f"a worker process was killed {reason}") from error
 
 
 def first_seen(items):
@@ -276,14 +316,25 @@ def image_loader(args, images):
 
 def _loader(args, dataset, **kwargs):
     workers = min(args.num_workers, len(kwargs.get("sampler", dataset)))
+    if workers:
+        kwargs["worker_init_fn"] = functools.partial(_ignore_signals, _exiting())
     return DataLoader(dataset, num_workers=workers, persistent_workers=workers > 0,
-                      pin_memory=args.device.type == "cuda", worker_init_fn=_own_signals, **kwargs)
+                      pin_memory=args.device.type == "cuda", **kwargs)
 
 
-def _own_signals(_):
-    """Ctrl-C reaches workers too: the main process decides what it means and ends them."""
+@functools.cache
+def _exiting():
+    """A flag, shared with the workers, that is set when this process exits."""
+    flag = RawValue("b", False)
+    atexit.register(setattr, flag, "value", True)
+    return flag
+
+
+def _ignore_signals(exiting, _):
+    """What Ctrl-C or a cluster sends reaches workers too: the main process decides what it means,
+    and ends its workers by SIGTERM when it exits."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, lambda *_: exiting.value and os._exit(0))
 
 
 @command

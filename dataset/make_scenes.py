@@ -59,7 +59,7 @@ DOMAINS = {
             "behind is a {background} surface where {first} lies {relation} {second}",
         ),
         stripe_axis=1,
-        wash=0.2,
+        wash=0.25,
         noise=12.0,
         synonym=0.4,
         swap=0.5,

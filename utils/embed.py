@@ -7,7 +7,7 @@ from torch.utils.data import Subset
 from tqdm import tqdm
 
 import clip
-from data import cut_tokens, image_loader
+from data import cut_tokens, explain_deaths, image_loader
 from utils.distributed import gather, own_below, rank, world
 from utils.errors import InputError
 
@@ -83,7 +83,8 @@ def embed_pairs(model, pairs, args, precision, normalise=True):
     own_texts = order[rank() % len(order) :: world()]
     with precision.autocast():
         images, texts = [], []
-        with tqdm(total=len(own_images), desc="images", unit="img", disable=None) as bar:
+        with (tqdm(total=len(own_images), desc="images", unit="img", disable=None) as bar,
+              explain_deaths(pairs.images)):
             for batch in image_loader(args, Subset(pairs.images, own_images)):
                 images.append(encode_image(batch.to(args.device, non_blocking=True)))
                 bar.update(len(batch))

@@ -6,14 +6,19 @@ data set gets a new one, and runs that share a data set share its cache. Every i
 checksum, written after it: what an interrupted or crashed run left half-written is decoded again.
 """
 
+import contextlib
 import hashlib
 import os
+import tempfile
+import time
 import zlib
 from pathlib import Path
 
 import numpy as np
 
 from utils.errors import InputError
+
+STALE = 3600  # seconds after which an unfinished file is taken for that of a killed run
 
 
 class ImageCache:
@@ -38,18 +43,27 @@ class ImageCache:
         total = len(self) * (self.size + 8)
         if self.path.is_file() and self.path.stat().st_size == total:
             return
-        temporary = self.path.with_name(f"{self.path.name}.{os.getpid()}")
+        temporary = None
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(temporary, "wb") as f:
+            self.path.unlink(missing_ok=True)  # one of another length is damaged
+            for old in self.path.parent.glob(f".{self.path.name}.*"):
+                with contextlib.suppress(OSError):
+                    if time.time() - old.stat().st_mtime > STALE:
+                        old.unlink()
+            descriptor, temporary = tempfile.mkstemp(prefix=f".{self.path.name}.",
+                                                     dir=self.path.parent)
+            with os.fdopen(descriptor, "wb") as f:
                 if hasattr(os, "posix_fallocate"):  # so that no later write finds a full disk
                     os.posix_fallocate(f.fileno(), 0, total)
                 f.truncate(total)
-            os.replace(temporary, self.path)  # of two runs at once the later one's file stays
+            take_name(temporary, self.path)
         except OSError as error:
-            temporary.unlink(missing_ok=True)
             raise InputError(f"cannot make the image cache {self.path} of {total / 1e9:.1f} GB: "
                              f"{error.strerror}; choose another --image_cache or off") from error
+        finally:
+            if temporary is not None:
+                Path(temporary).unlink(missing_ok=True)
 
     def __len__(self):
         return self.shape[0]
@@ -59,7 +73,11 @@ class ImageCache:
 
     def _open(self):
         if self.files is None:
-            descriptor = os.open(self.path, os.O_RDWR)
+            try:
+                descriptor = os.open(self.path, os.O_RDWR)
+            except OSError as error:
+                raise InputError(f"cannot open the image cache {self.path}: {error.strerror}; "
+                                 "choose another --image_cache or off") from error
             crops = np.memmap(self.path, np.uint8, "r", 0, self.shape)
             sums = np.memmap(self.path, np.uint64, "r", len(self) * self.size, (len(self),))
             self.files = descriptor, crops, sums
@@ -84,6 +102,20 @@ class ImageCache:
     def missing(self):
         """Number of images that no run has stored yet."""
         return int((self._open()[2] == 0).sum())
+
+
+def take_name(temporary, path):
+    """Give the file `temporary` the name `path` unless another run has just taken it, whose file
+    then stays: both share it. Where there are no hard links the later one's stays."""
+    umask = os.umask(0)
+    os.umask(umask)
+    os.chmod(temporary, 0o666 & ~umask)
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        pass
+    except OSError:
+        os.replace(temporary, path)
 
 
 def checksum(crop):

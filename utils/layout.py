@@ -10,13 +10,14 @@
 """
 
 import os
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 from utils.errors import InputError
 from utils.files import atomic_write
 
 SPLITS = ("train", "dev", "test")
 BANK_FOLDERS = ("frozen_memory_bank", "memory_bank")  # ours and the README's; the released code's
+MAX_LINE = 10_000  # bytes
 DATASETS = {  # captions per id in train_caps.txt; None: whatever the two files add up to
     "coco": 5,  # MSCOCO
     "f30k": 5,  # Flickr30K
@@ -33,12 +34,21 @@ def split_folder(root):
 def read_lines(path):
     """Lines of a UTF-8 text file as a list of str, each stripped of white space at both ends.
 
-    Raises InputError when the file is absent, unreadable, not UTF-8, or holds a NUL byte.
+    Raises InputError when the file is absent, unreadable, not UTF-8, or holds a NUL byte or a line
+    that is too long.
     """
     path = Path(path)
+    data = bytearray()
     try:
+        if path.exists() and not path.is_file():
+            raise InputError(f"{path} is no file")
         with open(path, "rb") as f:
-            data = f.read()
+            while piece := f.readline(MAX_LINE + 2):
+                if len(piece) == MAX_LINE + 2 and b"\r" not in piece:
+                    line = data.count(b"\n") + 1
+                    raise InputError(f"{path}, line {line}: longer than {MAX_LINE:,} bytes; "
+                                     "shorten it, the text tower sees 77 tokens of a caption")
+                data += piece
     except FileNotFoundError:
         raise InputError(f"{path} does not exist; --dataset_root must be a folder with "
                          "annotations/scan_split/ and images/ (README, 'Data')") from None
@@ -109,12 +119,13 @@ def image_names(root, dataset, ids):
     path = split_folder(root) / "image_name.txt"
     names = None if dataset == "coco" else read_lines(path)
     for line, name in enumerate(names or [], 1):
-        if not name or Path(name).is_absolute() or ".." in Path(name).parts:
+        windows = PureWindowsPath(name)  # knows both kinds of slashes
+        if not name or windows.root or ".." in windows.parts:
             raise InputError(f"{path}, line {line}: '{name}' is not a file name inside the images "
                              "folder")
     result = []
     for image_id in ids:
-        if not (image_id.isascii() and image_id.isdigit()):
+        if not (image_id.isascii() and image_id.isdigit() and len(image_id) < 20):
             raise InputError(f"image id '{image_id}' in {split_folder(root)} is not a number, "
                              f"which --dataset {dataset} expects; is --dataset right?")
         if names is None:
@@ -132,8 +143,9 @@ def require_images(root, names):
     if not folder.is_dir():
         raise InputError(f"{folder} does not exist; the images of the data set belong there")
     here = set(os.listdir(folder))
+    # unlike Path.is_file, os.path.isfile takes names of any length
     missing = [name for name in dict.fromkeys(names)
-               if name not in here and not (folder / name).is_file()]
+               if name not in here and not os.path.isfile(folder / name)]
     if missing:
         first = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
         raise InputError(f"{len(missing)} images are missing from {folder}: {first}")

@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import pickle
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -121,6 +122,13 @@ def _read_released(path, pairs):
                       _entries(captions_path, map(str, range(len(pairs)))))
 
 
+def _numbers(value):
+    """A value of a pickled dictionary as an array."""
+    if isinstance(value, _Array):
+        value = value.value
+    return np.asarray(value) if isinstance(value, int | np.ndarray) else np.empty(0)
+
+
 def _image_keys(pairs):
     """The authors' keys of the images: ids as numbers, without leading zeros."""
     return [str(int(i)) if i.isascii() and i.isdigit() else i for i in pairs.image_ids]
@@ -131,8 +139,8 @@ def _entries(path, keys):
     arrays of one number."""
     try:
         with open(path, "rb") as f:
-            entries = _load_dictionary(f)
-        entries = {str(key): np.asarray(value) for key, value in entries.items()}
+            entries = {str(key): _numbers(value) for key, value in _load_dictionary(f).items()
+                       if isinstance(key, str | int)}
     except FileNotFoundError:
         raise InputError(f"{path} does not exist, but its other half does; a memory bank is two "
                          "files, or run get_memorybank.py") from None
@@ -152,18 +160,46 @@ def _entries(path, keys):
     return np.array(result, np.int64)
 
 
-class _Unpickler(pickle.Unpickler):
-    """Unpickles numbers, strings, dictionaries and numpy arrays of these, and refuses the rest:
-    nothing that a file names is called but numpy's own constructors."""
+class _DType:
+    """Stands for numpy.dtype in a pickle, whose own state could be forged to point anywhere."""
 
-    ALLOWED = {("numpy", "ndarray"), ("numpy", "dtype"),
-               *((f"numpy.{core}.multiarray", name) for core in ("core", "_core")
-                 for name in ("_reconstruct", "scalar"))}
+    def __init__(self, code, *_):
+        self.code, self.order = code, "="
+
+    def __setstate__(self, state):
+        self.order = state[1]
+
+    def read(self, data):
+        """The numbers (k,) in `data`, bytes."""
+        if not re.fullmatch("[iuf][1248]", self.code):
+            raise ValueError(f"holds values of type {self.code}")
+        return np.frombuffer(data, np.dtype(self.code).newbyteorder(self.order))
+
+
+class _Array:
+    """Stands for numpy.ndarray. value: its numbers, flat, or the list of its objects."""
+
+    def __init__(self, *_):
+        self.value = None
+
+    def __setstate__(self, state):
+        _, _, dtype, _, data = state
+        self.value = list(data) if dtype.code == "O8" else dtype.read(data)
+
+
+class _Unpickler(pickle.Unpickler):
+    """Unpickles numbers, strings, dictionaries and numpy arrays of these, and refuses the rest: no
+    function that a file names is called, not even numpy's."""
+
+    NAMES = {("numpy", "ndarray"): _Array, ("numpy", "dtype"): _DType}
+    for core in ("core", "_core"):
+        NAMES[f"numpy.{core}.multiarray", "_reconstruct"] = _Array
+        NAMES[f"numpy.{core}.multiarray", "scalar"] = lambda dtype, data: dtype.read(data)
 
     def find_class(self, module, name):
-        if (module, name) not in self.ALLOWED:
+        if (module, name) not in self.NAMES:
             raise pickle.UnpicklingError(f"refused to run {module}.{name}")
-        return super().find_class(module.replace("numpy.core", "numpy._core"), name)
+        return self.NAMES[module, name]
 
 
 def _load_dictionary(f):
@@ -174,7 +210,7 @@ def _load_dictionary(f):
     shape, _, dtype = read_header(f)
     if shape != () or not dtype.hasobject:
         raise ValueError(f"an array of {dtype} with shape {shape} instead of one dictionary")
-    entries = _Unpickler(f).load().item()
+    (entries,) = _Unpickler(f).load().value
     if not isinstance(entries, dict):
         raise ValueError(f"holds a {type(entries).__name__} instead of a dictionary")
     return entries

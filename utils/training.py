@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from data import explain_deaths, retrieval_split
 from utils import checkpoints
+from utils.diagnostics import show_weights
 from utils.distributed import Later, anyone, is_main, stop, world
 from utils.errors import InputError
 from utils.files import atomic_write
@@ -73,7 +74,7 @@ def fit(run, model, preprocess, optimizers, loader, step):
     args, pairs = run.args, loader.dataset.pairs
     dev = retrieval_split(args, "dev", preprocess, run.log)
     schedule = Schedule(args, run.recipe, len(loader), len(pairs))
-    history = History(run, len(pairs))
+    history = History(run, pairs)
     saver = Saver(run, model, optimizers, history, identity(loader.dataset))
     first_epoch, first_batch = divmod(saver.restore(), len(loader))
     if first_epoch >= args.epochs:
@@ -260,9 +261,10 @@ class Saver:
 class History:
     """What a run writes about itself: log lines, log.jsonl, weights.npz, TensorBoard."""
 
-    def __init__(self, run, num_pairs):
-        self.run, self.folder, self.display = run, run.folder, run.args.display
-        self.weights = np.full((run.args.epochs, num_pairs), np.nan, np.float32)
+    def __init__(self, run, pairs):
+        self.run, self.pairs = run, pairs
+        self.folder, self.display = run.folder, run.args.display
+        self.weights = np.full((run.args.epochs, len(pairs)), np.nan, np.float32)
         self.lines, self.sums, self.steps, self.writer = [], {}, 0, None
         self.recent = None
 
@@ -366,12 +368,10 @@ class History:
             return
         with atomic_write(self.folder / "log.jsonl") as f:
             f.writelines(f"{line}\n" for line in self.lines)
-        drawn = self.weights[self.epoch]
-        drawn = drawn[np.isfinite(drawn)]
-        if len(drawn):
+        if np.isfinite(self.weights[self.epoch]).any():
             with atomic_write(self.folder / "weights.npz", "wb") as f:
                 np.savez_compressed(f, w=self.weights)
-            self.writer.add_histogram("w", drawn, record["epoch"])
+            show_weights(self.writer, record["epoch"], self.weights[self.epoch], self.pairs)
         for name, value in record["dev"].items():
             self.writer.add_scalar(f"dev/{name}", value, record["epoch"])
         self.writer.flush()
