@@ -16,13 +16,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.stats import rankdata
-from sklearn.metrics import average_precision_score, roc_auc_score
 
 import clip
 from data import Images, training_pairs
 from get_memorybank import bank_from_features, nearest
 from params import parse_args
+from utils.diagnostics import noise_measures
 from utils.embed import embed_pairs
 from utils.errors import InputError, command
 from utils.files import atomic_write
@@ -108,21 +107,17 @@ def mean_weights(path, n):
 
 def against_truth(suspicion, wrong, share):
     """How well an order by suspicion (n,), the highest first, has the wrong pairs, (n,) bool, in
-    front: a line of text.
-
-    Mean noise rank: with the pairs sorted from most to least trusted, the mean rank of the wrong
-    ones, where equal ones share theirs; it is at its optimum when all wrong ones come last.
-    """
+    front: a line of text."""
     n, num_wrong = len(wrong), int(wrong.sum())
-    if not 0 < num_wrong < n:
+    measures = noise_measures(suspicion, wrong)
+    if measures is None:
         return f"Against train_caps.txt: {num_wrong} of {n} pairs are wrong, nothing to rank."
     taken = max(1, round(share * n))
     return (f"Against train_caps.txt, {num_wrong} of {n} pairs are wrong: "
-            f"AUC {roc_auc_score(wrong, suspicion):.3f}, "
-            f"average precision {average_precision_score(wrong, suspicion):.3f}, "
-            f"mean noise rank {rankdata(suspicion)[wrong].mean():.1f} "
-            f"(optimum {n - (num_wrong - 1) / 2:.1f}, chance {(n + 1) / 2:.1f}), "
-            f"precision of the {taken} most suspicious {wrong[:taken].mean():.3f}.")
+            f"AUC {measures['auc']:.3f}, average precision {measures['average_precision']:.3f}, "
+            f"mean noise rank {measures['mean_noise_rank']:.1f} (optimum "
+            f"{measures['optimum']:.1f}, chance {measures['chance']:.1f}), precision of the {taken} "
+            f"most suspicious {wrong[:taken].mean():.3f}.")
 
 
 def write_table(f, pairs, bank, order, score):
@@ -178,35 +173,41 @@ def require_new(root):
 
 
 def write_clean(args, pairs, keep, log):
-    """Make the data set --write_clean of the pairs that `keep` (n,) bool names. Its dev and test
-    split are copies, its images/ is a link."""
+    """Make the data set --write_clean of the pairs that `keep` (n,) bool names."""
     if keep.sum() < 2:
         raise InputError(f"--keep_above {args.keep_above} keeps {keep.sum()} of {len(keep)} pairs; "
                          "lower it")
+    counts = write_subset(pairs, keep, args.dataset_root, args.write_clean)
+    log(f"wrote {args.write_clean}: the {keep.sum()} of {len(keep)} pairs with a posterior from "
+        f"{args.keep_above}, on {len(counts)} of {len(pairs.image_ids)} images; train on it with:\n"
+        f"  python main_CLIP.py --dataset {args.dataset} --dataset_root "
+        f"{shlex.quote(args.write_clean)} --num_anns "
+        f"{counts[0] if len(set(counts)) == 1 else 1}")
+
+
+def write_subset(pairs, keep, dataset_root, target):
+    """Make the data set `target` of the pairs of `dataset_root` that `keep` (n,) bool names. Its
+    dev and test split are copies, its images/ is a link. Returns the captions of each image."""
     captions = [[] for _ in pairs.image_ids]
     for i in np.flatnonzero(keep):
         captions[pairs.image_of[i]].append(pairs.captions[i])
     ids = [image_id for image_id, own in zip(pairs.image_ids, captions, strict=True) if own]
     captions = [own for own in captions if own]
-    root = Path(args.write_clean)
+    root = Path(target)
     write_split(root, "train", ids, captions)
     for name in ("image_name.txt", *(f"{split}_{what}.txt" for split in ("dev", "test")
                                      for what in ("ids", "caps"))):
-        source = split_folder(args.dataset_root) / name
+        source = split_folder(dataset_root) / name
         if source.exists():
             with atomic_write(split_folder(root) / name, "wb") as f:
                 f.write(source.read_bytes())
-    images = os.path.realpath(Path(args.dataset_root) / "images")
+    images = os.path.realpath(Path(dataset_root) / "images")
     try:
         os.symlink(images, root / "images")
     except OSError as error:
         raise InputError(f"cannot link {root}/images to {images}: {error.strerror}; copy the "
                          "images there") from error
-    counts = {len(own) for own in captions}
-    log(f"wrote {root}: the {keep.sum()} of {len(keep)} pairs with a posterior from "
-        f"{args.keep_above}, on {len(ids)} of {len(pairs.image_ids)} images; train on it with:\n"
-        f"  python main_CLIP.py --dataset {args.dataset} --dataset_root {shlex.quote(str(root))} "
-        f"--num_anns {counts.pop() if len(counts) == 1 else 1}")
+    return [len(own) for own in captions]
 
 
 if __name__ == "__main__":

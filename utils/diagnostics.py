@@ -1,20 +1,30 @@
-"""What TensorBoard shows of the weights after each epoch: do they tell clean pairs from noisy ones?"""
+"""Do weights or losses tell the wrong pairs? Measures, and what TensorBoard shows of them."""
 
 import textwrap
 
 import numpy as np
 from matplotlib.figure import Figure
-from sklearn.metrics import roc_auc_score
+from scipy.stats import rankdata
+from sklearn.metrics import average_precision_score, roc_auc_score
 
 LOWEST = 10  # pairs in the figure
 
 
-def noise_auc(w, wrong):
-    """Area under the ROC curve of low weights w (n,) as a sign of wrong pairs (n,) bool: 1 if every
-    wrong pair weighs less than every right one, 0.5 for chance, None if all are of one kind."""
-    if wrong.all() or not wrong.any():
+def noise_measures(suspicion, wrong):
+    """How well high values of suspicion (n,) tell the wrong pairs, (n,) bool: a dict of floats,
+    None if all pairs are of one kind.
+
+    `auc`, `average_precision`; `mean_noise_rank`: with the pairs sorted from most to least trusted,
+    the mean rank of the wrong ones, where equal ones share theirs; `optimum` of that, when all
+    wrong ones come last, and `chance`.
+    """
+    n, num_wrong = len(wrong), int(wrong.sum())
+    if not 0 < num_wrong < n:
         return None
-    return roc_auc_score(wrong, -w)
+    return {"auc": roc_auc_score(wrong, suspicion),
+            "average_precision": average_precision_score(wrong, suspicion),
+            "mean_noise_rank": rankdata(suspicion)[wrong].mean(),
+            "optimum": n - (num_wrong - 1) / 2, "chance": (n + 1) / 2}
 
 
 def show_weights(writer, epoch, weights, pairs):
@@ -28,9 +38,9 @@ def show_weights(writer, epoch, weights, pairs):
         for name, kind in (("noisy", wrong), ("clean", ~wrong)):
             if kind.any():
                 writer.add_histogram(f"w/truly_{name}", w[kind], epoch)
-        auc = noise_auc(w, wrong)
-        if auc is not None:
-            writer.add_scalar("noise/auc_of_w", auc, epoch)
+        measures = noise_measures(-w, wrong)
+        if measures:
+            writer.add_scalar("noise/auc_of_w", measures["auc"], epoch)
     lowest = drawn[np.argsort(w, kind="stable")[:LOWEST]]
     writer.add_figure("w/lowest", pairs_figure(pairs, lowest, weights[lowest]), epoch)
 

@@ -1,8 +1,8 @@
 """Errors that a person can mend: one clear line instead of a traceback."""
 
 import functools
-import gc
 import sys
+import traceback
 
 import clip
 
@@ -22,12 +22,11 @@ def command(main):
             # A DataLoader worker wraps the error in its own traceback: the last line is ours.
             message = str(error).strip().splitlines()[-1]
             print(f"error: {message.split('InputError: ', 1)[-1]}", file=sys.stderr)
-            status = 2
+            status, where = 2, error.__traceback__
         except SystemExit as error:
-            status = error.code
-        # Only here are the frames that were left gone, and with them the data loaders: workers that
-        # outlive those until the interpreter ends are killed there, loudly.
-        gc.collect()
+            status, where = error.code, error.__traceback__
+        # End the data loaders now: the interpreter's end would kill their workers, with tracebacks
+        traceback.clear_frames(where)
         sys.exit(status)
 
     return run

@@ -1,0 +1,514 @@
+"""Runs that are interrupted, killed, resumed: the end is that of a run that was left alone."""
+
+import errno
+import functools
+import json
+import math
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_dataset
+from processes import CLIP, NPC, Started, differences, run, save_small
+
+import clip
+from utils import checkpoints, training
+from utils.errors import InputError
+from utils.training import INTERRUPTED
+
+EPOCHS, BATCH, STEPS = 3, 7, 8  # 60 pairs: 8 steps an epoch
+SCRIPTS = {"npc": (NPC, "paper"), "clip": (CLIP, "released")}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A data set and a small model."""
+    data = make_dataset(tmp_path_factory.mktemp("resume") / "data", "f30k")
+    data.model = save_small(data.root / "model.pt")
+    return data
+
+
+def arguments(data, script, logs, *more):
+    return [*data.options, "--vision_model", str(data.model), "--context_length", "12",
+            "--batch_size", str(BATCH), "--epochs", str(EPOCHS), "--lr", "1e-3", "--warmup", "3",
+            "--noise_ratio", "0.4", "--num_workers", "0", "--device", "cpu", "--display", "5",
+            "--recipe", SCRIPTS[script][1], "--checkpoint_path", str(logs), "--experiments", "x",
+            *map(str, more)]
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory):
+    """Folder of each script's run that nothing interrupts."""
+    folders = {}
+    for script, (main, _) in SCRIPTS.items():
+        logs = tmp_path_factory.mktemp(script)
+        run(main, arguments(data, script, logs), logs / "out")
+        folders[script] = logs / "x"
+    return folders
+
+
+@pytest.fixture
+def copied(whole, tmp_path):
+    """Function: a fresh copy of an uninterrupted run; returns its folder."""
+
+    def copy(script="npc"):
+        shutil.copytree(whole[script], tmp_path / "x")
+        return tmp_path / "x"
+
+    return copy
+
+
+def read(path):
+    """The content of a checkpoint but for options that say nothing about the result."""
+    content = clip.read_checkpoint(path)
+    for name in ("resume", "save_every", "keep_checkpoints", "checkpoint_path", "num_workers"):
+        content["args"].pop(name)
+    return content
+
+
+def assert_same(folder, expected, names=("epoch2.pt", "epoch3.pt", "best.pt")):
+    """Both runs ended alike, bit for bit."""
+    for name in names:
+        assert differences(read(folder / name), read(expected / name)) == [], name
+    assert (folder / "log.jsonl").read_text() == (expected / "log.jsonl").read_text()
+    if (expected / "weights.npz").exists():
+        w, w0 = (np.load(f / "weights.npz")["w"] for f in (folder, expected))
+        np.testing.assert_array_equal(w, w0)
+        assert np.isfinite(w).sum() == EPOCHS * STEPS * BATCH
+
+
+def after_step(step, action):
+    """Hook of a process: do something right after an optimiser step."""
+    add = training.History.add
+
+    def add_and_act(self, done, *rest):
+        add(self, done, *rest)
+        if done == step:
+            action()
+
+    training.History.add = add_and_act
+
+
+def signal_group(number):
+    os.killpg(0, number)  # workers are in it too
+
+
+def signalled(step, number):
+    return functools.partial(after_step, step, functools.partial(signal_group, number))
+
+
+# ---- exact resume -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script, step, number, more, resumed_at", [
+    ("npc", 3, signal.SIGTERM, [], 3),
+    ("npc", 8, signal.SIGTERM, [], 8),  # the last step of an epoch: saved with its dev scores
+    ("npc", 12, signal.SIGINT, ["--num_workers", 2], 12),
+    ("clip", 18, signal.SIGTERM, ["--num_workers", 2], 18),
+    ("npc", 14, signal.SIGKILL, ["--save_every", 3], 12),
+    ("clip", 7, signal.SIGKILL, ["--save_every", 2], 6),
+    ("npc", 8, signal.SIGKILL, ["--save_every", 4], 4),  # not saved twice at an epoch's end
+    ("clip", 3, signal.SIGKILL, [], 0),
+])
+def test_resumed_run_ends_where_an_uninterrupted_one_does(
+        data, whole, tmp_path, script, step, number, more, resumed_at):
+    main, _ = SCRIPTS[script]
+    argv = arguments(data, script, tmp_path, "--resume", "auto", *more)
+    status = -number if number == signal.SIGKILL else INTERRUPTED
+    said = run(main, argv, tmp_path / "first", status, signalled(step, number))
+    assert "nothing to resume from" in said
+    place = f"epoch {step // STEPS}" if step % STEPS == 0 else f"step {step}"
+    assert (f"interrupted after {place}; a checkpoint is saved" in said) == (status == INTERRUPTED)
+    assert "Traceback" not in said
+    before = checkpoints.newest(tmp_path / "x", print)
+    assert (clip.read_checkpoint(before)["step"] if before else 0) == resumed_at
+
+    said = run(main, argv, tmp_path / "second")
+    assert (f"resuming from {before}" if before else "nothing to resume from") in said
+    assert_same(tmp_path / "x", whole[script])
+
+
+def test_resume_by_path_continues_in_another_folder(data, whole, tmp_path):
+    """Best scores come along, and so does best.pt where its epoch lies beside the checkpoint."""
+    for epoch in (1, 2):
+        logs = tmp_path / str(epoch)
+        argv = arguments(data, "npc", logs, "--resume", whole["npc"] / f"epoch{epoch}.pt")
+        run(NPC, argv, tmp_path / "out")
+        assert_same(logs / "x", whole["npc"], ["epoch3.pt", "best.pt"])
+
+
+def test_run_killed_between_its_checkpoint_and_best(data, whole, tmp_path):
+    """best.pt is a second name of a finished checkpoint: the resumed run gives it."""
+    hook = functools.partial(dies_at, "hard_link")
+    argv = arguments(data, "npc", tmp_path, "--resume", "auto")
+    run(NPC, argv, tmp_path / "first", -signal.SIGKILL, hook)
+    assert (tmp_path / "x" / "epoch1.pt").exists() and not (tmp_path / "x" / "best.pt").exists()
+    hook = functools.partial(signalled(9, signal.SIGKILL))
+    run(NPC, argv, tmp_path / "second", -signal.SIGKILL, hook)
+    assert differences(read(tmp_path / "x" / "best.pt"), read(whole["npc"] / "epoch1.pt")) == []
+
+
+def dies_at(function):
+    setattr(checkpoints, function, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def test_scores_of_the_reference_tell_epochs_apart(whole):
+    """What the tests compare is not all zero: the loss moves, weights differ, best.pt is chosen."""
+    lines = [json.loads(line) for line in (whole["npc"] / "log.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2, 3]
+    assert len({line["loss"] for line in lines}) == 3
+    w = np.load(whole["npc"] / "weights.npz")["w"]
+    assert len(np.unique(w[np.isfinite(w)])) > 10
+    states = [read(whole["npc"] / f"epoch{k}.pt") for k in (1, 2, 3)]
+    assert "/state_dict/visual.proj" in differences(states[0], states[1])
+    assert any(differences(read(whole["npc"] / "best.pt"), state) == [] for state in states)
+
+
+def test_finished_run_resumed_does_nothing(data, copied):
+    folder = copied()
+    names = ["epoch3.pt", "best.pt", "log.jsonl", "weights.npz"]
+    before = [(folder / name).read_bytes() for name in names]
+    argv = arguments(data, "npc", folder.parent, "--resume", "auto")
+    said = run(NPC, argv, folder.parent / "out")
+    assert "has done 3 epochs already: nothing left of --epochs 3" in said
+    assert [(folder / name).read_bytes() for name in names] == before
+
+
+def test_more_epochs_go_on_from_the_last(data, copied):
+    folder = copied()
+    argv = arguments(data, "npc", folder.parent, "--resume", "auto", "--epochs", 4)
+    said = run(NPC, argv, folder.parent / "out")
+    assert "options changed since the checkpoint: --epochs 3 -> 4" in said
+    assert clip.read_checkpoint(folder / "epoch4.pt")["step"] == 4 * STEPS
+    w = np.load(folder / "weights.npz")["w"]
+    assert w.shape == (4, 60) and np.isfinite(w).sum() == 4 * STEPS * BATCH
+
+
+# ---- which checkpoint, which options ------------------------------------------------------------
+
+
+def flip(path, rng):
+    content = bytearray(path.read_bytes())
+    content[rng.randrange(len(content) // 4, len(content) * 3 // 4)] ^= 0x10
+    path.write_bytes(content)
+
+
+DAMAGES = {
+    "flipped": flip,
+    "cut": lambda path, rng: path.write_bytes(path.read_bytes()[:-rng.randrange(1, 3_000_000)]),
+    "empty": lambda path, rng: path.write_bytes(b""),
+    "garbage": lambda path, rng: path.write_bytes(rng.randbytes(5000)),
+    "folder": lambda path, rng: (path.unlink(), path.mkdir()),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_auto_takes_the_one_before_a_damaged_one(copied, damage):
+    folder, rng = copied(), random.Random(damage)
+    DAMAGES[damage](folder / "epoch3.pt", rng)
+    said = []
+    assert checkpoints.newest(folder, said.append) == folder / "epoch2.pt"
+    assert said == [f"warning: {folder / 'epoch3.pt'} is damaged; taking the one before"]
+
+
+def test_run_whose_newest_checkpoint_is_damaged(data, whole, copied):
+    folder = copied()
+    flip(folder / "epoch3.pt", random.Random(3))
+    argv = arguments(data, "npc", folder.parent, "--resume", "auto")
+    said = run(NPC, argv, folder.parent / "out")
+    assert "epoch3.pt is damaged" in said and "resuming from" in said and "epoch2.pt" in said
+    assert_same(folder, whole["npc"])
+
+
+def test_every_flipped_byte_is_seen_or_harmless(copied):
+    folder, rng = copied(), random.Random(0)
+    path = folder / "epoch1.pt"
+    original, good = path.read_bytes(), read(path)
+    seen = 0
+    for _ in range(25):
+        flip(path, rng)
+        if checkpoints.intact(path):
+            assert differences(read(path), good) == []
+        else:
+            seen += 1
+        path.write_bytes(original)
+    assert seen > 20 and checkpoints.intact(path)
+
+
+def test_damaged_checkpoint_by_its_path_is_refused(data, copied):
+    folder = copied()
+    with zipfile.ZipFile(folder / "epoch3.pt") as archive:  # a byte that torch would take as it is
+        entry = max(archive.infolist(), key=lambda info: info.file_size)
+    content = bytearray((folder / "epoch3.pt").read_bytes())
+    content[entry.header_offset + entry.file_size // 2] ^= 0x10
+    (folder / "epoch3.pt").write_bytes(content)
+    clip.read_checkpoint(folder / "epoch3.pt")  # is content with it
+    argv = arguments(data, "npc", folder.parent, "--resume", folder / "epoch3.pt")
+    said = run(NPC, argv, folder.parent / "out", 2)
+    assert "epoch3.pt is damaged: its checksums do not fit" in said.splitlines()[-1]
+
+
+@pytest.mark.parametrize("change, word", [
+    (["--batch_size", 6], "--batch_size 7 -> 6"),
+    (["--recipe", "released"], "--recipe paper -> released"),
+    (["--seed", 1], "--seed 99 -> 1"),
+    (["--noise_ratio", 0], "--noise_ratio 0.4 -> 0.0"),
+    (["--memory_loss_weight", 0.5], "--memory_loss_weight 1.0 -> 0.5"),
+])
+def test_options_that_make_it_another_run_are_refused(data, copied, change, word):
+    folder = copied()
+    argv = arguments(data, "npc", folder.parent, "--resume", folder / "epoch1.pt", *change)
+    said = run(NPC, argv, folder.parent / "out", 2).splitlines()
+    changed = [line for line in said if line.startswith("options changed")]
+    assert len(changed) == 1 and word in changed[0]
+    assert said[-1].startswith("error: ") and word in said[-1] and "--force_resume" in said[-1]
+
+
+def test_force_resume_insists_and_other_options_are_listed_in_one_line(data, copied):
+    folder = copied()
+    argv = arguments(data, "npc", folder.parent, "--resume", folder / "epoch2.pt", "--batch_size",
+                     10, "--force_resume", "--weight_decay", 0.5, "--beta1", 0.8)
+    said = run(NPC, argv, folder.parent / "out")
+    (line,) = (line for line in said.splitlines() if line.startswith("options changed"))
+    for word in ("--batch_size 7 -> 10", "--weight_decay 0.2 -> 0.5", "--beta1 0.9 -> 0.8"):
+        assert word in line
+    group = clip.read_checkpoint(folder / "epoch3.pt")["optimizer"]["param_groups"][0]
+    assert group["weight_decay"] == 0.5 and group["betas"][0] == 0.8  # the new ones are used
+
+
+def test_other_pairs_or_memory_entries_are_refused(data, copied, tmp_path):
+    folder = copied()
+    shutil.copytree(data.root, tmp_path / "data")
+    captions = tmp_path / "data" / "annotations" / "scan_split" / "0.4_noise_train_caps.txt"
+    original = captions.read_text()
+    bank = tmp_path / "data" / "annotations" / "frozen_memory_bank" / "0.4_mbank.npz"
+    argv = [*arguments(data, "npc", folder.parent, "--resume", folder / "epoch1.pt"),
+            "--dataset_root", str(tmp_path / "data")]
+    captions.write_text(original.replace("a", "b", 1))
+    bank.unlink()
+    said = run(NPC, argv, folder.parent / "out", 2)
+    assert "was trained on other pairs or memory entries" in said.splitlines()[-1]
+    # the bank that the resumed model builds is not that of the initial one
+    captions.write_text(original)
+    bank.unlink()
+    said = run(NPC, [*argv, "--clean_threshold", "0.2"], folder.parent / "out2", 2)
+    assert "was trained on other pairs or memory entries" in said.splitlines()[-1]
+
+
+@pytest.mark.parametrize("script, other", [("npc", "clip"), ("clip", "npc")])
+def test_checkpoint_of_the_other_script_is_refused(data, whole, tmp_path, script, other):
+    argv = arguments(data, script, tmp_path, "--resume", whole[other] / "epoch1.pt")
+    said = run(SCRIPTS[script][0], argv, tmp_path / "out", 2).splitlines()[-1]
+    assert said.startswith("error: ") and "was trained by another script" in said
+    argv = arguments(data, script, tmp_path, "--vision_model", whole[other] / "epoch1.pt",
+                     "--epochs", 1)
+    run(SCRIPTS[script][0], argv, tmp_path / "out2")  # as advised
+
+
+def test_keep_checkpoints(data, whole, tmp_path):
+    argv = arguments(data, "npc", tmp_path, "--keep_checkpoints", 2, "--save_every", 3)
+    run(NPC, argv, tmp_path / "out")
+    assert {p.name for p in (tmp_path / "x").glob("*.pt")} == {"step22.pt" if STEPS * 3 % 3 else
+                                                               "step21.pt", "epoch3.pt", "best.pt"}
+    assert_same(tmp_path / "x", whole["npc"], ["epoch3.pt", "best.pt"])
+
+
+def test_prune_keeps_the_newest(tmp_path):
+    names = ["epoch1.pt", "step5.pt", "step6.pt", "step7.pt", "epoch2.pt", "best.pt"]
+
+    def left(keep):
+        for age, name in enumerate(names):
+            (tmp_path / name).write_text("")
+            os.utime(tmp_path / name, (age, age))
+        checkpoints.prune(tmp_path, keep)
+        return [name for name in names if (tmp_path / name).exists()]
+
+    assert left(0) == ["epoch1.pt", "step6.pt", "step7.pt", "epoch2.pt", "best.pt"]
+    assert left(3) == ["step6.pt", "step7.pt", "epoch2.pt", "best.pt"]
+    assert left(1) == ["epoch2.pt", "best.pt"]
+
+
+# ---- killed -------------------------------------------------------------------------------------
+
+
+def test_killed_ten_times_at_random_moments(data, whole, tmp_path):
+    """kill -9 anywhere, the making of noise file and bank included, costs only time."""
+    shutil.copytree(data.root, tmp_path / "data",
+                    ignore=shutil.ignore_patterns("*noise_train*", "*mbank*"))
+    argv = [*arguments(data, "npc", tmp_path, "--resume", "auto", "--save_every", 1),
+            "--dataset_root", str(tmp_path / "data")]
+    rng, folder, steps = random.Random(0), tmp_path / "x", []
+    for k in range(10):
+        started = Started(NPC, argv, tmp_path / f"out{k}")
+        if k >= 2:  # most of them while it trains, two at the start
+            started.wait_for("training: ")
+        time.sleep(rng.uniform(0, 0.25))
+        os.kill(started.pid, signal.SIGKILL)
+        assert started.wait() == -signal.SIGKILL, started.text()
+        newest = checkpoints.newest(folder, print)
+        steps.append(clip.read_checkpoint(newest)["step"] if newest else 0)
+    assert steps == sorted(steps) and steps[0] < steps[-1], steps
+    run(NPC, argv, tmp_path / "last")
+    assert_same(folder, whole["npc"], ["epoch3.pt", "best.pt"])
+    assert [path for path in folder.iterdir() if path.name.startswith(".")] == []
+
+
+def test_unfinished_files_are_never_taken_and_removed_by_the_next_run(data, copied):
+    """What kill -9 leaves in the middle of a write."""
+    folder = copied()
+    stray = [folder / name for name in (".epoch4.pt.abc123", ".step9.pt.xyz", ".best.pt.link")]
+    for path in stray:
+        path.write_bytes((folder / "epoch3.pt").read_bytes()[:100_000])
+    (folder / ".mine").write_text("not theirs")
+    assert checkpoints.newest(folder, print) == folder / "epoch3.pt"
+    argv = arguments(data, "npc", folder.parent, "--resume", "auto", "--epochs", 4)
+    run(NPC, argv, folder.parent / "out")
+    assert not any(path.exists() for path in stray) and (folder / ".mine").exists()
+
+
+def test_signals_before_training_end_the_run_as_usual(data, tmp_path):
+    argv = arguments(data, "npc", tmp_path, "--num_workers", 2)
+    hook = functools.partial(signal_at_checkpoint_folder, signal.SIGTERM)
+    run(NPC, argv, tmp_path / "out", -signal.SIGTERM, hook)
+
+
+def signal_at_checkpoint_folder(number):
+    training.History = lambda *_: signal_group(number)
+
+
+# ---- a full disk --------------------------------------------------------------------------------
+
+
+def limit_file_size(step, size):
+    after_step(step, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)))
+
+
+@pytest.mark.parametrize("size", [0, 1_000_000])  # a log line does not fit; a checkpoint does not
+def test_full_disk_ends_with_a_line_and_leaves_what_was_there(data, whole, tmp_path, size):
+    hook = functools.partial(limit_file_size, STEPS + 3, size)
+    argv = arguments(data, "npc", tmp_path)
+    started = Started(NPC, argv, "/dev/null" if size == 0 else tmp_path / "out", hook=hook)
+    assert started.wait() == 2
+    if size:
+        assert "Traceback" not in started.text()
+        line = started.text().splitlines()[-1]
+        assert line.startswith("error: cannot write") and "epoch2.pt" in line
+    folder = tmp_path / "x"
+    assert differences(read(folder / "epoch1.pt"), read(whole["npc"] / "epoch1.pt")) == []
+    assert differences(read(folder / "best.pt"), read(whole["npc"] / "epoch1.pt")) == []
+    assert not (folder / "epoch2.pt").exists()
+    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+    run(NPC, [*argv, "--resume", "auto"], tmp_path / "out2")
+    assert_same(folder, whole["npc"])
+
+
+@pytest.mark.parametrize("room", [3.1, 4.0, 6.6])  # MB; a checkpoint takes 3.2
+def test_really_full_disk(data, whole, tmp_path, room):
+    logs = tmp_path / "logs"
+    logs.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={int(room * 1e6)}", "tmpfs", str(logs)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("needs the right to mount")
+    try:
+        said = run(NPC, arguments(data, "npc", logs), tmp_path / "out", 2)
+        assert os.strerror(errno.ENOSPC) in said.splitlines()[-1] or "disk full" in said
+        assert said.splitlines()[-1].startswith("error: ")
+        assert not [p for p in (logs / "x").iterdir() if p.name.startswith(".")]
+        kept = sorted((logs / "x").glob("epoch*.pt"))
+        assert len(kept) == int(room // 3.2)
+        for path in kept:
+            assert differences(read(path), read(whole["npc"] / path.name)) == []
+    finally:
+        subprocess.run(["umount", str(logs)], check=True)
+
+
+# ---- numbers that are not finite ----------------------------------------------------------------
+
+
+def poison(step, what):
+    """After a step, make a weight of the model NaN, or the moments of AdamW."""
+    live = []
+    init = training.Saver.__init__
+
+    def watch(self, run, model, *rest):
+        init(self, run, model, *rest)
+        live.append(model)
+
+    training.Saver.__init__ = watch
+    after_step(step, lambda: live[0].state_dict()[what].flatten()[:1].fill_(math.nan))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("more", [[], ["--save_every", 1]])
+def test_loss_that_is_not_finite_stops_the_run(data, whole, tmp_path, script, more):
+    main, _ = SCRIPTS[script]
+    hook = functools.partial(poison, STEPS + 3, "visual.proj")
+    said = run(main, arguments(data, script, tmp_path, *more), tmp_path / "out", 2, hook)
+    line = said.splitlines()[-1]
+    assert f"error: step {STEPS + 4} is not finite: loss nan" in line and "grad_norm nan" in line
+    if script == "npc":
+        assert "memory_image_loss nan" in line and "weighted_loss nan" in line
+    order = np.random.default_rng([99, 1]).permutation(60)  # epoch 2
+    batch = order[3 * BATCH : 4 * BATCH].tolist()
+    assert line.endswith(f"pairs of the batch: {', '.join(map(str, batch))}")
+    folder = tmp_path / "x"
+    newest = checkpoints.newest(folder, print)
+    assert newest.name == (f"step{STEPS + 2}.pt" if more else "epoch1.pt") or (
+        newest.name == f"step{STEPS + 3}.pt")
+    content = clip.read_checkpoint(newest)["state_dict"]
+    if newest.name != f"step{STEPS + 3}.pt":
+        assert all(value.isfinite().all() for value in content.values())
+
+
+def test_absurd_rate_stops_the_run_and_keeps_no_broken_checkpoint(data, tmp_path):
+    argv = arguments(data, "npc", tmp_path, "--lr", 1e30, "--save_every", 1)
+    said = run(NPC, argv, tmp_path / "out", 2)
+    assert "is not finite" in said.splitlines()[-1] and "lower --lr" in said.splitlines()[-1]
+
+
+def test_amp_fp16_skips_steps_and_counts_them(data, tmp_path):
+    """Its first scale of 65536 is often too large: such steps are skipped, halving it."""
+    argv = arguments(data, "npc", tmp_path, "--precision", "amp_fp16", "--epochs", 2)
+    run(NPC, argv, tmp_path / "out", hook=overflow_twice)
+    lines = [json.loads(x) for x in (tmp_path / "x" / "log.jsonl").read_text().splitlines()]
+    assert [line["skipped"] for line in lines] == [2, 0]
+    assert all(math.isfinite(line["grad_norm"]) for line in lines)
+    scaler = clip.read_checkpoint(tmp_path / "x" / "epoch2.pt")["scaler"]
+    assert scaler["scale"] == 65536 / 4
+
+
+def overflow_twice():
+    """Make the gradients of the first two steps infinite."""
+    import utils.precision
+
+    reduce, calls = utils.precision.reduce_gradients, []
+
+    def reduce_and_break(model):
+        reduce(model)
+        if not model.training and model.logit_scale.grad is not None:
+            calls.append(model)
+            if len(calls) in (2, 4):  # A follows its siamese
+                model.logit_scale.grad.fill_(math.inf)
+
+    utils.precision.reduce_gradients = reduce_and_break
+
+
+def test_checkpoint_that_cannot_be_written_is_a_line(tmp_path, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("[enforce fail at inline_container.cc] unexpected pos\nmore")
+
+    monkeypatch.setattr(torch, "save", fail)
+    (tmp_path / "epoch1.pt").write_text("old")
+    with pytest.raises(InputError, match="is the disk full"):
+        checkpoints.save(tmp_path / "epoch1.pt", {})
+    assert [p.name for p in tmp_path.iterdir()] == ["epoch1.pt"]
+    assert (tmp_path / "epoch1.pt").read_text() == "old"
