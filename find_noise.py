@@ -116,8 +116,8 @@ def against_truth(suspicion, wrong, share):
     return (f"Against train_caps.txt, {num_wrong} of {n} pairs are wrong: "
             f"AUC {measures['auc']:.3f}, average precision {measures['average_precision']:.3f}, "
             f"mean noise rank {measures['mean_noise_rank']:.1f} (optimum "
-            f"{measures['optimum']:.1f}, chance {measures['chance']:.1f}), precision of the {taken} "
-            f"most suspicious {wrong[:taken].mean():.3f}.")
+            f"{measures['optimum']:.1f}, chance {measures['chance']:.1f}), precision of the "
+            f"{taken} most suspicious {wrong[:taken].mean():.3f}.")
 
 
 def write_table(f, pairs, bank, order, score):

@@ -94,9 +94,9 @@ def tree(folder):
 
 
 def options(dataset, *more, command="npc"):
-    """The namespace of options of a command on a data set: tiny model, no worker processes."""
-    argv = [*dataset.options, "--num_workers", "0", "--device", "cpu", *map(str, more)]
-    return parse_args(command, argv)
+    """The namespace of options of a command on a data set: small batches, no worker processes."""
+    return parse_args(command, [*dataset.options, "--num_workers", "0", "--device", "cpu",
+                                "--batch_size", "4", *map(str, more)])
 
 
 # ---- features without a model -------------------------------------------------------------------

@@ -16,6 +16,7 @@ import get_memorybank
 import main_CLIP
 import main_NPC
 
+START_METHOD = multiprocessing.get_context().get_start_method()
 ROOT = Path(__file__).resolve().parents[1]
 NPC, CLIP, BANK = main_NPC.main, main_CLIP.main, get_memorybank.main
 CONTEXT, VOCABULARY = 12, 64
@@ -47,6 +48,7 @@ def small_tokens(texts, context_length=CONTEXT):
 
 def _run(function, argv, output, environment, hook):
     os.setsid()
+    multiprocessing.set_start_method(START_METHOD, force=True)  # this one's is forkserver
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)

@@ -237,6 +237,9 @@ class Saver:
         epoch's end, makes it also best.pt where none was better (ties go to the later epoch, as in
         the released code)."""
         self.history.check()
+        if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
+            raise InputError(f"after step {step} the weights are not finite; lower --lr or use "
+                             "--precision fp32; checkpoints before it are intact")
         best = score is not None and score >= self.best
         if best:
             self.best, self.best_epoch = score, epoch
