@@ -12,11 +12,11 @@ and each distinct caption once and refers to it by row.
 import atexit
 import functools
 import os
-import re
 import signal
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import active_children
 from multiprocessing.sharedctypes import RawArray, RawValue
 from pathlib import Path
 from typing import NamedTuple
@@ -91,25 +91,25 @@ class Images(Dataset):
             slot = 2 * (worker.id % MAX_WORKERS)
             self.reading[slot : slot + 2] = os.getpid(), value
 
-    def read_by(self, pids):
-        """Paths of the images that these worker processes were decoding last."""
+    def read_by_the_dead(self):
+        """Paths of the images that worker processes were decoding when they ended."""
+        alive = {process.pid for process in active_children()}
         slots = zip(self.reading[::2], self.reading[1::2], strict=True)
-        return [self.folder / self.names[k - 1] for pid, k in slots if pid in pids and k]
+        return [self.folder / self.names[k - 1] for pid, k in slots if k and pid not in alive]
 
 
 @contextmanager
 def explain_deaths(images):
-    """Turn the error of a worker process that was killed into an InputError that names the image of
-    `Images` which it was decoding."""
+    """Turn what the death of a worker process provokes, here or where its data are fetched, into an
+    InputError that names the image of `Images` which it was decoding."""
     try:
         yield
-    except RuntimeError as error:
-        found = re.search(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)", str(error))
-        if not found:
+    except (RuntimeError, EOFError, ConnectionError) as error:
+        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
             raise
-        paths = images.read_by({int(pid) for pid in found[1].split(",")})
-        reason = (f"while it decoded {', '.join(map(str, paths))}: replace that image" if paths
-                  else "between two images: the memory may have run out, use fewer --num_workers")
+        paths = ", ".join(map(str, images.read_by_the_dead()))
+        reason = (f"while it decoded {paths}: replace that image" if paths else
+                  "between two images: the memory may have run out, use fewer --num_workers")
         raise InputError(f"a worker process was killed {reason}") from error
 
 

@@ -219,7 +219,18 @@ def read_state_dict(path):
             del state_dict[key]
     if not all(isinstance(value, torch.Tensor) for value in state_dict.values()):
         raise CheckpointError(f"{path} holds no state dict: not all of its values are tensors")
+    for key, value in state_dict.items():
+        if not _is_plain(value) or not (value.is_floating_point() or "num_batches" in key):
+            raise CheckpointError(f"{path}: '{key}' is not an ordinary tensor of real numbers")
     return state_dict
+
+
+def _is_plain(tensor):
+    """Whether a tensor is dense, on the CPU, not empty, and no larger than what the file holds for
+    it (a view can claim any size)."""
+    return (tensor.layout == torch.strided and tensor.device.type == "cpu"
+            and not tensor.is_nested and not tensor.is_quantized and tensor.numel() > 0
+            and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes())
 
 
 def read_checkpoint(path):

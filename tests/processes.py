@@ -129,22 +129,24 @@ def run_in_two(function, argv, output, status=0, hooks=(None, None)):
     return [one.text() for one in both]
 
 
-def differences(a, b, tolerance=0.0, at=""):
-    """Places at which two nested values of a checkpoint differ."""
+def differences(a, b, tolerance=0.0, relative=0.0, at=""):
+    """Places at which two nested values of a checkpoint differ, and by how much."""
     if isinstance(a, torch.Tensor):
         if a.shape != b.shape or a.dtype != b.dtype:
             return [at]
-        same = (torch.equal(a.nan_to_num(-7), b.nan_to_num(-7)) if tolerance == 0 else
-                torch.allclose(a.nan_to_num(-7), b.nan_to_num(-7), rtol=0, atol=tolerance))
-        return [] if same else [at]
+        a, b = a.nan_to_num(-7), b.nan_to_num(-7)
+        if torch.equal(a, b) or (tolerance and torch.allclose(a, b, relative, tolerance)):
+            return []
+        return [f"{at}: by {(a.double() - b.double()).abs().max():.1e}"]
     if isinstance(a, dict):
         if a.keys() != b.keys():
             return [f"{at}: {sorted(map(str, a.keys() ^ b.keys()))}"]
-        return [place for k in a for place in differences(a[k], b[k], tolerance, f"{at}/{k}")]
+        return [place for k in a
+                for place in differences(a[k], b[k], tolerance, relative, f"{at}/{k}")]
     if isinstance(a, list | tuple):
         if len(a) != len(b):
             return [at]
         return [place for k, (x, y) in enumerate(zip(a, b, strict=True))
-                for place in differences(x, y, tolerance, f"{at}/{k}")]
+                for place in differences(x, y, tolerance, relative, f"{at}/{k}")]
     same = a == b or (tolerance and isinstance(a, float) and abs(a - b) <= tolerance)
     return [] if same else [f"{at}: {a} {b}"]

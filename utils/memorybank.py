@@ -9,6 +9,7 @@ import io
 import json
 import pickle
 import re
+import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from utils.files import atomic_write
 from utils.layout import BANK_FOLDERS, find_by_ratio, ratio_name
 
 SUFFIX = "_mbank.npz"
+MAX_SIZE = 2**32  # bytes, unpacked: those of 95 million pairs
 RELEASED_IMAGES, RELEASED_CAPTIONS = "_mbank_img_idx.npy", "_mbank_txt_idx.npy"
 
 
@@ -81,6 +83,9 @@ def load_bank(dataset_root, noise_ratio, pairs):
 
 def _read(path, pairs):
     try:
+        with zipfile.ZipFile(path) as archive:
+            if sum(entry.file_size for entry in archive.infolist()) > MAX_SIZE:
+                raise ValueError("unpacks to more than any bank holds")
         with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as data:
             arrays = {key: data[key] for key in data.files}
         info = json.loads(arrays.pop("info").tobytes())
@@ -227,4 +232,10 @@ def _check(bank, pairs, path):
             outside = entry[(entry < 0) | (entry >= n)][0]
             raise InputError(f"{path} points at pair {outside}, but there are pairs 0 to {n - 1} "
                              "only; run get_memorybank.py again")
+    for name in ("clean", "loss", "posterior", "cosine"):
+        value = getattr(bank, name)
+        if value is not None and (value.shape != (n,) or value.dtype.kind not in "bf"
+                                  or not np.isfinite(value).all()):
+            raise InputError(f"{path}: its array '{name}' is not a number for each pair; run "
+                             "get_memorybank.py again")
     return bank

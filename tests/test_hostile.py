@@ -1,0 +1,560 @@
+"""Files that are damaged, of the wrong type or crafted: one clear line, nothing executed, bounded
+time and memory."""
+
+import io
+import os
+import pickle
+import random
+import struct
+import time
+import tracemalloc
+import zipfile
+import zlib
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_dataset, options, pairs_for, write_lines
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from processes import BANK, CLIP, NPC, SMALL, VIT, run, save_small
+
+import clip
+from data import Images, retrieval_split, training_pairs
+from utils import checkpoints, layout
+from utils.errors import InputError
+from utils.memorybank import MemoryBank, bank_path, load_bank, save_bank
+
+PREPROCESS = clip.Preprocess(32)
+HARM = "harm_was_done"
+
+
+class Harm:
+    """Unpickled by pickle, it writes a file."""
+
+    def __init__(self, folder):
+        self.path = os.path.join(folder, HARM)
+
+    def __reduce__(self):
+        return (open, (self.path, "w"))
+
+
+def quiet(*_):
+    """Takes log lines."""
+
+
+# ---- checkpoints --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A data set, a model and the options and checkpoint of a run of one epoch."""
+    folder = tmp_path_factory.mktemp("hostile")
+    data = make_dataset(folder / "data", "f30k")
+    model = save_small(folder / "model.pt")
+    argv = [*data.options, "--vision_model", str(model), "--context_length", "12", "--batch_size",
+            "30", "--epochs", "2", "--num_workers", "0", "--device", "cpu", "--checkpoint_path",
+            str(folder / "logs")]
+    run(CLIP, [*argv, "--epochs", "1"], folder / "out")
+    return SimpleNamespace(argv=argv, path=folder / "logs" / "ex0" / "epoch1.pt", data=data)
+
+
+def break_state(content, how, folder):
+    """Change a good checkpoint's content for the worse."""
+    if how == "payload in the options":
+        content["args"]["seed"] = Harm(folder)
+    elif how == "payload in the optimiser":
+        content["optimizer"]["state"][0]["step"] = Harm(folder)
+    elif how == "no options":
+        del content["args"]
+    elif how == "step a string":
+        content["step"] = "8"
+    elif how == "step negative":
+        content["step"] = -3
+    elif how == "best score a list":
+        content["best_score"] = [1.0]
+    elif how == "history a list":
+        content["history"] = []
+    elif how == "history empty":
+        content["history"] = {}
+    elif how == "weights of a run a string":
+        content["history"]["weights"] = "w"
+    elif how == "sums of a run strings":
+        content["history"]["sums"] = {"loss": "1"}
+    elif how == "optimiser empty":
+        content["optimizer"] = {}
+    elif how == "optimiser a tensor":
+        content["optimizer"] = torch.zeros(3)
+    elif how == "moments of other shape":
+        content["optimizer"]["state"][3]["exp_avg"] = torch.zeros(1)
+    elif how == "moments missing":
+        content["optimizer"]["state"] = dict(list(content["optimizer"]["state"].items())[:-1])
+    elif how == "moments not tensors":
+        content["optimizer"]["state"][3]["exp_avg_sq"] = 1.0
+    elif how == "data a number":
+        content["data"] = 7
+    elif how == "model name a dictionary":
+        content["args"]["vision_model"] = {"a": 1}
+    else:
+        assert how == "option a tensor"
+        content["args"]["lr"] = torch.zeros(2)
+    return content
+
+
+@pytest.mark.parametrize("how", [
+    "payload in the options", "payload in the optimiser", "no options", "step a string",
+    "step negative", "best score a list", "history a list", "history empty",
+    "weights of a run a string", "sums of a run strings", "optimiser empty", "optimiser a tensor",
+    "moments of other shape", "moments missing", "moments not tensors", "data a number"])
+def test_training_state_that_is_not_one(trained, tmp_path, how):
+    content = clip.read_checkpoint(trained.path)
+    torch.save(break_state(content, how, tmp_path), tmp_path / "bad.pt")
+    argv = [*trained.argv, "--resume", str(tmp_path / "bad.pt"), "--experiments", how]
+    said = run(CLIP, argv, tmp_path / "out", 2).splitlines()
+    assert said[-1].startswith("error: ") and "bad.pt" in said[-1], said
+    assert not any("Traceback" in line for line in said)
+    assert not (tmp_path / HARM).exists()
+
+
+@pytest.mark.parametrize("how", ["model name a dictionary", "option a tensor"])
+def test_options_of_a_checkpoint_are_only_compared(trained, tmp_path, how):
+    content = clip.read_checkpoint(trained.path)
+    torch.save(break_state(content, how, tmp_path), tmp_path / "odd.pt")
+    argv = [*trained.argv, "--resume", str(tmp_path / "odd.pt"), "--experiments", how]
+    run(CLIP, argv, tmp_path / "out")
+
+
+def test_the_payload_of_these_tests_works(tmp_path):
+    torch.save(Harm(tmp_path), tmp_path / "bad.pt")
+    torch.load(tmp_path / "bad.pt", weights_only=False)
+    assert (tmp_path / HARM).exists()
+
+
+def good_weights():
+    torch.manual_seed(0)
+    return clip.CLIP(**SMALL, **VIT).state_dict()
+
+
+STATE_DICTS = {
+    "integers": lambda good: {k: (100 * v).long() for k, v in good.items()},
+    "complex": lambda good: {k: v.to(torch.complex64) for k, v in good.items()},
+    "truth values": lambda good: {**good, "visual.proj": good["visual.proj"].bool()},
+    "a string": lambda good: {**good, "visual.proj": "x"},
+    "a dictionary": lambda good: {**good, "visual.proj": {}},
+    "one number": lambda good: {**good, "visual.proj": torch.tensor(1.0)},
+    "three dimensions": lambda good: {**good, "visual.proj": torch.zeros(2, 2, 2)},
+    "a patch of nothing": lambda good: {**good, "visual.conv1.weight": torch.zeros(0, 3, 0, 0)},
+    "a vocabulary of nothing": lambda good: {**good, "token_embedding.weight": torch.zeros(0, 0)},
+    "a view of terabytes": lambda good: {
+        **good, "text_projection": torch.zeros(64, 1).expand(64, 10**12)},
+    "sparse": lambda good: {**good, "visual.proj": good["visual.proj"].to_sparse()},
+    "on no device": lambda good: {**good, "visual.proj": torch.zeros(64, 16, device="meta")},
+    "numbered": lambda good: dict(enumerate(good.values())),
+    "a block too many": lambda good: {
+        **good, "transformer.resblocks.99999999.ln_1.weight": torch.zeros(64)},
+    "a block with a name": lambda good: {
+        **good, "transformer.resblocks.x.ln_1.weight": torch.zeros(64)},
+    "nothing": lambda good: {},
+    "a list": lambda good: [good],
+    "no state dict": lambda good: {"state_dict": None},
+}
+
+
+@pytest.mark.parametrize("what", STATE_DICTS)
+@pytest.mark.filterwarnings("ignore")
+def test_weights_of_wrong_types(tmp_path, what):
+    torch.save(STATE_DICTS[what](good_weights()), tmp_path / "bad.pt")
+    with pytest.raises(clip.CheckpointError) as caught:
+        clip.load(tmp_path / "bad.pt", device="cpu")
+    assert "bad.pt" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_good_weights_in_any_real_type(tmp_path):
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        torch.save({k: v.to(dtype) for k, v in good_weights().items()}, tmp_path / "good.pt")
+        clip.load(tmp_path / "good.pt", device="cpu")
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_damaged_checkpoints_are_refused_or_whole(trained, tmp_path, seed):
+    """Random damage: a CheckpointError, a broken checksum, or a file that reads as before."""
+    whole, rng, path = trained.path.read_bytes(), random.Random(seed), tmp_path / "bad.pt"
+    for _ in range(20):
+        damaged = bytearray(whole[: rng.choice([len(whole), rng.randrange(len(whole))])])
+        for _ in range(rng.choice([0, 1, 30])):
+            damaged[rng.randrange(len(damaged))] = rng.randrange(256)
+        path.write_bytes(damaged)
+        try:
+            content = clip.read_checkpoint(path)
+            checkpoints.training_state(content, path)
+        except (clip.CheckpointError, InputError) as error:
+            assert "bad.pt" in str(error) and "\n" not in str(error)
+
+
+# ---- banks --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bank(tmp_path):
+    """A good bank of six pairs on disk: (pairs, root, path)."""
+    pairs = pairs_for([0, 0, 1, 1, 2, 2], range(6))
+    numbers = np.linspace(0, 1, 6).astype(np.float32)
+    bank = MemoryBank(np.array([0, 2, 4]), np.arange(6), numbers > 0.2, numbers, numbers, numbers,
+                      {"beta": 0.1})
+    path = bank_path(tmp_path, 0.4)
+    save_bank(bank, pairs, path)
+    assert load_bank(tmp_path, 0.4, pairs) is not None
+    return pairs, tmp_path, path
+
+
+def refused_bank(pairs, root):
+    with pytest.raises(InputError) as caught:
+        load_bank(root, 0.4, pairs)
+    assert "0.4_mbank" in str(caught.value) and "\n" not in str(caught.value)
+    assert not (root / HARM).exists()
+
+
+@pytest.mark.parametrize("name, value", [
+    ("image_entry", lambda a: a.astype(float)), ("image_entry", lambda a: a.astype(str)),
+    ("image_entry", lambda a: a[None]), ("caption_entry", lambda a: a.astype(bool)),
+    ("caption_entry", lambda a: a[:0]), ("posterior", lambda a: a[:3]),
+    ("posterior", lambda a: a * np.nan), ("posterior", lambda a: a.astype("S4")),
+    ("clean", lambda a: a.astype(complex)), ("cosine", lambda a: np.array(1.0)),
+    ("info", lambda a: np.frombuffer(b"[1, 2]", np.uint8)),
+    ("info", lambda a: np.frombuffer(b"{", np.uint8))])
+def test_bank_with_a_wrong_array(bank, name, value):
+    pairs, root, path = bank
+    arrays = dict(np.load(path))
+    arrays[name] = value(arrays[name])
+    np.savez(path, **arrays)
+    refused_bank(pairs, root)
+
+
+def test_bank_with_a_pickled_member(bank):
+    pairs, root, path = bank
+    arrays = dict(np.load(path))
+    arrays["posterior"] = np.array([Harm(root)] * 6, dtype=object)
+    np.savez(path, **arrays)
+    refused_bank(pairs, root)
+    assert np.load(path, allow_pickle=True)["posterior"] is not None
+    assert (root / HARM).exists()  # the payload would have worked
+
+
+def test_bank_that_unpacks_to_terabytes(bank):
+    pairs, root, path = bank
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    big = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        big, {"descr": "<f4", "fortran_order": False, "shape": (2**31,)})
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members.items():
+            if name != "loss.npy":
+                archive.writestr(name, content)
+        archive.writestr("loss.npy", big.getvalue())
+    content = bytearray(path.read_bytes())  # the archive, too, declares 8 GB
+    position = content.rindex(b"loss.npy") - 46 + 24
+    content[position : position + 4] = struct.pack("<I", 2**32 - 2)
+    path.write_bytes(content)
+    tracemalloc.start()
+    refused_bank(pairs, root)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 50e6
+
+
+def released(root, entries, name="img", raw=None):
+    """Write a file of the authors' bank: a pickled object array around `entries`."""
+    folder = root / "annotations" / "memory_bank"
+    folder.mkdir(parents=True, exist_ok=True)
+    array = np.empty((), object)
+    array[()] = entries
+    np.save(folder / f"0.4_mbank_{name}_idx.npy", array)
+    if raw is not None:
+        header = (folder / f"0.4_mbank_{name}_idx.npy").read_bytes()
+        header = header[: header.index(b"\n") + 1]
+        (folder / f"0.4_mbank_{name}_idx.npy").write_bytes(header + raw)
+
+
+GOOD_IMAGES, GOOD_CAPTIONS = {str(k): 2 * k for k in range(3)}, {str(k): k for k in range(6)}
+
+
+@pytest.fixture
+def authors(tmp_path):
+    released(tmp_path, GOOD_IMAGES)
+    released(tmp_path, GOOD_CAPTIONS, "txt")
+    pairs = pairs_for([0, 0, 1, 1, 2, 2], range(6))
+    assert load_bank(tmp_path, 0.4, pairs)[0].image_entry.tolist() == [0, 2, 4]
+    return pairs, tmp_path
+
+
+def nested(depth):
+    value = [0]
+    for _ in range(depth):
+        value = [value] * 10
+    return value
+
+
+@pytest.mark.parametrize("value", [
+    "text", None, 0.5, True, 10**30, [1], (1,), b"\0" * 8, np.array(["a"]), np.float64(2),
+    np.array([1, 2]), np.array([1], dtype=object), nested(30), {"a": 1}, np.datetime64("2020-01-01")
+], ids=lambda value: type(value).__name__)
+def test_authors_bank_with_a_wrong_value(authors, value):
+    pairs, root = authors
+    released(root, {**GOOD_IMAGES, "1": value})
+    refused_bank(pairs, root)
+
+
+@pytest.mark.parametrize("key", [Harm, print, np.zeros, os.system, complex(1)], ids=str)
+def test_authors_bank_with_a_payload(authors, key):
+    pairs, root = authors
+    released(root, {**GOOD_IMAGES, "more": Harm(root) if key is Harm else key})
+    refused_bank(pairs, root)
+
+
+class ForgedType:
+    """numpy.dtype of objects that claims to be plain: what is in the file becomes pointers."""
+
+    def __reduce__(self):
+        return (np.dtype, ("O8", False, True), (3, "|", None, None, None, -1, -1, 0))
+
+
+class ForgedArray:
+    def __reduce__(self):
+        reconstruct = np.zeros(1).__reduce__()[0]
+        state = (1, (), ForgedType(), False, b"A" * 8)
+        return (reconstruct, (np.ndarray, (0,), b"b"), state)
+
+
+class ForgedScalar:
+    def __reduce__(self):
+        return (np.int64(1).__reduce__()[0], (ForgedType(), b"A" * 8))
+
+
+@pytest.mark.parametrize("forged", [ForgedArray(), {**GOOD_IMAGES, "1": ForgedArray()},
+                                    {**GOOD_IMAGES, "1": ForgedScalar()}])
+def test_authors_bank_with_forged_pointers(authors, forged):
+    """Restricting what is called is not enough: numpy's own state setters trust the file."""
+    pairs, root = authors
+    released(root, None, raw=pickle.dumps(forged, protocol=4))
+    refused_bank(pairs, root)
+
+
+@settings(max_examples=150, deadline=None,
+          suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_authors_bank_with_random_damage(authors, data):
+    pairs, root = authors
+    released(root, GOOD_IMAGES)
+    path = root / "annotations" / "memory_bank" / "0.4_mbank_img_idx.npy"
+    content = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    path.write_bytes(content)
+    try:
+        load_bank(root, 0.4, pairs)
+    except InputError as error:
+        assert "\n" not in str(error)
+
+
+# ---- text files ---------------------------------------------------------------------------------
+
+
+def test_line_of_fifty_megabytes(tmp_path):
+    path = tmp_path / "caps.txt"
+    path.write_bytes(b"a cat\n" + b"x" * 50_000_000 + b"\na dog\n")
+    tracemalloc.start()
+    start = time.monotonic()
+    with pytest.raises(InputError, match=r"caps.txt, line 2: longer than 10,000 bytes"):
+        layout.read_captions(path)
+    seconds = time.monotonic() - start
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert seconds < 1 and peak < 1e6
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("length", [layout.MAX_LINE - 1, layout.MAX_LINE])
+def test_longest_line(tmp_path, length, end):
+    lines = ["a", "b" * length, "c" * length, "d"]
+    (tmp_path / "caps.txt").write_bytes(end.join([*lines, ""]).encode())
+    assert layout.read_lines(tmp_path / "caps.txt") == lines
+
+
+@pytest.mark.parametrize("content, line, what", [
+    (b"a\nb\0c\n", 2, "NUL"), (b"\xff\xfe\n", 1, "UTF-8"), (b"a\nb\n\xe9t\xe9\n", 3, "UTF-8"),
+    (b"a\n\xed\xa0\x80\n", 2, "UTF-8")])
+def test_bytes_that_are_no_text(tmp_path, content, line, what):
+    (tmp_path / "caps.txt").write_bytes(content)
+    with pytest.raises(InputError, match=f"line {line}: .*{what}"):
+        layout.read_captions(tmp_path / "caps.txt")
+
+
+@pytest.mark.parametrize("name", ["folder", "pipe", "/dev/zero"])
+def test_what_is_no_file(tmp_path, name):
+    path = tmp_path / name
+    if name == "folder":
+        path.mkdir()
+    elif name == "pipe":
+        os.mkfifo(path)
+    with pytest.raises(InputError, match="no file"):
+        layout.read_lines(path)
+
+
+NAMES = ["/etc/passwd", "../up.jpg", "a/../../up.jpg", "..", "..\\up.jpg", "a\\..\\..\\up.jpg",
+         "C:\\up.jpg", "\\\\server\\up.jpg", "\\up.jpg"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_image_names_that_leave_the_folder(dataset, name):
+    data = dataset("f30k")
+    names = data.lines("image_name.txt")
+    write_lines(data.split_folder / "image_name.txt", [*names[:5], name, *names[6:]])
+    with pytest.raises(InputError, match="line 6: .*not a file name inside the images folder"):
+        training_pairs(options(data, "--batch_size", 8), PREPROCESS, quiet)
+
+
+def test_image_names_within_the_folder_and_links(dataset, tmp_path):
+    data = dataset("f30k")
+    first = int(data.ids["train"][0])
+    names = data.lines("image_name.txt")
+    (data.root / "images" / "sub").mkdir()
+    (data.root / "images" / names[first]).rename(tmp_path / "elsewhere.png")
+    (data.root / "images" / "sub" / "a..b c.png").symlink_to(tmp_path / "elsewhere.png")
+    names[first] = "sub/a..b c.png"
+    write_lines(data.split_folder / "image_name.txt", names)
+    pairs = training_pairs(options(data, "--batch_size", 8), PREPROCESS, quiet)
+    assert pairs.images[0].shape == (3, 32, 32)
+
+
+@pytest.mark.parametrize("image_id", ["9" * 5000, "1" * 25, "٣", "1e3", "0x1f", "1_0", "+1"])
+def test_ids_that_are_no_numbers(dataset, image_id):
+    for kind in ("coco", "f30k"):
+        data = dataset(kind)
+        write_lines(data.split_folder / "train_ids.txt",
+                    [image_id, *data.lines("train_ids.txt")[1:]])
+        with pytest.raises(InputError, match="is not a number"):
+            training_pairs(options(data, "--batch_size", 8), PREPROCESS, quiet)
+
+
+def test_image_name_of_any_length(dataset):
+    data = dataset("cc")
+    ids = data.lines("train_ids.txt")
+    write_lines(data.split_folder / "train_ids.txt", ["x" * 5000, *ids[1:]])
+    with pytest.raises(InputError, match="1 images are missing"):
+        training_pairs(options(data, "--batch_size", 8), PREPROCESS, quiet)
+
+
+pieces = st.one_of(st.binary(max_size=20), st.sampled_from(
+    [b"\n", b"\r", b"\r\n", b"\0", b"\xef\xbb\xbf", b"\xff", b"..", b"/", b"\\", b"3", b"12", b" ",
+     "é".encode(), "\u2028".encode(), b"a.jpg", b"-", b"9" * 30]))
+contents = st.lists(pieces, max_size=30).map(b"".join)
+FILES = ["train_caps.txt", "train_ids.txt", "dev_caps.txt", "dev_ids.txt", "image_name.txt",
+         "0.4_noise_train_caps.txt"]
+
+
+@settings(max_examples=250, deadline=None,
+          suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(file=st.sampled_from(FILES), content=contents, kind=st.sampled_from(["f30k", "cc", "coco"]))
+def test_random_bytes_in_any_text_file(copies, file, content, kind):
+    """Either the split is read or an InputError of one line says why not."""
+    data = copies[kind]
+    path = data.split_folder / file
+    before = path.read_bytes() if path.exists() else None
+    path.write_bytes(content)
+    args = options(data, "--batch_size", 1, "--noise_ratio",
+                   0.4 if file.startswith("0.4") else 0, "--context_length", 12)
+    try:
+        for read in (lambda: training_pairs(args, PREPROCESS, quiet),
+                     lambda: retrieval_split(args, "dev", PREPROCESS, quiet)):
+            try:
+                pairs = read()
+                assert len(pairs) > 0 and all(pairs.captions)
+            except InputError as error:
+                assert len(str(error).splitlines()) == 1
+    finally:
+        if before is None:
+            path.unlink()
+        else:
+            path.write_bytes(before)
+
+
+@settings(max_examples=300, deadline=None,
+          suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(content=contents)
+def test_random_bytes_as_lines(tmp_path, content):
+    path = tmp_path / "lines.txt"
+    path.write_bytes(content)
+    try:
+        lines = layout.read_lines(path)
+    except InputError as error:
+        assert "lines.txt" in str(error)
+        assert b"\0" in content or not decodes(content)
+    else:
+        assert not any("\n" in line or "\r" in line or "\0" in line for line in lines)
+
+
+def decodes(content):
+    try:
+        content.decode()
+        return True
+    except UnicodeDecodeError:
+        return False
+
+
+@pytest.fixture
+def copies(dataset):
+    return {kind: dataset(kind) for kind in ("f30k", "cc", "coco")}
+
+
+# ---- images -------------------------------------------------------------------------------------
+
+
+def png(width, height):
+    """A PNG file of a few bytes that declares a size."""
+    def chunk(kind, content):
+        body = kind + content
+        return struct.pack(">I", len(content)) + body + struct.pack(">I", zlib.crc32(body))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
+            + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b""))
+
+
+@pytest.mark.parametrize("width, height", [(60_000, 60_000), (10_000, 10_000), (2**31 - 1, 1)])
+def test_decompression_bomb(tmp_path, width, height):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "bomb.png").write_bytes(png(width, height))
+    tracemalloc.start()
+    with pytest.raises(InputError, match="bomb.png cannot be read .*decompression bomb"):
+        Images(tmp_path, ["bomb.png"], PREPROCESS)[0]
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 5e6
+
+
+@pytest.mark.parametrize("content", [b"", b"GIF89a", png(5, 5)[:40], b"\xff\xd8\xff" * 100,
+                                     b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"],
+                         ids=["empty", "gif", "cut png", "jpeg", "postscript"])
+def test_files_that_are_no_images(tmp_path, content):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.jpg").write_bytes(content)
+    with pytest.raises(InputError, match=r"a\.jpg cannot be read"):
+        Images(tmp_path, ["a.jpg"], PREPROCESS)[0]
+
+
+# ---- the commands -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("main", [NPC, BANK])
+def test_a_command_ends_with_one_line(trained, tmp_path, main):
+    """Whatever the file, no traceback: a crafted bank, then a crafted checkpoint."""
+    argv = trained.argv[:-2] if main is BANK else [
+        *trained.argv[:-1], str(tmp_path), "--noise_ratio", "0.4"]
+    argv = [x for x in argv if x not in ("--epochs", "2")] if main is BANK else argv
+    torch.save({"state_dict": Harm(tmp_path)}, tmp_path / "bad.pt")
+    said = run(main, [*argv, "--resume", str(tmp_path / "bad.pt")], tmp_path / "out", 2)
+    assert said.splitlines()[-1].startswith("error: ") and "it would run code" in said
+    assert "Traceback" not in said and not (tmp_path / HARM).exists()
+

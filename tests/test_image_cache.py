@@ -1,0 +1,342 @@
+"""The cache of decoded images, and the processes that read images: what happens when they die, when
+files are damaged, when two runs share a data folder."""
+
+import functools
+import json
+import os
+import re
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import describe, make_dataset, options
+from processes import BANK, CLIP, NPC, Started, differences, run, save_small
+
+import clip
+import data as data_module
+from data import Images, training_pairs
+from utils import image_cache
+from utils.errors import InputError
+from utils.image_cache import ImageCache
+
+PREPROCESS = clip.Preprocess(32)
+NUM = 12
+
+
+def quiet(*_):
+    """Takes log lines."""
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """List that gets the number of each image as it is decoded."""
+    decoded, decode = [], Images.decode
+    monkeypatch.setattr(Images, "decode", lambda self, k: (decoded.append(k), decode(self, k))[1])
+    return decoded
+
+
+@pytest.fixture
+def cached(dataset, tmp_path):
+    """Function: the training images of one data set behind the cache in tmp_path / "cache"."""
+    data = dataset("f30k")
+
+    def images(folder="cache"):
+        args = options(data, "--batch_size", 8, "--image_cache", tmp_path / folder)
+        return training_pairs(args, PREPROCESS, quiet).images
+
+    return images
+
+
+def everything(images):
+    return torch.stack([images[k] for k in range(len(images))])
+
+
+# ---- contents -----------------------------------------------------------------------------------
+
+
+def test_images_are_decoded_once_and_bit_for_bit_the_same(cached, counted, datasets):
+    plain = training_pairs(options(datasets["f30k"], "--batch_size", 8), PREPROCESS, quiet).images
+    expected = everything(plain)
+    counted.clear()
+    images = cached()
+    assert images.cache.missing() == NUM
+    assert torch.equal(everything(images), expected) and counted == list(range(NUM))
+    assert images.cache.missing() == 0
+    assert torch.equal(everything(images), expected)
+    assert torch.equal(everything(cached()), expected)  # a later run
+    assert len(counted) == NUM
+
+
+def test_what_is_served_can_be_changed_without_harm(cached):
+    images = cached()
+    before = everything(images)
+    images[3].zero_()
+    assert torch.equal(everything(images), before)
+
+
+def test_changed_images_and_other_resolutions_get_another_cache(dataset, tmp_path):
+    data = dataset("f30k")
+    paths = [data.root / "images" / data.name(i) for i in data.ids["train"]]
+    first = ImageCache(tmp_path / "cache", paths, 32).path
+    assert ImageCache(tmp_path / "cache", paths, 32).path == first
+    assert ImageCache(tmp_path / "cache", paths, 16).path != first
+    assert ImageCache(tmp_path / "cache", paths[::-1], 32).path != first
+    os.utime(paths[2], ns=(1, 1))
+    assert ImageCache(tmp_path / "cache", paths, 32).path != first
+
+
+@pytest.mark.parametrize("damage", ["cut", "longer", "empty", "garbage", "one byte", "half stored"])
+def test_damaged_cache_is_decoded_again(cached, counted, damage):
+    images = cached()
+    expected = everything(images)
+    counted.clear()
+    path, size = images.cache.path, images.cache.size
+    content = bytearray(path.read_bytes())
+    again = NUM
+    if damage == "cut":
+        content = content[: len(content) // 2]
+    elif damage == "longer":
+        content += b"more"
+    elif damage == "empty":
+        content = b""
+    elif damage == "garbage":
+        content = np.random.default_rng(0).bytes(len(content))
+    elif damage == "one byte":
+        content[4 * size + 7] ^= 1
+        again = 1
+    else:  # killed between the pixels of an image and its checksum
+        content[4 * size : 5 * size] = bytes(size)
+        content[NUM * size + 32 : NUM * size + 40] = bytes(8)
+        again = 1
+    path.write_bytes(content)
+    assert torch.equal(everything(cached()), expected) and len(counted) == again
+    assert torch.equal(everything(cached()), expected) and len(counted) == again  # mended
+
+
+def test_black_images_are_told_from_absent_ones(tmp_path):
+    (tmp_path / "a").write_text("")
+    cache = ImageCache(tmp_path / "cache", [tmp_path / "a"], 4)
+    assert cache.get(0) is None
+    black = np.zeros((3, 4, 4), np.uint8)
+    cache.put(0, black)
+    assert np.array_equal(cache.get(0), black)
+
+
+# ---- the file -----------------------------------------------------------------------------------
+
+
+def test_two_runs_share_one_file(tmp_path, monkeypatch):
+    """A run that comes to make the file just after another has made it takes that one."""
+    (tmp_path / "a").write_text("")
+    first = ImageCache(tmp_path / "cache", [tmp_path / "a"], 4)
+    first.put(0, np.ones((3, 4, 4), np.uint8))
+    inode = first.path.stat().st_ino
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "is_file", lambda self: False)  # looked before it was there
+        patch.setattr(Path, "unlink", lambda self, missing_ok=False: (
+            None if self == first.path else os.unlink(self)))
+        second = ImageCache(tmp_path / "cache", [tmp_path / "a"], 4)
+    assert first.path.stat().st_ino == inode and second.get(0) is not None
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [first.path.name]
+
+
+def test_unfinished_files_are_removed_after_a_while(tmp_path):
+    (tmp_path / "a").write_text("")
+    name = ImageCache(tmp_path / "cache", [tmp_path / "a"], 4).path.name
+    (tmp_path / "cache" / name).unlink()
+    old, new = (tmp_path / "cache" / f".{name}.{k}" for k in ("old", "new"))
+    for path in (old, new):
+        path.write_text("")
+    os.utime(old, (time.time() - image_cache.STALE - 10,) * 2)
+    ImageCache(tmp_path / "cache", [tmp_path / "a"], 4)
+    assert not old.exists() and new.exists()
+
+
+def test_cache_that_cannot_be_made_or_opened(tmp_path, monkeypatch):
+    (tmp_path / "a").write_text("")
+    with pytest.raises(InputError, match="cannot make the image cache .*choose another"):
+        ImageCache(tmp_path / "a", [tmp_path / "a"], 4)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", full)
+        with pytest.raises(InputError, match="No space left"):
+            ImageCache(tmp_path / "cache", [tmp_path / "a"], 4)
+    assert list((tmp_path / "cache").iterdir()) == []
+    cache = ImageCache(tmp_path / "cache", [tmp_path / "a"], 4)
+    cache.path.unlink()
+    with pytest.raises(InputError, match="cannot open the image cache"):
+        cache.get(0)
+
+
+# ---- processes that read images -----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    data = make_dataset(tmp_path_factory.mktemp("workers") / "data", "f30k")
+    data.model = save_small(data.root / "model.pt")
+    return data
+
+
+def arguments(data, logs, *more):
+    return [*data.options, "--vision_model", str(data.model), "--context_length", "12",
+            "--batch_size", "7", "--epochs", "1", "--device", "cpu", "--noise_ratio", "0.4",
+            "--checkpoint_path", str(logs), "--experiments", "x", *map(str, more)]
+
+
+def result(folder):
+    content = clip.read_checkpoint(folder / "x" / "epoch1.pt")
+    return content["state_dict"], content["optimizer"], (folder / "x" / "log.jsonl").read_text()
+
+
+def test_any_number_of_workers_and_a_cache_give_the_same_run(small, tmp_path):
+    for name, more in (("0", []), ("1", []), ("4", []), ("0", ["--image_cache", tmp_path / "c"]),
+                       ("2", ["--image_cache", tmp_path / "c"])):
+        logs = tmp_path / f"{name}{len(more)}"
+        run(NPC, arguments(small, logs, "--num_workers", name, *more), tmp_path / "out")
+        assert differences(result(logs), result(tmp_path / "00")) == []
+
+
+def die_at(name, how):
+    """Hook: decoding the image `name` ends the process."""
+    decode = Images.decode
+
+    def fatal(self, k):
+        if self.names[k] == name:
+            os.kill(os.getpid(), signal.SIGKILL) if how == "killed" else os._exit(3)
+        return decode(self, k)
+
+    data_module.Images.decode = fatal
+
+
+@pytest.mark.parametrize("main, how, workers", [(CLIP, "killed", 3), (CLIP, "exit", 1),
+                                                (BANK, "killed", 2)])
+def test_image_that_kills_its_worker_is_named(small, tmp_path, main, how, workers):
+    name = small.name(small.ids["train"][5])
+    argv = arguments(small, tmp_path, "--num_workers", workers, "--eval_batch_size", 2)
+    if main is BANK:
+        argv = argv[: argv.index("--checkpoint_path")]
+        del argv[argv.index("--epochs") : argv.index("--epochs") + 2]
+    said = run(main, argv, tmp_path / "out", 2, functools.partial(die_at, name, how))
+    line = said.splitlines()[-1]
+    assert line == (f"error: a worker process was killed while it decoded "
+                    f"{small.root / 'images' / name}: replace that image")
+    assert "Traceback" not in said
+
+
+def kill_idle_workers():
+    """Hook: a worker dies when it has sent a batch, after the third step."""
+    from test_resume import after_step
+
+    def kill():
+        time.sleep(0.3)  # they have read ahead and wait
+        import multiprocessing
+
+        os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+
+    after_step(3, kill)
+
+
+def test_worker_that_dies_between_two_images(small, tmp_path):
+    argv = arguments(small, tmp_path, "--num_workers", 1, "--epochs", 50)
+    said = run(CLIP, argv, tmp_path / "out", 2, kill_idle_workers)
+    assert "error: a worker process was killed between two images" in said.splitlines()[-1]
+
+
+def test_other_errors_pass_unchanged(small):
+    with pytest.raises(RuntimeError, match="^mine$"), data_module.explain_deaths(None):
+        raise RuntimeError("mine")
+
+
+def test_workers_end_with_their_run(small, tmp_path):
+    """Although they ignore the signals that reach the whole group, none is left behind."""
+    argv = arguments(small, tmp_path, "--num_workers", 2, "--epochs", 500)
+    for number, status in ((signal.SIGTERM, 75), (signal.SIGKILL, -signal.SIGKILL)):
+        started = Started(CLIP, argv, tmp_path / f"out{number}")
+        started.wait_for("epoch 1: dev")
+        group = [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc")))
+                 if os.path.exists(f"/proc/{pid}") and os.getsid(pid) == started.pid]
+        assert len(group) == 3 or number == signal.SIGKILL
+        os.kill(started.pid, number)
+        assert started.wait() == status, started.text()
+        end = time.monotonic() + 15  # a worker looks for its parent every 5 seconds
+        while any(os.path.exists(f"/proc/{pid}") for pid in group) and time.monotonic() < end:
+            time.sleep(0.05)
+        assert not any(os.path.exists(f"/proc/{pid}") for pid in group)
+
+
+# ---- two runs at once ---------------------------------------------------------------------------
+
+
+def test_two_runs_at_once_share_a_data_folder(small, tmp_path):
+    """Both make the noise file, the bank and the image cache; both end as one that is alone."""
+    roots = [tmp_path / name for name in ("alone", "shared")]
+    for root in roots:
+        shutil.copytree(small.root, root, ignore=shutil.ignore_patterns("*noise_t*", "*mbank*"))
+    alone, shared = (describe(root, "f30k") for root in roots)
+    alone.model = shared.model = small.model
+    run(NPC, arguments(alone, tmp_path / "a", "--num_workers", 0), tmp_path / "out")
+    started = []
+    for k in range(3):
+        argv = arguments(shared, tmp_path / f"s{k}", "--num_workers", k % 2, "--image_cache",
+                         tmp_path / "cache")
+        started.append(Started(NPC, argv, tmp_path / f"out{k}"))
+    for k, one in enumerate(started):
+        assert one.wait() == 0, one.text()
+        assert differences(result(tmp_path / f"s{k}"), result(tmp_path / "a")) == []
+    for folder in (shared.root / "annotations").iterdir():
+        assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+    assert len(list((tmp_path / "cache").iterdir())) == 2  # train and dev
+    bank = "annotations/frozen_memory_bank/0.4_mbank.npz"
+    one, two = (np.load(root / bank) for root in roots)
+    assert all(np.array_equal(one[k], two[k]) for k in ("image_entry", "caption_entry", "loss"))
+
+
+# ---- long runs ----------------------------------------------------------------------------------
+
+
+def watch_memory(path, warm):
+    """Hook: note the memory (kB) and the open files of the process every 100 steps."""
+    from test_resume import after_step
+
+    def note():
+        status = Path("/proc/self/status").read_text()
+        kilobytes = int(re.search(r"VmRSS:\s+(\d+)", status)[1])
+        with open(path, "a") as f:
+            print(kilobytes, len(os.listdir("/proc/self/fd")), file=f)
+
+    for step in warm:
+        after_step(step, note)
+
+
+@pytest.mark.parametrize("workers, steps", [
+    (1, 120), pytest.param(0, 2000, marks=pytest.mark.slow),
+    pytest.param(2, 2000, marks=pytest.mark.slow)])
+def test_memory_stays_flat(small, tmp_path, workers, steps):
+    """Over one epoch, too: what a step leaves behind must not hold its batch."""
+    captions = (small.split_folder / "train_caps.txt").read_text()
+    root = tmp_path / "long"
+    shutil.copytree(small.root, root, ignore=shutil.ignore_patterns("*noise_t*", "*mbank*"))
+    many = describe(root, "f30k")
+    many.model = small.model
+    repeat = max(1, steps // 30)
+    (many.split_folder / "train_caps.txt").write_text(captions * repeat)
+    ids = (many.split_folder / "train_ids.txt").read_text()
+    (many.split_folder / "train_ids.txt").write_text(ids * repeat)
+    argv = arguments(many, tmp_path, "--num_workers", workers, "--batch_size", "2", "--lr", "1e-6")
+    notes = tmp_path / "notes"
+    marks = range(steps // 5, steps, max(1, steps // 20))
+    run(NPC, argv, tmp_path / "out", hook=functools.partial(watch_memory, notes, marks))
+    table = np.loadtxt(notes)
+    print(json.dumps({"workers": workers, "steps": steps, "first_MB": table[0, 0] / 1e3,
+                      "last_MB": table[-1, 0] / 1e3}))
+    assert len(table) == len(marks)
+    assert table[-1, 1] <= table[0, 1] + 4  # open files
+    assert table[-1, 0] - table[0, 0] < 8000  # kB
