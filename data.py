@@ -13,10 +13,12 @@ import atexit
 import functools
 import os
 import signal
+import threading
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import active_children
+from multiprocessing.connection import wait
 from multiprocessing.sharedctypes import RawArray, RawValue
 from pathlib import Path
 from typing import NamedTuple
@@ -92,10 +94,10 @@ class Images(Dataset):
             self.reading[slot : slot + 2] = os.getpid(), value
 
     def read_by_the_dead(self):
-        """Paths of the images that worker processes were decoding when they ended."""
+        """Names of the images that worker processes were decoding when they ended."""
         alive = {process.pid for process in active_children()}
         slots = zip(self.reading[::2], self.reading[1::2], strict=True)
-        return [self.folder / self.names[k - 1] for pid, k in slots if k and pid not in alive]
+        return sorted({self.names[k - 1] for pid, k in slots if k and pid not in alive})
 
 
 @contextmanager
@@ -107,8 +109,10 @@ def explain_deaths(images):
     except (RuntimeError, EOFError, ConnectionError) as error:
         if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
             raise
-        paths = ", ".join(map(str, images.read_by_the_dead()))
-        reason = (f"while it decoded {paths}: replace that image" if paths else
+        if not isinstance(error, RuntimeError):  # the worker may be just about to end
+            wait([process.sentinel for process in active_children()], timeout=5)
+        names = ", ".join(images.read_by_the_dead())
+        reason = (f"while it decoded {names} in {images.folder}: replace that image" if names else
                   "between two images: the memory may have run out, use fewer --num_workers")
         raise InputError(f"a worker process was killed {reason}") from error
 
@@ -318,8 +322,19 @@ def _loader(args, dataset, **kwargs):
     workers = min(args.num_workers, len(kwargs.get("sampler", dataset)))
     if workers:
         kwargs["worker_init_fn"] = functools.partial(_ignore_signals, _exiting())
-    return DataLoader(dataset, num_workers=workers, persistent_workers=workers > 0,
-                      pin_memory=args.device.type == "cuda", **kwargs)
+    return _Loader(dataset, num_workers=workers, persistent_workers=workers > 0,
+                   pin_memory=args.device.type == "cuda", **kwargs)
+
+
+class _Loader(DataLoader):
+    """DataLoader that notices a dead worker when its data are waited for; torch's handler of
+    SIGCHLD raises wherever the process happens to be, in the middle of an optimiser step too."""
+
+    def __iter__(self):
+        iterator = super().__iter__()
+        if self.num_workers and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        return iterator
 
 
 @functools.cache

@@ -189,7 +189,7 @@ def memory_bank(model, pairs, args, precision, log=print):
         return load_bank(args.dataset_root, args.noise_ratio, pairs)[0]
     bank, path = found
     log(f"memory bank: {path}")
-    for key in ("vision_model", "recipe", "clean_threshold"):
+    for key in ("vision_model", "recipe", "clean_threshold", "batch_size"):
         if key in bank.info and bank.info[key] != getattr(args, key):
             log(f"warning: that bank was built with --{key} {bank.info[key]}, this run has "
                 f"{getattr(args, key)}; get_memorybank.py builds it anew")

@@ -4,7 +4,7 @@
     python main_CLIP.py --eval --resume CKPT --dataset coco --dataset_root PATH
 """
 
-from data import training_loader, training_pairs
+from data import retrieval_split, training_loader, training_pairs
 from params import parse_args
 from utils.embed import encode_batch
 from utils.errors import command
@@ -22,9 +22,10 @@ def main(argv=None):
         return run.evaluate_test(model, preprocess)
 
     pairs = training_pairs(args, preprocess, run.log)
+    dev = retrieval_split(args, "dev", preprocess, run.log)
     loader = training_loader(args, pairs)
     baseline = Baseline(model, run)
-    fit(run, model, preprocess, baseline.optimizers, loader, baseline.step)
+    fit(run, model, dev, baseline.optimizers, loader, baseline.step)
 
 
 class Baseline:

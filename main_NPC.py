@@ -11,7 +11,7 @@ import copy
 
 import torch
 
-from data import training_loader, training_pairs
+from data import retrieval_split, training_loader, training_pairs
 from get_memorybank import memory_bank
 from params import parse_args
 from utils.embed import encode, encode_batch, uses_batch_statistics
@@ -31,11 +31,12 @@ def main(argv=None):
 
     # The memory bank: clean pairs that resemble each training image and caption, found by A_0
     pairs = training_pairs(args, preprocess, run.log)
+    dev = retrieval_split(args, "dev", preprocess, run.log)
     bank = memory_bank(A, pairs, args, run.precision, run.log)
     loader = training_loader(args, pairs, bank)
 
     npc = NPC(A, run, fixed_weights(args.weighting, bank, run.device))
-    fit(run, A, preprocess, npc.optimizers, loader, npc.step)
+    fit(run, A, dev, npc.optimizers, loader, npc.step)
 
 
 class NPC:

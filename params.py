@@ -90,7 +90,7 @@ def add_data(group, command):
                             "file of this ratio is made when it is missing")
     if command == "noise":
         return
-    group.add_argument("--context_length", type=length, default=77,
+    group.add_argument("--context_length", type=at_least_two, default=77,
                        help="longest caption in tokens, both end marks included; longer ones are "
                             "cut; at most the model's (77 for all published ones)")
     group.add_argument("--num_workers", type=natural_int, default=min(8, os.cpu_count() or 1),
@@ -218,7 +218,7 @@ def add_run(group, command):
                        help="seed of the noise, the order of the pairs, the mixture and random "
                             "weights")
     if command not in ("noise", "cache", "search"):
-        group.add_argument("--batch_size", type=positive_int, default=256,
+        group.add_argument("--batch_size", type=at_least_two, default=256,
                            help="pairs in a step; every pair is contrasted with the others of its "
                                 "batch")
     if command in ("npc", "clip"):
@@ -278,7 +278,7 @@ def number(parse, low, high, expected):
 
 natural_int = number(int, 0, float("inf"), "a whole number from 0")
 positive_int = number(int, 1, float("inf"), "a whole number from 1")
-length = number(int, 2, float("inf"), "a whole number from 2")
+at_least_two = number(int, 2, float("inf"), "a whole number from 2")
 seed = number(int, 0, 2**32, "a whole number from 0 to below 2^32")
 natural_float = number(float, 0, float("inf"), "a number from 0")
 probability = number(float, 0, 1, "a number from 0 to below 1")

@@ -56,7 +56,7 @@ CHECKPOINTS = {  # those of a run that are tested
 NOTE = f"""\
 Each fine-tunes the zero-shot model on 5 captions of {TARGET} images for {METHODS['NPC'].epochs} \
 epochs, lr {METHODS['NPC'].lr:g}; the tuned CLIP for {METHODS['CLIP, tuned'].epochs} epochs, lr \
-{METHODS['CLIP, tuned'].lr:g}, the best schedule for it in a grid at 60 % noise. Without weights \
+{METHODS['CLIP, tuned'].lr:g}, chosen in a small grid at 60 % noise. Without weights \
 (w = 1), NPC is CLIP that also trains on the memory bank."""
 
 

@@ -7,6 +7,7 @@ from .weights import (
     CheckpointError,
     architecture,
     available_models,
+    build,
     describe,
     from_hf,
     load,
@@ -14,6 +15,7 @@ from .weights import (
     read_checkpoint,
     read_state_dict,
     save_hf,
+    state_dict_of,
     to_hf,
 )
 
@@ -24,6 +26,7 @@ __all__ = [
     "SimpleTokenizer",
     "architecture",
     "available_models",
+    "build",
     "convert_weights_to_fp16",
     "describe",
     "from_hf",
@@ -34,6 +37,7 @@ __all__ = [
     "read_checkpoint",
     "read_state_dict",
     "save_hf",
+    "state_dict_of",
     "to_hf",
     "tokenize",
     "tokenize_with_lengths",

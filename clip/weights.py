@@ -10,6 +10,7 @@ import os
 import pickle
 import re
 import urllib.request
+import warnings
 import zipfile
 from collections import OrderedDict
 from contextlib import contextmanager
@@ -109,12 +110,16 @@ def load(name_or_path, device=None, jit=False, download_root=None):
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if name_or_path == "tiny":
         model = CLIP(**CONFIGS["tiny"])
-    else:
-        path = _find(name_or_path, download_root) if name_or_path in SHA256 else name_or_path
-        state_dict = read_state_dict(path)
-        with torch.device("meta"):  # neither spends time on an initialisation nor draws from it
-            model = CLIP(**_infer(state_dict, path))
-        load_state_dict_into(model.to_empty(device="cpu"), state_dict, path)
+        return model.eval().to(device), Preprocess(model.visual.input_resolution)
+    path = _find(name_or_path, download_root) if name_or_path in SHA256 else name_or_path
+    return build(read_state_dict(path), path, device)
+
+
+def build(state_dict, source, device="cpu"):
+    """(CLIP, Preprocess), as `load`, from a state dict; `source` names it in errors."""
+    with torch.device("meta"):  # neither spends time on an initialisation nor draws from it
+        model = CLIP(**_infer(state_dict, source))
+    load_state_dict_into(model.to_empty(device="cpu"), state_dict, source)
     return model.eval().to(device), Preprocess(model.visual.input_resolution)
 
 
@@ -204,7 +209,12 @@ def read_state_dict(path):
 
     Raises CheckpointError if the file is missing, damaged, none of these, or would run code.
     """
-    content = read_checkpoint(path)
+    return state_dict_of(read_checkpoint(path), path)
+
+
+def state_dict_of(content, path):
+    """The state dict in what `read_checkpoint` gave for `path`, with our names.  Raises
+    CheckpointError if there is none."""
     state_dict = content.get("state_dict", content)
     if not isinstance(state_dict, dict) or not state_dict:
         raise CheckpointError(f"{path} holds no state dict")
@@ -247,7 +257,8 @@ def read_checkpoint(path):
             return _read_safetensors(path)
         if _is_torchscript(path):
             return _read_torchscript(path)
-        with _numpy_scalars_allowed():
+        with _numpy_scalars_allowed(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickles of other protocols, before the error
             content = torch.load(path, map_location="cpu", weights_only=True)
     except CheckpointError:
         raise

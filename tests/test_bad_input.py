@@ -1,6 +1,7 @@
 """Bad input: one clear line on stderr, a status that is not 0, nothing left half-written."""
 
 import json
+import multiprocessing
 import os
 import pickle
 import subprocess
@@ -156,9 +157,12 @@ def test_undecodable_image_is_named(refused, dataset, command, how, workers):
     data = dataset("f30k")
     path = data.root / "images" / data.name(data.ids["train"][7])
     break_image(path, how)
+    before = set(multiprocessing.active_children())
     line = refused(command, data, "--num_workers", workers, "--batch_size", "60",
                    words=[path, "cannot be read"])
     assert line.startswith(f"error: image {path}")
+    left = set(multiprocessing.active_children()) - before
+    assert not left  # they would be killed, loudly, when the interpreter ends
 
 
 @pytest.mark.parametrize("content, line, what", [

@@ -463,7 +463,7 @@ def test_random_bytes_in_any_text_file(copies, file, content, kind):
     path = data.split_folder / file
     before = path.read_bytes() if path.exists() else None
     path.write_bytes(content)
-    args = options(data, "--batch_size", 1, "--noise_ratio",
+    args = options(data, "--batch_size", 2, "--noise_ratio",
                    0.4 if file.startswith("0.4") else 0, "--context_length", 12)
     try:
         for read in (lambda: training_pairs(args, PREPROCESS, quiet),

@@ -16,7 +16,7 @@ import torch._functorch.config
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from data import explain_deaths, retrieval_split
+from data import explain_deaths
 from utils import checkpoints
 from utils.diagnostics import show_weights
 from utils.distributed import Later, anyone, is_main, stop, world
@@ -61,18 +61,17 @@ def limit_logit_scale(model, recipe):
         model.logit_scale.clamp_(max=recipe.max_logit_scale)
 
 
-def fit(run, model, preprocess, optimizers, loader, step):
+def fit(run, model, dev, optimizers, loader, step):
     """Train `model` for the steps that remain.
 
-    optimizers: name in the checkpoint -> optimiser, all on one schedule. step(batch) makes one
-    optimiser step on a `Step` and returns its numbers: scalar tensors by name, `loss` and
-    `grad_norm` among them, and under "w" the weights (B,) of its pairs if it has any. After each
-    epoch: dev scores, checkpoint, log.jsonl, weights.npz, TensorBoard. SIGTERM and SIGINT save a
-    checkpoint after the step at hand and exit with status `INTERRUPTED`. Raises InputError when a
-    loss or gradient is not finite.
+    dev: the `Pairs` that choose the best epoch. optimizers: name in the checkpoint -> optimiser,
+    all on one schedule. step(batch) makes one optimiser step on a `Step` and returns its numbers:
+    scalar tensors by name, `loss` and `grad_norm` among them, and under "w" the weights (B,) of its
+    pairs if it has any. After each epoch: dev scores, checkpoint, log.jsonl, weights.npz,
+    TensorBoard. SIGTERM and SIGINT save a checkpoint after the step at hand and exit with status
+    `INTERRUPTED`. Raises InputError when a loss or gradient is not finite.
     """
     args, pairs = run.args, loader.dataset.pairs
-    dev = retrieval_split(args, "dev", preprocess, run.log)
     schedule = Schedule(args, run.recipe, len(loader), len(pairs))
     history = History(run, pairs)
     saver = Saver(run, model, optimizers, history, identity(loader.dataset))
