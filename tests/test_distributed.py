@@ -101,8 +101,7 @@ def assert_alike(tmp_path):
 @pytest.mark.parametrize("main, more", [
     (NPC, ["--recipe", "paper"]),
     (NPC, ["--recipe", "released", "--accum_steps", 2]),
-    (NPC, ["resnet", "--num_workers", 1]),
-    (CLIP, ["--recipe", "paper", "--grad_checkpointing"]),
+    (CLIP, ["--recipe", "paper", "--num_workers", 1]),
 ])
 def test_two_processes_train_like_one(data, tmp_path, main, more):
     compare(data, tmp_path, main, *more)
@@ -124,11 +123,8 @@ def one_image(data, tmp_path):
 @pytest.mark.parametrize("model", ["model", "resnet"])
 def test_a_process_without_images(one_image, tmp_path, model):
     """All pairs have one image: the share of the second process is always empty."""
-    for size in (2, 3):
-        folder = tmp_path / str(size)
-        folder.mkdir()
-        compare(one_image, folder, NPC, "--batch_size", size,
-                *(["resnet"] if model == "resnet" else []))
+    compare(one_image, tmp_path, NPC, "--batch_size", 2,
+            *(["resnet"] if model == "resnet" else []))
 
 
 def test_released_batch_norm_is_refused(data, tmp_path):
@@ -310,8 +306,8 @@ def tiny(data, logs, *more):
             "--experiments", "x", *more]
 
 
-def test_torchrun(data, tmp_path):
-    """The real thing once, on the scripts as they are: SIGTERM to torchrun saves in time."""
+@pytest.mark.slow
+def test_sigterm_to_torchrun_saves_in_time(data, tmp_path):
     argv = tiny(data, tmp_path, "--epochs", 500, "--save_every", 2)
     process = start(TORCHRUN, "main_CLIP.py", *argv)
     end = time.monotonic() + 120

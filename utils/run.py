@@ -91,10 +91,10 @@ class Run:
                     f"{args.resume} holds {clip.describe(model.config)}, but --vision_model is "
                     f"{clip.describe(expected)}; leave --vision_model out to take what the "
                     "checkpoint holds")
-        self.state = checkpoints.training_state(checkpoint, args.resume)
-        if self.state:
-            args.vision_model = args.vision_model or self.state["args"].get("vision_model")
-        args.vision_model = args.vision_model or args.resume
+        if "eval" in args and not args.eval:  # a command that trains
+            self.state = checkpoints.training_state(checkpoint, args.resume)
+        args.vision_model = (args.vision_model or self.state.get("args", {}).get("vision_model")
+                             or args.resume)
         return model, preprocess
 
     def evaluate_test(self, model, preprocess):
