@@ -15,10 +15,12 @@ import torch
 
 import clip
 from data import Pairs, StepDataset
+from main_CLIP import Baseline
 from main_NPC import NPC
 from utils.memorybank import MemoryBank
 from utils.precision import Precision
 from utils.recipes import RECIPES
+from utils.training import adamw
 
 TEXT = {"context_length": 12, "vocab_size": 50, "transformer_width": 64, "transformer_heads": 1,
         "transformer_layers": 1, "embed_dim": 16, "image_resolution": 32}
@@ -206,6 +208,70 @@ def test_each_row_of_the_released_recipe_matters(monkeypatch, row, value):
     with pytest.raises(AssertionError):
         compare("rn" if row == "batch_norm_trains" else "vit", recipe="released",
                 tolerance=1e-9)
+
+
+def test_the_state_of_the_siamese_lives_on(monkeypatch):
+    """An AdamW of A' that starts anew at every step gives other weights."""
+    step = NPC.siamese_step
+
+    def forgetful(self, loss, model):
+        self.siamese_optimizer.state.clear()
+        step(self, loss, model)
+
+    monkeypatch.setattr(NPC, "siamese_step", forgetful)
+    with pytest.raises(AssertionError):
+        compare("vit", recipe="released")
+
+
+def test_everything_is_decayed():
+    """One step at gradient 0 shrinks every parameter by lr times weight decay: biases, LayerNorms,
+    logit_scale and the rows of tokens that no caption has."""
+    model = make_model("vit")
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    optimizer = adamw(model, options(lr=0.1, weight_decay=0.5))
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, before[name] * 0.95)
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_baseline_equals_plain_contrastive_training(tower, recipe):
+    """main_CLIP.py's step: clipped, with frozen BatchNorm in `paper`; neither in `released`."""
+    args = options(recipe=recipe)
+    pairs, _ = make_data()
+    ours, reference = make_model(tower), make_model(tower)
+    baseline, optimizer = Baseline(ours, StubRun(args)), reference_adamw(reference, args)
+    data, released = StepDataset(pairs), recipe == "released"
+    for batch in np.random.default_rng(2).permutation(NUM_PAIRS).reshape(3, BATCH).tolist():
+        ours.train(released)
+        loss = baseline.step(data[batch])["loss"].item()
+        reference.train(released)
+        expected = reference_losses(reference, pairs, batch).mean()
+        optimizer.zero_grad()
+        expected.backward()
+        norm = math.sqrt(sum(p.grad.square().sum().item() for p in reference.parameters()))
+        assert norm > args.clip_grad  # so that clipping matters
+        if not released:
+            for p in reference.parameters():
+                p.grad *= args.clip_grad / (norm + 1e-6)
+        optimizer.step()
+        assert loss == pytest.approx(expected.item(), abs=1e-9)
+    after = reference.state_dict()
+    for name, p in ours.state_dict().items():
+        torch.testing.assert_close(p, after[name], rtol=0, atol=1e-9)
+
+
+def test_accumulated_steps_are_exact():
+    pairs, bank = make_data()
+    batches = [list(range(BATCH)), list(range(BATCH, 2 * BATCH))]
+    whole, pieces = make_model("vit"), make_model("vit")
+    our_steps(whole, pairs, bank, batches, options())
+    our_steps(pieces, pairs, bank, batches, options(accum_steps=3, grad_checkpointing=True))
+    for p, q in zip(whole.parameters(), pieces.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-9)
 
 
 def test_no_gradient_flows_through_the_weights():
