@@ -186,8 +186,8 @@ def test_any_number_of_processes_resumes(data, tmp_path):
     one, two = (fresh(data, tmp_path / f"data{k}") for k in (1, 2))
     run(NPC, training(one, tmp_path / "one"), tmp_path / "out1")
     argv = training(two, tmp_path / "two", "--resume", "auto")
-    hook = functools.partial(signal_after, 5, signal.SIGTERM)
-    said = run_in_two(NPC, argv, tmp_path / "out2", INTERRUPTED, hooks=(None, hook))
+    said = run_in_two(NPC, argv, tmp_path / "out2", INTERRUPTED,
+                      hooks=(save_slowly, leave_after_saving))
     assert "interrupted after step 6" in said[0]  # known a step later, see `interruptions`
     hook = functools.partial(signal_after, 11, signal.SIGKILL)
     run(NPC, argv, tmp_path / "out3", -signal.SIGKILL, hook)
@@ -199,6 +199,30 @@ def signal_after(step, number):
     from test_resume import after_step
 
     after_step(step, lambda: os.kill(os.getpid(), number))
+
+
+def save_slowly():
+    from utils import checkpoints
+
+    save = checkpoints.save
+    checkpoints.save = lambda *arguments: (time.sleep(0.5), save(*arguments))
+
+
+def leave_after_saving():
+    """Hook: this process gets the signal, and must not leave, whereupon torchrun would end the
+    other, before that one has saved."""
+    from utils import training
+
+    leave = training.leave
+
+    def check(run, where):
+        try:
+            leave(run, where)
+        finally:
+            assert list(run.folder.glob("step*.pt"))
+
+    training.leave = check
+    signal_after(5, signal.SIGTERM)
 
 
 def test_all_processes_resume_from_what_the_first_one_found(data, tmp_path):

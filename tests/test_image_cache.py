@@ -3,6 +3,7 @@ files are damaged, when two runs share a data folder."""
 
 import functools
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -236,11 +237,25 @@ def kill_idle_workers():
 
     def kill():
         time.sleep(0.3)  # they have read ahead and wait
-        import multiprocessing
-
         os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
 
     after_step(3, kill)
+
+
+def signal_workers():
+    """Hook: signals reach the workers first, as a cluster may send them, or alone."""
+    from test_resume import after_step
+
+    def send():
+        for process in multiprocessing.active_children():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                os.kill(process.pid, number)
+
+    after_step(3, send)
+
+
+def test_workers_leave_signals_to_the_main_process(small, tmp_path):
+    run(CLIP, arguments(small, tmp_path, "--num_workers", 2), tmp_path / "out", 0, signal_workers)
 
 
 def test_worker_that_dies_between_two_images(small, tmp_path):

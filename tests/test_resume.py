@@ -358,6 +358,16 @@ def test_killed_ten_times_at_random_moments(data, whole, tmp_path):
     assert [path for path in folder.iterdir() if path.name.startswith(".")] == []
 
 
+def test_files_are_on_disk_before_they_get_their_name(tmp_path, monkeypatch):
+    """What kill -9 cannot show, a crash of the machine would."""
+    calls = []
+    for name in ("fsync", "replace"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *a, n=name, f=real: (calls.append(n), f(*a))[1])
+    checkpoints.save(tmp_path / "epoch1.pt", {"a": 1})
+    assert calls == ["fsync", "replace"] and (tmp_path / "epoch1.pt").exists()
+
+
 def test_unfinished_files_are_never_taken_and_removed_by_the_next_run(data, copied):
     """What kill -9 leaves in the middle of a write."""
     folder = copied()

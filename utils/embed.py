@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 import clip
 from data import cut_tokens, explain_deaths, image_loader
-from utils.distributed import gather, own_below, rank, world
+from utils.distributed import gather, rank, world
 from utils.errors import InputError
 
 
@@ -68,7 +68,7 @@ def embed_pairs(model, pairs, args, precision, normalise=True):
     model.eval()
 
     def finish(features, what, total):
-        features = gather(torch.cat(features)[: own_below(total)], 0, total)
+        features = gather(torch.cat(features), 0, total)
         features = features if features.dtype == torch.float64 else features.float()
         if not features.isfinite().all():
             raise InputError(f"the model gives {what} features that are not finite; its weights "
