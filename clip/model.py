@@ -341,13 +341,14 @@ class _FrozenStatistics:
         self.norms = [m for m in block.modules() if isinstance(m, nn.BatchNorm2d)]
 
     def __enter__(self):
-        self.tracked = [norm.track_running_stats for norm in self.norms]
+        self.before = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in self.norms]
         for norm in self.norms:
-            norm.track_running_stats = False
+            norm.momentum = 0.0  # the same computation, which leaves the statistics as they are
 
     def __exit__(self, *_):
-        for norm, track in zip(self.norms, self.tracked, strict=True):
-            norm.track_running_stats = track
+        for norm, (momentum, count) in zip(self.norms, self.before, strict=True):
+            norm.momentum = momentum
+            norm.num_batches_tracked.copy_(count)
 
 
 def convert_weights_to_fp16(model):
