@@ -71,6 +71,8 @@ def parse_args(command, argv=None):
     if training:
         add_optimisation(parser.add_argument_group("optimisation"))
     add_run(parser.add_argument_group("run"), command)
+    if command != "noise":
+        add_evaluation(parser.add_argument_group("evaluation"), command)
     args = parser.parse_args(argv)
     check(parser, args)
     return args
@@ -106,13 +108,6 @@ def add_data(group, command):
                            help="keep the decoded and cropped images in a file in this folder, "
                                 "0.15 MB each at 224 pixels; later passes and runs read them from "
                                 "there, bit for bit the same")
-    group.add_argument("--eval_batch_size", type=positive_int, default=64,
-                       help="images or captions that are encoded at a time outside training; "
-                            "changes speed and memory, never a score")
-    if command not in ("memorybank", "find_noise"):
-        group.add_argument("--dev_length", type=positive_int, default=None,
-                           help="use only so many dev captions for choosing the best epoch; "
-                                "without it all of them")
 
 
 def add_model(group):
@@ -237,8 +232,19 @@ def add_run(group, command):
                            help="keep the newest K checkpoints beside best.pt; 0: all epochs")
         group.add_argument("--force_resume", action="store_true",
                            help="resume although options or data that make it another run changed")
+
+
+def add_evaluation(group, command):
+    if command in ("npc", "clip"):
         group.add_argument("--eval", action="store_true",
                            help="score --resume (or the initial model) on the test split and stop")
+    group.add_argument("--eval_batch_size", type=positive_int, default=64,
+                       help="images or captions that are encoded at a time outside training; "
+                            "changes speed and memory, never a score")
+    if command not in ("memorybank", "find_noise"):
+        group.add_argument("--dev_length", type=positive_int, default=None,
+                           help="use only so many dev captions for choosing the best epoch; "
+                                "without it all of them")
 
 
 def check(parser, args):
