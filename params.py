@@ -42,7 +42,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse_args(command, argv=None):
-    """Options of a command: `npc`, `clip`, `memorybank`, `noise`, `cache`, `find_noise`, `search`.
+    """Options of a command: `npc`, `clip`, `memorybank`, `noise`, `cache`, `find_noise`, `search`,
+    `export`.
 
     Returns a namespace with defaults filled in (`device` is a torch.device). Bad values end the
     program with one line on stderr and status 2.
@@ -57,7 +58,12 @@ def parse_args(command, argv=None):
                                  "cache": "Decode all images ahead.",
                                  "find_noise": "Rank the training pairs by how suspicious they "
                                                "are.",
-                                 "search": "Find images by text, or captions by image."}[command])
+                                 "search": "Find images by text, or captions by image.",
+                                 "export": "Write a checkpoint for transformers."}[command])
+    if command == "export":
+        parser.add_argument("--resume", required=True, metavar="CKPT", help="checkpoint to export")
+        parser.add_argument("--out", required=True, metavar="DIR", help="new folder to write")
+        return parser.parse_args(argv)
     training = command in ("npc", "clip")
     add_data(parser.add_argument_group("data"), command)
     if command not in ("noise", "cache"):
