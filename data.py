@@ -86,7 +86,6 @@ class Images(Dataset):
             raise InputError(f"image {path} cannot be read ({reason}); replace it, or leave its "
                              "line out of the id and caption files") from error
 
-
     def _note(self, value):
         worker = get_worker_info()
         if worker is not None:
