@@ -11,7 +11,6 @@ import warnings
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.mixture import GaussianMixture
 
 from data import training_pairs
 from params import parse_args
@@ -40,6 +39,8 @@ def losses_in_batches(image_features, text_features, image_of, text_of, logit_sc
 def clean_posterior(losses, seed):
     """Posterior (n,) of the low-mean component of a two-component mixture on losses (n,), and the
     fitted `GaussianMixture`."""
+    from sklearn.mixture import GaussianMixture  # a second to import, which a found bank spares
+
     gmm = GaussianMixture(n_components=2, max_iter=100, tol=1e-2, reg_covar=5e-4, random_state=seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # identical losses: both components coincide, which is said
@@ -146,15 +147,22 @@ def bank_from_features(raw_images, raw_texts, logit_scale, pairs, args, log=prin
     if recipe.cosine_bank:
         caption_entry[clean] = np.flatnonzero(clean)
 
-    cosine = (images[image_of] * texts[text_of]).sum(1).float().cpu().numpy()
-    beta = (images[image_of].mean(0) @ texts[text_of].mean(0)).item()
+    cosine = torch.cat([(images[i] * texts[t]).sum(1) for i, t in
+                        zip(image_of.split(2**16), text_of.split(2**16), strict=True)])
+    beta = (mean_feature(images, image_of) @ mean_feature(texts, text_of)).item()
     info = {"vision_model": str(args.vision_model), "resume": args.resume, "seed": args.seed,
             "recipe": args.recipe, "batch_size": args.batch_size, "beta": beta,
             "clean_threshold": args.clean_threshold, "min_clean": args.min_clean,
             "means": gmm.means_.ravel().tolist(), "weights": gmm.weights_.tolist(),
             "variances": gmm.covariances_.ravel().tolist()}
     return MemoryBank(image_entry, caption_entry, clean, losses.astype(np.float32),
-                      posterior.astype(np.float32), cosine, info)
+                      posterior.astype(np.float32), cosine.float().cpu().numpy(), info)
+
+
+def mean_feature(features, item_of):
+    """Mean (D,) over the pairs of the features (items, D) of their items, item_of (n,)."""
+    count = torch.bincount(item_of, minlength=len(features))
+    return count.to(features.dtype) @ features / len(item_of)
 
 
 def report(pairs, losses, posterior, clean, gmm, args, log):

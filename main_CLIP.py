@@ -45,7 +45,6 @@ class Baseline:
         with run.precision.autocast():
             features = encode_batch(model, batch, run.args.accum_steps)
         loss = pair_losses(*features, model.logit_scale).mean()
-        self.optimizer.zero_grad()
         run.precision.scaler.scale(loss).backward()
         norm = run.precision.step(model, self.optimizer, self.max_norm)
         run.precision.scaler.update()

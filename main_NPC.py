@@ -92,7 +92,6 @@ class NPC:
             loss = pair_losses(*features, self.A.logit_scale)
         weighted = (w * loss).mean() if recipe.per_sample else w.mean() * loss.mean()
         total = weighted + args.memory_loss_weight * (memory_i.mean() + memory_t.mean())
-        self.optimizer.zero_grad()
         run.precision.scaler.scale(total).backward()
         norm = run.precision.step(self.A, self.optimizer, args.clip_grad or float("inf"))
         run.precision.scaler.update()

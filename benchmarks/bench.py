@@ -1,6 +1,7 @@
 """How fast, against what: our code and the released procedure, interleaved in one process.
 
-    python benchmarks/bench.py [--only step bank eval loader] [--json FILE]
+    python benchmarks/bench.py [--only step bank eval loader] [--against nothing] [--json FILE]
+    python benchmarks/bench.py --only bank_coco
 
 The released side is a literal transcription: every model pass for itself, captions padded to 77
 tokens, each image once per caption, the state dict copied entry by entry, ranks by two argsorts.
@@ -84,21 +85,12 @@ def make_bank(pairs, noise, rng):
 class ReleasedStep:
     """The released training step: six forward passes, three backward passes, nothing shared."""
 
-    def __init__(self, A, pairs, bank, args):
-        self.A, self.siamese, self.pairs, self.bank = A, copy.deepcopy(A), pairs, bank
+    def __init__(self, A, args):
+        self.A, self.siamese = A, copy.deepcopy(A)
         options = {"lr": args.lr, "betas": (args.beta1, args.beta2), "eps": args.eps,
                    "weight_decay": args.weight_decay}
         self.optimizer = torch.optim.AdamW(A.parameters(), **options)
         self.siamese_optimizer = torch.optim.AdamW(self.siamese.parameters(), **options)
-
-    def load(self, batch):
-        """The step's three lists of pairs as normalised images and full-length tokens."""
-        pairs = self.pairs
-        entries = (batch, self.bank.image_entry[pairs.image_of[batch]],
-                   self.bank.caption_entry[batch])
-        device = self.A.logit_scale.device
-        return [(clip.normalize(pairs.images[pairs.image_of[e]].to(device), self.A.dtype),
-                 pairs.tokens[pairs.text_of[e]].to(device)) for e in entries]
 
     def losses(self, model, inputs):
         per_image, per_text = model(*inputs)
@@ -129,6 +121,13 @@ class ReleasedStep:
         total.backward()
         torch.nn.utils.clip_grad_norm_(A.parameters(), 10)
         self.optimizer.step()
+
+
+def load_released(pairs, bank, batch, args):
+    """A released step's three lists of pairs as normalised images and full-length tokens."""
+    entries = (batch, bank.image_entry[pairs.image_of[batch]], bank.caption_entry[batch])
+    return [(clip.normalize(pairs.images[pairs.image_of[e]].to(args.device)),
+             pairs.tokens[pairs.text_of[e]].to(args.device)) for e in entries]
 
 
 @torch.no_grad()
@@ -245,8 +244,9 @@ def matrix_rate(device, dtype):
     return 2 * 2048**3 / best
 
 
-def show(title, results, reference):
-    """Print one comparison as a Markdown table; ratios are to `reference`."""
+def show(title, results):
+    """Print one comparison as a Markdown table; ratios are to the first contender."""
+    reference = next(iter(results))
     print(f"\n### {title}\n\n| | median s | spread s | of {reference} | peak MB |")
     print("|---|--:|--:|--:|--:|")
     base = results[reference]["median"]
@@ -267,33 +267,40 @@ def bench_step(options, noise):
     rng = np.random.default_rng(args.seed)
     pairs = make_pairs(max(256, 16 * args.batch_size), model.visual.input_resolution, rng)
     bank = make_bank(pairs, noise, rng)
-    ours = NPC(copy.deepcopy(model), run)
-    ours_released = NPC(copy.deepcopy(model), released_run)
-    baseline = Baseline(copy.deepcopy(model), run)
-    released = ReleasedStep(copy.deepcopy(model), pairs, bank, args)
     with_bank, without = data.StepDataset(pairs, bank), data.StepDataset(pairs)
     drawn, sizes = {}, []
 
     def draw():
         batch = rng.permutation(len(pairs))[: args.batch_size]
         drawn.update(npc=with_bank[batch].to(args.device), clip=without[batch].to(args.device),
-                     released=released.load(batch))
+                     released=load_released(pairs, bank, batch, args))
         images, texts = drawn["npc"].images, drawn["npc"].texts
         sizes.append((images.total / len(batch), texts.total / len(batch), texts.items.shape[1]))
 
     draw()
+    difference = None
+    if options.against == "released":  # from the same weights, one step each
+        ours_released = NPC(copy.deepcopy(model), released_run)
+        ours_released.step(drawn["npc"])
+        released = ReleasedStep(copy.deepcopy(model), args)
+        released(drawn["released"])
+        difference = max((p - q).abs().max().item() for p, q in zip(
+            ours_released.A.parameters(), released.A.parameters(), strict=True))
+        del ours_released, released
+
+    # All train the same A, one after the other: only what each needs beside it is held for it
+    ours, ours_released = NPC(model, run), NPC(model, released_run)
+    baseline = Baseline(model, run)
+    contenders = {"ours, --recipe paper": lambda: ours.step(drawn["npc"]),
+                  "ours, --recipe released": lambda: ours_released.step(drawn["npc"]),
+                  "plain CLIP step, ours": lambda: baseline.step(drawn["clip"])}
+    if options.against == "released":
+        released = ReleasedStep(model, args)
+        contenders = {"released step": lambda: released(drawn["released"]) or model.zero_grad(),
+                      **contenders}
+    results = compare(contenders, args.device, options.rounds, draw)
     with FlopCounterMode(display=False) as counter:
         ours.step(drawn["npc"])
-    ours_released.step(drawn["npc"])
-    released(drawn["released"])
-    difference = max((p - q).abs().max().item() for p, q in zip(
-        ours_released.A.parameters(), released.A.parameters(), strict=True))
-
-    results = compare({"released step": lambda: released(drawn["released"]),
-                       "ours, --recipe paper": lambda: ours.step(drawn["npc"]),
-                       "ours, --recipe released": lambda: ours_released.step(drawn["npc"]),
-                       "plain CLIP step, ours": lambda: baseline.step(drawn["clip"])},
-                      args.device, options.rounds, draw)
     u_image, u_text, length = np.mean(sizes, axis=0)
     image_share = tower_cost(model, args, int(length))
     u = image_share * u_image + (1 - image_share) * u_text
@@ -302,19 +309,21 @@ def bench_step(options, noise):
     allowed = 1.15 * (2 + 4 * u) / 3
     flops = counter.get_total_flops()
     floor = flops / matrix_rate(args.device, options.compute_dtype)
-    show(f"Training step, {noise:.0%} noise, batch {args.batch_size}", results, "released step")
+    show(f"Training step, {noise:.0%} noise, batch {args.batch_size}", results)
     print(f"\nu is {u_image:.2f} for images, {u_text:.2f} for captions, {u:.2f} weighted by cost "
           f"(an image is {image_share:.0%} of a pair); captions are cut at {length:.0f} tokens. "
           f"Ours (paper) costs {clip_steps:.2f} plain CLIP steps, where 1.15 (2 + 4u)/3 is "
           f"{allowed:.2f}, and does {args.batch_size / seconds:.1f} pairs/s. Floor: {floor:.3f} s "
-          f"({flops / 1e9:.0f} GFLOP at the measured matrix rate). After one step the parameters "
-          f"of the released recipe and of the transcription differ by {difference:.1e} at most.")
+          f"({flops / 1e9:.0f} GFLOP at the measured matrix rate).")
+    if difference is not None:
+        print("After one step from the same weights, the parameters of the released recipe and of "
+              f"the transcription differ by {difference:.1e} at most.")
     return {**results, "u_image": u_image, "u_text": u_text, "u": u, "clip_steps": clip_steps,
             "allowed_clip_steps": allowed, "floor": floor, "difference": difference}
 
 
 def bench_bank(options):
-    """The memory bank: our build, and the released one's two passes over all captions."""
+    """The memory bank: our build, and of the released one only its two passes over all captions."""
     args = options.run
     run = Run(args)
     model = run.precision.prepare(new_model(args))
@@ -330,10 +339,17 @@ def bench_bank(options):
             with run.precision.autocast():
                 released_features(model, pairs, args)
 
-    results = compare({"released, both passes": released, "ours, whole bank": ours}, args.device,
-                      options.rounds)
-    show(f"Memory bank of {len(pairs)} pairs", results, "released, both passes")
-    return results
+    contenders = {"ours, whole bank": ours}
+    if options.against == "released":
+        contenders = {"released, both passes": released, **contenders}
+    results = compare(contenders, args.device, options.rounds)
+    with FlopCounterMode(display=False) as counter:
+        ours()
+    flops = counter.get_total_flops()
+    floor = flops / matrix_rate(args.device, options.compute_dtype)
+    show(f"Memory bank of {len(pairs)} pairs", results)
+    print(f"\nFloor: {floor:.3f} s ({flops / 1e9:.0f} GFLOP at the measured matrix rate).")
+    return {**results, "floor": floor}
 
 
 def bench_eval(options):
@@ -342,17 +358,19 @@ def bench_eval(options):
     generator = torch.Generator().manual_seed(options.run.seed)
     images = F.normalize(torch.randn(5000, 512, generator=generator), dim=1)
     noise = torch.randn(25000, 512, generator=generator)
-    texts = F.normalize(images.repeat_interleave(5, dim=0) + 0.35 * noise, dim=1)
-    image_of = torch.arange(25000) // 5
+    texts = F.normalize(images.repeat_interleave(CAPTIONS, dim=0) + 0.35 * noise, dim=1)
+    image_of = torch.arange(25000) // CAPTIONS
     images, texts, image_of = images.to(device), texts.to(device), image_of.to(device)
     scores = {}
-    results = compare(
-        {"released": lambda: scores.update(released=released_metric(images.cpu(), texts.cpu(), 5)),
-         "ours": lambda: scores.update(ours=recalls(images, texts, image_of))},
-        device, options.rounds)
-    show("Metric, 5,000 x 25,000", results, "released")
-    same = np.abs(np.array(list(scores["ours"].values())[:6]) - scores["released"]).max()
-    print(f"\nThe six recalls differ by {same:.1e} points at most.")
+    contenders = {"ours": lambda: scores.update(ours=recalls(images, texts, image_of))}
+    if options.against == "released":
+        contenders = {"released": lambda: scores.update(
+            released=released_metric(images.cpu(), texts.cpu(), CAPTIONS)), **contenders}
+    results = compare(contenders, device, options.rounds)
+    show("Metric, 5,000 x 25,000", results)
+    if "released" in scores:
+        same = np.abs(np.array(list(scores["ours"].values())[:6]) - scores["released"]).max()
+        print(f"\nThe six recalls differ by {same:.1e} points at most.")
     return results
 
 
@@ -387,15 +405,36 @@ def bench_loader(options):
                                 batch_size=None, num_workers=args.num_workers)
             return lambda: [step.images.items for step in loader]
 
-        loader = DataLoader(ReleasedPairs(pairs["off"], bank), batch_sampler=batches,
-                            num_workers=args.num_workers)
-        results = compare({"three decodes a pair": lambda: list(loader),
-                           "ours, no cache": ours("off"), "ours, warm cache": ours("warm")},
-                          torch.device("cpu"), options.rounds)
-    show(f"Loader, 20% noise, 4 steps of {args.batch_size}, {args.num_workers} workers",
-         results, "three decodes a pair")
+        contenders = {"ours, no cache": ours("off"), "ours, warm cache": ours("warm")}
+        if options.against == "released":
+            loader = DataLoader(ReleasedPairs(pairs["off"], bank), batch_sampler=batches,
+                                num_workers=args.num_workers)
+            contenders = {"three decodes a pair": lambda: list(loader), **contenders}
+        results = compare(contenders, torch.device("cpu"), options.rounds)
+    show(f"Loader, 20% noise, {len(batches)} steps of {args.batch_size}, {args.num_workers} "
+         "workers", results)
     print(f"\n{len(names)} synthetic JPEGs of 640 x 480, {size / 1e3:.0f} kB each.")
     return results
+
+
+def bench_bank_coco(options):
+    """Memory of a bank of MSCOCO's size from features at random, where half of the captions are of
+    other images; timed once, as the search for entries takes long without a GPU."""
+    args = options.run
+    num_images, generator = 113_287, torch.Generator(args.device).manual_seed(args.seed)
+    n = num_images * CAPTIONS
+    image_of = np.arange(n) // CAPTIONS
+    pairs = data.Pairs(None, None, image_of, [""] * n, np.arange(n), None, Path("-"))
+    with Peak(args.device) as peak:
+        images = torch.randn(num_images, 512, device=args.device, generator=generator)
+        texts = torch.randn(n, 512, device=args.device, generator=generator)
+        for rows in torch.arange(0, n, 2).split(2**16):
+            texts[rows] += 0.5 * images[image_of[rows]]
+        seconds = clock(lambda: bank_from_features(images, texts, torch.tensor(4.6), pairs, args),
+                        args.device)
+    print(f"\n### Memory bank of {n:,} pairs from their features\n\n{seconds:.0f} s, peak "
+          f"{peak.value:.0f} MB, {(n + num_images) * 512 * 4 / 1e6:.0f} of them the features.")
+    return {"seconds": seconds, "memory": peak.value}
 
 
 def tower_cost(model, args, length):
@@ -417,11 +456,17 @@ def new_model(args):
     return clip.CLIP(**clip.architecture(args.vision_model)).to(args.device).eval()
 
 
+BENCHES = {"bank": bench_bank, "eval": bench_eval, "loader": bench_loader,
+           "bank_coco": bench_bank_coco}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], epilog="Other options are "
                                      "main_NPC.py's: --batch_size, --device, --precision, ...")
-    parser.add_argument("--only", nargs="+", choices=("step", "bank", "eval", "loader"),
+    parser.add_argument("--only", nargs="+", choices=("step", *BENCHES),
                         default=["step", "bank", "eval", "loader"], help="what to measure")
+    parser.add_argument("--against", choices=("released", "nothing"), default="released",
+                        help="time the released procedure beside ours, or not")
     parser.add_argument("--noise", nargs="+", type=float, default=[0.2, 0.6],
                         help="noise ratios of the steps")
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds")
@@ -442,7 +487,7 @@ def main():
     results = {}
     if "step" in options.only:
         results["step"] = {str(noise): bench_step(options, noise) for noise in options.noise}
-    for name, bench in (("bank", bench_bank), ("eval", bench_eval), ("loader", bench_loader)):
+    for name, bench in BENCHES.items():
         if name in options.only:
             results[name] = bench(options)
     if options.json:

@@ -10,10 +10,11 @@ finished is reused; after a change of the code, delete the folder (`make clean`)
 
 import argparse
 import json
+import multiprocessing
 import os
+import runpy
 import shlex
 import shutil
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -24,6 +25,11 @@ from typing import NamedTuple
 from matplotlib.figure import Figure
 
 ROOT = Path(os.path.relpath(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(ROOT.resolve()))  # of the processes below as well
+# Each command is a process of its own, forked from one that has imported what they need: seconds
+os.environ["OMP_NUM_THREADS"] = "1"  # of each, as several run at a time
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["__main__", "main_NPC", "sklearn.mixture", "torch._dynamo"])
 RATIOS = (0.0, 0.2, 0.4, 0.6)  # of noise
 SOURCE, TARGET, TEST = 6000, 400, 300  # training images of both domains, test images of the target
 BATCH = 128
@@ -168,12 +174,21 @@ def run_name(name, ratio):
 
 def call(script, options, log):
     """Run a script of this repository on one thread; end with its last line if it fails."""
-    with open(log, "a") as output:
-        code = subprocess.call([sys.executable, ROOT / script, *map(str, options)], stdout=output,
-                               stderr=output, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    if code:
-        last = [f"status {code}", *log.read_text().split("\n")[:-1]][-1]
+    process = PROCESSES.Process(target=run_script, args=(script, options, log))
+    process.start()
+    process.join()
+    if process.exitcode:
+        last = [f"status {process.exitcode}", *log.read_text().split("\n")[:-1]][-1]
         sys.exit(f"{script}: {last}\nall that it printed: {log}")
+
+
+def run_script(script, options, log):
+    """In a process of its own, do as `python script options` does, and print to the end of log."""
+    with open(log, "a") as output:
+        os.dup2(output.fileno(), sys.stdout.fileno())
+        os.dup2(output.fileno(), sys.stderr.fileno())
+    sys.argv = [str(ROOT / script), *map(str, options)]
+    runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def read_scores(folder):

@@ -347,11 +347,15 @@ def test_killed_ten_times_at_random_moments(data, whole, tmp_path):
         started = Started(NPC, argv, tmp_path / f"out{k}")
         if k >= 2:  # most of them while it trains, two at the start
             started.wait_for("training: ")
-        time.sleep(rng.uniform(0, 0.25))
+        time.sleep(rng.uniform(0, 0.12))
         os.kill(started.pid, signal.SIGKILL)
-        assert started.wait() == -signal.SIGKILL, started.text()
+        status = started.wait()
+        assert status in (-signal.SIGKILL, 0), started.text()
         newest = checkpoints.newest(folder, print)
         steps.append(clip.read_checkpoint(newest)["step"] if newest else 0)
+        if status == 0:  # it was done before it could be killed
+            break
+    assert k > 2
     assert steps == sorted(steps) and steps[0] < steps[-1], steps
     run(NPC, argv, tmp_path / "last")
     assert_same(folder, whole["npc"], ["epoch3.pt", "best.pt"])

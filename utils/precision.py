@@ -33,14 +33,15 @@ class Precision:
 
     def step(self, model, optimizer, max_norm=None):
         """One step of the optimiser of `model` on the gradients at hand, summed over processes and
-        clipped to a global norm of `max_norm` if it is given. Returns the norm before clipping
-        (scalar tensor), None without `max_norm`."""
+        clipped to a global norm of `max_norm` if it is given; frees them after it. Returns the
+        norm before clipping (scalar tensor), None without `max_norm`."""
         reduce_gradients(model)
         self.scaler.unscale_(optimizer)
         norm = None
         if max_norm is not None:
             norm = clip_gradients(model, max_norm)
         self.scaler.step(optimizer)
+        optimizer.zero_grad()
         return norm
 
 

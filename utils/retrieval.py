@@ -32,12 +32,11 @@ def best_ranks(queries, gallery, query_group, gallery_group):
         scores = queries[rows] @ gallery.T  # (b, g)
         own = scores.gather(1, correct[rows]).masked_fill(~valid[rows], -torch.inf)
         best = own.amax(dim=1, keepdim=True)  # (b, 1)
-        ahead = (scores > best).sum(dim=1)
-        equal = scores == best
-        if (equal.sum(dim=1) > 1).any():
+        ahead = (scores > best).sum(dim=1, dtype=torch.int32)  # int64 takes twice as long
+        if ((scores >= best).sum(dim=1, dtype=torch.int32) > ahead + 1).any():
             first = correct[rows].masked_fill(own < best, len(gallery)).amin(dim=1, keepdim=True)
-            ahead += (equal & (position < first)).sum(dim=1)
-        ranks[rows] = ahead
+            ahead += ((scores == best) & (position < first)).sum(dim=1)
+        ranks[rows] = ahead.long()
     return ranks
 
 

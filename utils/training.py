@@ -18,7 +18,6 @@ from tqdm import tqdm
 
 from data import explain_deaths
 from utils import checkpoints
-from utils.diagnostics import show_weights
 from utils.distributed import Later, anyone, is_main, stop, world
 from utils.errors import InputError
 from utils.files import atomic_write
@@ -373,6 +372,8 @@ class History:
         if np.isfinite(self.weights[self.epoch]).any():
             with atomic_write(self.folder / "weights.npz", "wb") as f:
                 np.savez_compressed(f, w=self.weights)
+            from utils.diagnostics import show_weights  # seconds to import, and only for weights
+
             show_weights(self.writer, record["epoch"], self.weights[self.epoch], self.pairs)
         for name, value in record["dev"].items():
             self.writer.add_scalar(f"dev/{name}", value, record["epoch"])
