@@ -58,10 +58,13 @@ class NPC:
         """
         run, args, recipe = self.run, self.args, self.run.recipe
 
-        # A' := A. As long as both compute alike, A's forward passes are also those of A'.
+        # A' := A. As long as both compute alike, A's forward passes are also those of A'; where all
+        # that follows is one weight for the whole batch, its gradient is, but for that factor
         copy_weights(self.A, self.siamese)
         alike = not uses_batch_statistics(self.A)
         model = self.A if alike else self.siamese
+        one_weight = (alike and args.weighting == "npc"
+                      and not (recipe.per_sample or recipe.trains_on_memory))
 
         # Losses before the step. The batch and what only the memory needs are encoded apart, so
         # that the gradient of A' crosses the batch's graph alone.
@@ -74,7 +77,7 @@ class NPC:
 
         # A' takes the step first; its losses on the memory tell how much each pair would hurt
         if args.weighting == "npc":
-            self.siamese_step(recipe.siamese_gradient * loss.mean(), model)
+            self.siamese_step(loss.mean(), model, for_both=one_weight)
             with torch.no_grad():
                 features = self.encode(self.siamese, batch, "memory")
                 after_i, after_t = (losses(self.siamese, features, batch, k, "memory")
@@ -92,7 +95,10 @@ class NPC:
             loss = pair_losses(*features, self.A.logit_scale)
         weighted = (w * loss).mean() if recipe.per_sample else w.mean() * loss.mean()
         total = weighted + args.memory_loss_weight * (memory_i.mean() + memory_t.mean())
-        run.precision.scaler.scale(total).backward()
+        if one_weight:
+            torch._foreach_mul_([parameter.grad for parameter in self.A.parameters()], w.mean())
+        else:
+            run.precision.scaler.scale(total).backward()
         norm = run.precision.step(self.A, self.optimizer, args.clip_grad or float("inf"))
         run.precision.scaler.update()
         limit_logit_scale(self.A, recipe)
@@ -100,13 +106,18 @@ class NPC:
                 "memory_image_loss": memory_i.mean(), "memory_text_loss": memory_t.mean(),
                 "grad_norm": norm, "w": w}
 
-    def siamese_step(self, loss, model):
+    def siamese_step(self, loss, model, for_both):
         """One AdamW step of A' on `loss`, which `model` computed: A or A', whose gradients agree
-        as their weights do. AdamW's state of A' lives on from step to step."""
-        gradients = torch.autograd.grad(self.run.precision.scaler.scale(loss),
-                                        list(model.parameters()), retain_graph=True)
-        for parameter, gradient in zip(self.siamese.parameters(), gradients, strict=True):
-            parameter.grad = gradient
+        as their weights do. AdamW's state of A' lives on from step to step. The gradient is kept
+        for A too if it serves both; else the graph is, for A's own backward pass."""
+        factor = self.run.recipe.siamese_gradient
+        gradients = torch.autograd.grad(self.run.precision.scaler.scale(factor * loss),
+                                        list(model.parameters()), retain_graph=not for_both)
+        for own, other, gradient in zip(self.siamese.parameters(), self.A.parameters(), gradients,
+                                        strict=True):
+            own.grad = gradient
+            if for_both:
+                other.grad = gradient / factor
         self.run.precision.step(self.siamese, self.siamese_optimizer)
 
     def encode(self, model, batch, part):

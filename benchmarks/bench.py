@@ -219,7 +219,7 @@ def clock(function, device):
 
 
 def compare(contenders, device, rounds, prepare=lambda: None):
-    """{name: {median, low, high (s), memory (MB)}} of functions that run in turn, round by round.
+    """{name: {seconds of each round, memory in MB}} of functions that run in turn, round by round.
 
     prepare() comes before each round. A first round is not timed, but its memory is taken.
     """
@@ -233,8 +233,17 @@ def compare(contenders, device, rounds, prepare=lambda: None):
                 memory[name] = peak.value
             else:
                 seconds[name].append(clock(function, device))
-    return {name: {"median": statistics.median(t), "low": min(t), "high": max(t),
-                   "memory": memory[name]} for name, t in seconds.items()}
+    return {name: {"seconds": t, "memory": memory[name]} for name, t in seconds.items()}
+
+
+def ratio(results, name, reference):
+    """Median (and lowest, highest) over the rounds of the time of one contender over another's.
+
+    Within a round, so that a machine which is slower for a while is so for both.
+    """
+    ratios = [a / b for a, b in zip(results[name]["seconds"], results[reference]["seconds"],
+                                    strict=True)]
+    return statistics.median(ratios), min(ratios), max(ratios)
 
 
 def matrix_rate(device, dtype):
@@ -247,12 +256,13 @@ def matrix_rate(device, dtype):
 def show(title, results):
     """Print one comparison as a Markdown table; ratios are to the first contender."""
     reference = next(iter(results))
-    print(f"\n### {title}\n\n| | median s | spread s | of {reference} | peak MB |")
-    print("|---|--:|--:|--:|--:|")
-    base = results[reference]["median"]
+    print(f"\n### {title}\n\n| | s: median (spread) | of {reference} | peak MB |")
+    print("|---|--:|--:|--:|")
     for name, r in results.items():
-        print(f"| {name} | {r['median']:.3f} | {r['low']:.3f}-{r['high']:.3f} "
-              f"| {r['median'] / base:.3f} | {r['memory']:.0f} |", flush=True)
+        t = r["seconds"]
+        middle, low, high = ratio(results, name, reference)
+        print(f"| {name} | {statistics.median(t):.3f} ({min(t):.3f}-{max(t):.3f}) | {middle:.3f} "
+              f"({low:.3f}-{high:.3f}) | {r['memory']:.0f} |", flush=True)
 
 
 # ---- what is measured ----------------------------------------------------------------------------
@@ -268,9 +278,10 @@ def bench_step(options, noise):
     pairs = make_pairs(max(256, 16 * args.batch_size), model.visual.input_resolution, rng)
     bank = make_bank(pairs, noise, rng)
     with_bank, without = data.StepDataset(pairs, bank), data.StepDataset(pairs)
-    drawn, sizes = {}, []
+    drawn, sizes, rates = {}, [], []
 
     def draw():
+        rates.append(matrix_rate(args.device, options.compute_dtype))
         batch = rng.permutation(len(pairs))[: args.batch_size]
         drawn.update(npc=with_bank[batch].to(args.device), clip=without[batch].to(args.device),
                      released=load_released(pairs, bank, batch, args))
@@ -292,8 +303,8 @@ def bench_step(options, noise):
     ours, ours_released = NPC(model, run), NPC(model, released_run)
     baseline = Baseline(model, run)
     contenders = {"ours, --recipe paper": lambda: ours.step(drawn["npc"]),
-                  "ours, --recipe released": lambda: ours_released.step(drawn["npc"]),
-                  "plain CLIP step, ours": lambda: baseline.step(drawn["clip"])}
+                  "plain CLIP step, ours": lambda: baseline.step(drawn["clip"]),
+                  "ours, --recipe released": lambda: ours_released.step(drawn["npc"])}
     if options.against == "released":
         released = ReleasedStep(model, args)
         contenders = {"released step": lambda: released(drawn["released"]) or model.zero_grad(),
@@ -304,15 +315,16 @@ def bench_step(options, noise):
     u_image, u_text, length = np.mean(sizes, axis=0)
     image_share = tower_cost(model, args, int(length))
     u = image_share * u_image + (1 - image_share) * u_text
-    seconds = results["ours, --recipe paper"]["median"]
-    clip_steps = seconds / results["plain CLIP step, ours"]["median"]
+    seconds = statistics.median(results["ours, --recipe paper"]["seconds"])
+    clip_steps = ratio(results, "ours, --recipe paper", "plain CLIP step, ours")
     allowed = 1.15 * (2 + 4 * u) / 3
     flops = counter.get_total_flops()
-    floor = flops / matrix_rate(args.device, options.compute_dtype)
+    floor = flops / statistics.median(rates)
     show(f"Training step, {noise:.0%} noise, batch {args.batch_size}", results)
     print(f"\nu is {u_image:.2f} for images, {u_text:.2f} for captions, {u:.2f} weighted by cost "
           f"(an image is {image_share:.0%} of a pair); captions are cut at {length:.0f} tokens. "
-          f"Ours (paper) costs {clip_steps:.2f} plain CLIP steps, where 1.15 (2 + 4u)/3 is "
+          f"Ours (paper) costs {clip_steps[0]:.2f} ({clip_steps[1]:.2f}-{clip_steps[2]:.2f}) plain "
+          "CLIP steps, where 1.15 (2 + 4u)/3 is "
           f"{allowed:.2f}, and does {args.batch_size / seconds:.1f} pairs/s. Floor: {floor:.3f} s "
           f"({flops / 1e9:.0f} GFLOP at the measured matrix rate).")
     if difference is not None:
