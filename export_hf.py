@@ -10,6 +10,7 @@ from pathlib import Path
 import clip
 from params import parse_args
 from utils.errors import InputError, command
+from utils.files import require_new
 
 
 @command
@@ -17,8 +18,7 @@ def main(argv=None):
     args = parse_args("export", argv)
     model, _ = clip.load(args.resume, device="cpu")
     out = Path(args.out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"--out {out} exists already and is not an empty folder; give a new one")
+    require_new("--out", out)
     try:
         clip.save_hf(model, out)
     except ValueError as error:  # a ResNet

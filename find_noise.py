@@ -1,8 +1,8 @@
 """Find the training pairs that are probably wrong.
 
     python find_noise.py --dataset pairs --dataset_root PATH --out logs/noise
-    python find_noise.py --dataset pairs --dataset_root PATH --resume RUN/best.pt \\
-        --score npc --weights RUN/weights.npz --write_clean dataset/mine_cleaned
+    python find_noise.py --dataset pairs --dataset_root PATH --out logs/noise \\
+        --write_clean dataset/mine_cleaned
 
 Ranks all pairs from most to least suspicious: suspicious_pairs.csv lists them, and
 suspicious_pairs.html shows the worst beside what the model would rather pair them with.
@@ -24,7 +24,7 @@ from params import parse_args
 from utils.diagnostics import noise_measures
 from utils.embed import embed_pairs
 from utils.errors import InputError, command
-from utils.files import atomic_write
+from utils.files import atomic_write, require_new
 from utils.layout import split_folder, write_split
 from utils.losses import one_step_anti_noise_weights
 from utils.noise_page import Suspect, noise_page
@@ -41,7 +41,7 @@ def main(argv=None):
     args = parse_args("find_noise", argv)
     run = Run(args)
     if args.write_clean:
-        require_new(args.write_clean)
+        require_new("--write_clean", args.write_clean)
     model, preprocess = run.load_model()
     pairs = training_pairs(args, preprocess, run.log)
 
@@ -162,14 +162,6 @@ def mixture(bank):
 
 
 # ---- the cleaned data set -----------------------------------------------------------------------
-
-
-def require_new(root):
-    """Raise InputError unless `root` is absent or an empty folder."""
-    root = Path(root)
-    if root.exists() and not (root.is_dir() and not any(root.iterdir())):
-        raise InputError(f"--write_clean {root} exists already and is not an empty folder; give a "
-                         "new one, or delete it")
 
 
 def write_clean(args, pairs, keep, log):

@@ -66,14 +66,12 @@ def nearest(queries, keys):
     """
     result = torch.empty(len(queries), dtype=torch.int64, device=queries.device)
     width = min(len(keys), 8192)
-    position = torch.arange(width, device=queries.device)
     for rows in torch.arange(len(queries), device=queries.device).split(max(1, BLOCK // width)):
         best = queries.new_full((len(rows),), -torch.inf)
         found = torch.zeros_like(rows)
         for start in range(0, len(keys), width):
             scores = queries[rows] @ keys[start : start + width].T  # (b, w)
-            top = scores.amax(dim=1)
-            first = torch.where(scores == top[:, None], position[: scores.shape[1]], width).amin(1)
+            top, first = scores.max(dim=1)  # of equal ones, the first
             better = top > best
             best = torch.where(better, top, best)
             found = torch.where(better, first + start, found)
@@ -183,21 +181,29 @@ def report(pairs, losses, posterior, clean, gmm, args, log):
             f"{hits / max(1, right.sum()):.3f}; {pairs.wrong.mean():.1%} of the pairs are wrong")
 
 
-def memory_bank(model, pairs, args, precision, log=print):
-    """The bank of `pairs` from the data folder, or a new one, built by `model` and kept there."""
-    path = bank_path(args.dataset_root, args.noise_ratio)
+def memory_bank(model, pairs, args, precision, log=print, resumed=False):
+    """The bank of `pairs` from the data folder, or a new one, built by `model` and kept there.
+
+    Raises InputError when none is there and the run is `resumed`: `model` is no initial one then.
+    """
     found = load_bank(args.dataset_root, args.noise_ratio, pairs)
-    if anyone(not found, args.device):  # another run may be writing one
+    if anyone(not found, args.device):
+        path = bank_path(args.dataset_root, args.noise_ratio)
+        if resumed:
+            raise InputError(f"{path} does not exist, and only the initial model can build it, not "
+                             f"{args.resume}: run get_memorybank.py with that model first, or "
+                             "start from these weights with --vision_model")
         log(f"No memory bank for noise ratio {ratio_name(args.noise_ratio)} yet: building {path}")
         features = embed_pairs(model, pairs, args, precision, normalise=False)  # by all processes
         with main_first():
             if is_main():
                 bank = bank_from_features(*features, model.logit_scale, pairs, args, log)
-                save_bank(bank, pairs, path)
-        return load_bank(args.dataset_root, args.noise_ratio, pairs)[0]
-    bank, path = found
-    log(f"memory bank: {path}")
-    for key in ("vision_model", "recipe", "clean_threshold", "batch_size"):
+                save_bank(bank, pairs, path, replace=False)  # of two runs the first one's stays
+        found = load_bank(args.dataset_root, args.noise_ratio, pairs)
+    else:
+        log(f"memory bank: {found[1]}")
+    bank = found[0]
+    for key in ("vision_model", "recipe", "clean_threshold", "min_clean", "batch_size", "seed"):
         if key in bank.info and bank.info[key] != getattr(args, key):
             log(f"warning: that bank was built with --{key} {bank.info[key]}, this run has "
                 f"{getattr(args, key)}; get_memorybank.py builds it anew")

@@ -49,7 +49,7 @@ class Baseline:
         norm = run.precision.step(model, self.optimizer, self.max_norm)
         run.precision.scaler.update()
         limit_logit_scale(model, run.recipe)
-        return {"loss": loss, "grad_norm": norm}
+        return {"loss": loss, "grad_norm": norm, "logit_scale": model.logit_scale}
 
 
 if __name__ == "__main__":

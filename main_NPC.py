@@ -32,7 +32,7 @@ def main(argv=None):
     # The memory bank: clean pairs that resemble each training image and caption, found by A_0
     pairs = training_pairs(args, preprocess, run.log)
     dev = retrieval_split(args, "dev", preprocess, run.log)
-    bank = memory_bank(A, pairs, args, run.precision, run.log)
+    bank = memory_bank(A, pairs, args, run.precision, run.log, resumed=bool(run.state))
     loader = training_loader(args, pairs, bank)
 
     npc = NPC(A, run, fixed_weights(args.weighting, bank, run.device))
@@ -104,15 +104,16 @@ class NPC:
         limit_logit_scale(self.A, recipe)
         return {"loss": total, "batch_loss": loss.mean(), "weighted_loss": weighted,
                 "memory_image_loss": memory_i.mean(), "memory_text_loss": memory_t.mean(),
-                "grad_norm": norm, "w": w}
+                "grad_norm": norm, "logit_scale": self.A.logit_scale, "w": w}
 
     def siamese_step(self, loss, model, for_both):
         """One AdamW step of A' on `loss`, which `model` computed: A or A', whose gradients agree
-        as their weights do. AdamW's state of A' lives on from step to step. The gradient is kept
-        for A too if it serves both; else the graph is, for A's own backward pass."""
+        as their weights do. AdamW's state of A' lives on from step to step. With `for_both` A gets
+        the gradient of the loss too; else A's graph is kept for a backward pass of its own."""
         factor = self.run.recipe.siamese_gradient
-        gradients = torch.autograd.grad(self.run.precision.scaler.scale(factor * loss),
-                                        list(model.parameters()), retain_graph=not for_both)
+        gradients = torch.autograd.grad(
+            self.run.precision.scaler.scale(factor * loss), list(model.parameters()),
+            retain_graph=model is self.A and not for_both)
         for own, other, gradient in zip(self.siamese.parameters(), self.A.parameters(), gradients,
                                         strict=True):
             own.grad = gradient
@@ -146,7 +147,7 @@ def fixed_weights(weighting, bank, device):
     """Weights (n,) of all pairs where they come with the bank (gmm, osa), else None."""
     if weighting in ("npc", "none"):
         return None
-    if bank.posterior is None:
+    if bank.posterior is None or not isinstance(bank.info.get("beta"), float):
         raise InputError(f"--weighting {weighting} needs losses and cosines of the initial model, "
                          "which the authors' banks do not hold; run get_memorybank.py first")
     if weighting == "gmm":

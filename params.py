@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-from utils.layout import DATASETS, SPLITS
+from utils.layout import DATASETS, SPLITS, split_folder
 from utils.precision import PRECISIONS
 from utils.recipes import RECIPES
 
@@ -67,8 +67,8 @@ def parse_args(command, argv=None):
     training = command in ("npc", "clip")
     add_data(parser.add_argument_group("data"), command)
     if command not in ("noise", "cache"):
-        add_model(parser.add_argument_group("model"))
-    if command in ("npc", "clip", "memorybank", "find_noise"):
+        add_model(parser.add_argument_group("model"), training)
+    if training or command in ("memorybank", "find_noise"):
         add_method(parser.add_argument_group("method"), command)
     if command == "find_noise":
         add_findings(parser.add_argument_group("findings"))
@@ -85,9 +85,10 @@ def parse_args(command, argv=None):
 
 
 def add_data(group, command):
-    group.add_argument("--dataset", choices=DATASETS, default="coco",
+    group.add_argument("--dataset", choices=DATASETS, default=None,
                        help="how image ids become file names: coco, f30k, cc, or pairs for any "
-                            "collection with an image_name.txt")
+                            "collection with an image_name.txt; without it pairs where that file "
+                            "is, else coco")
     group.add_argument("--dataset_root", default="./dataset/MSCOCO",
                        help="folder with annotations/ and images/")
     group.add_argument("--num_anns", type=positive_int, default=None,
@@ -116,7 +117,7 @@ def add_data(group, command):
                                 "there, bit for bit the same")
 
 
-def add_model(group):
+def add_model(group, training):
     group.add_argument("--vision_model", default=None, metavar="NAME|PATH",
                        help="initial model: one of OpenAI's (ViT-B/32, ViT-B/16, ViT-L/14, "
                             "ViT-L/14@336px, RN50, RN101, RN50x4, RN50x16, RN50x64), tiny (random "
@@ -125,7 +126,8 @@ def add_model(group):
     group.add_argument("--resume", default=None, metavar="CKPT",
                        help="checkpoint to start from; a training state of this script is "
                             "continued where it stopped; auto: the newest intact one of this "
-                            "experiment, if there is any")
+                            "experiment, if there is any" if training else
+                            "checkpoint whose weights are used")
     group.add_argument("--device", type=device, default=None,
                        help="cpu or cuda; without it cuda where there is one")
     group.add_argument("--precision", choices=PRECISIONS, default=None,
@@ -163,7 +165,8 @@ def add_optimisation(group):
     group.add_argument("--epochs", type=positive_int, default=10, help="passes over the data")
     group.add_argument("--lr", type=natural_float, default=1e-6,
                        help="peak learning rate; the authors fine-tune ViT-B/32 with 2e-7 (NPC) "
-                            "and 5e-7 (CLIP)")
+                            "and 5e-7 (CLIP) and --precision fp16; other precisions need a larger "
+                            "one (README, 'Precision')")
     group.add_argument("--warmup", type=natural_int, default=500,
                        help="optimiser steps of linear warm-up")
     group.add_argument("--beta1", type=probability, default=0.9, help="AdamW's first decay")
@@ -178,8 +181,8 @@ def add_optimisation(group):
                        help="keep only the input of each residual block and compute the rest again "
                             "in the backward pass: less memory, the same gradients, slower")
     group.add_argument("--compile", action="store_true",
-                       help="compile the towers with torch.compile: minutes at the start, faster "
-                            "steps on a GPU")
+                       help="compile the towers with torch.compile: minutes at the start, perhaps "
+                            "faster steps on a GPU, which is not measured")
     group.add_argument("--clip_grad", type=natural_float, default=10.0,
                        help="largest norm of the gradient; 0 leaves it alone")
 
@@ -197,7 +200,8 @@ def add_findings(group):
                        help="folder for suspicious_pairs.csv and suspicious_pairs.html")
     group.add_argument("--write_clean", default=None, metavar="DIR",
                        help="also make a data set in this new folder, without the pairs that are "
-                            "probably wrong and with the same images, dev and test split")
+                            "probably wrong, whatever --score is, and with the same images, dev "
+                            "and test split")
     group.add_argument("--keep_above", type=probability, default=0.5,
                        help="smallest posterior of being clean that --write_clean keeps; raise it "
                             "for fewer and cleaner pairs")
@@ -257,6 +261,9 @@ def check(parser, args):
     """Fill in what depends on other options or on the machine."""
     if "score" in args and (args.score == "npc") != (args.weights is not None):
         parser.error("--score npc and --weights RUN/weights.npz go together")
+    if args.dataset is None:
+        named = (split_folder(args.dataset_root) / "image_name.txt").exists()
+        args.dataset = "pairs" if named else "coco"
     if args.num_anns is None:
         args.num_anns = DATASETS[args.dataset]
     if "precision" in args:

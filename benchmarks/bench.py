@@ -41,7 +41,7 @@ from utils.retrieval import recalls
 from utils.run import Run
 
 CAPTIONS = 5  # an image
-RECALL = 0.85  # share of the right pairs in the strict clean set, as measured with the mixture
+RECALL = 0.85  # assumed share of the right pairs in the strict clean set
 
 
 # ---- data as a real run has it -------------------------------------------------------------------
@@ -83,9 +83,12 @@ def make_bank(pairs, noise, rng):
 
 
 class ReleasedStep:
-    """The released training step: six forward passes, three backward passes, nothing shared."""
+    """The released training step: six forward passes, three backward passes, nothing shared. Its
+    weights are half on a GPU, as in that script, unless --precision is fp32; of a copy of A."""
 
     def __init__(self, A, args):
+        if args.device.type == "cuda" and args.precision != "fp32":
+            A = clip.convert_weights_to_fp16(copy.deepcopy(A))
         self.A, self.siamese = A, copy.deepcopy(A)
         options = {"lr": args.lr, "betas": (args.beta1, args.beta2), "eps": args.eps,
                    "weight_decay": args.weight_decay}
@@ -290,7 +293,7 @@ def bench_step(options, noise):
 
     draw()
     difference = None
-    if options.against == "released":  # from the same weights, one step each
+    if options.against == "released" and args.precision == "fp32":  # one step each, from the same A
         ours_released = NPC(copy.deepcopy(model), released_run)
         ours_released.step(drawn["npc"])
         released = ReleasedStep(copy.deepcopy(model), args)

@@ -113,13 +113,12 @@ class Demo:
             *(testing(method.script, seed, folder, f"{run}/{files[c]}", f"{run}/{c}")
               for c in CHECKPOINTS),
         ])
-        for checkpoint in (folder / run).glob("*.pt"):  # tested, and tens of megabytes each
-            checkpoint.unlink()
 
     def execute(self, folder, what, tested, commands):
         """Run `commands`, unless exactly these are finished, and show the score in folder/tested.
 
-        What they print goes to output.txt in `folder`, which is emptied before.
+        What they print goes to output.txt in `folder`, which is emptied before; checkpoints in it
+        are deleted after.
         """
         start, done = time.perf_counter(), folder / "commands.txt"
         lines = "".join(f"python {ROOT / script} {shlex.join(map(str, options))}\n"
@@ -131,6 +130,8 @@ class Demo:
             folder.mkdir(parents=True)
             for script, *options in commands:
                 call(script, options, folder / "output.txt")
+            for checkpoint in folder.glob("*.pt"):  # tested, and tens of megabytes each
+                checkpoint.unlink()
             done.write_text(lines)
         self.finished += 1
         score = read_scores(folder / tested)["mean_R1"]

@@ -39,7 +39,7 @@ ROUTINE = {  # options that say where and how fast, but not what is trained; or 
     "eval_batch_size", "dev_length", "resume", "force_resume", "device", "accum_steps",
     "grad_checkpointing", "compile", "checkpoint_path", "experiments", "name", "display",
     "save_every", "keep_checkpoints", "eval",
-}  # fmt: skip
+}
 STAR = ("\\* The authors' MSCOCO 1K rows repeat image-to-text R@10 in the column of text-to-image "
         "R@10, as their script sums the wrong one; the true values are not known.")
 
@@ -96,6 +96,11 @@ def read_run(folder):
     trained = folder
     if (folder / "options.json").exists():
         options = here = read_json(folder / "options.json")
+        scored = folder / "options_eval.json"
+        resume = read_json(scored)["resume"] if scored.exists() else None
+        if resume and Path(resume).parent.name != folder.name:
+            raise InputError(f"{folder}/eval_test.json has the scores of {resume}, which is not "
+                             "of that run; evaluate it with --experiments of its own")
     else:
         here = read_json(folder / "options_eval.json")
         trained = Path(here["resume"]).parent if here["resume"] else folder

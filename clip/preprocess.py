@@ -15,6 +15,7 @@ from torchvision.transforms import functional as TF
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # red, green, blue, in [0, 1]
 STD = (0.26862954, 0.26130258, 0.27577711)
 HIGH_RANGE = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
+MAX_ASPECT = 1000  # long side over short side; resized, a thinner image would fill the memory
 CONVERT_FIRST = {"PA": "RGBA", "La": "LA"}  # modes that Pillow cannot resize or convert to RGB
 
 
@@ -44,6 +45,14 @@ def to_8_bit(image):
     return Image.fromarray(np.rint(values.clip(0, white) * (255 / white)).astype(np.uint8))
 
 
+def check_usable(image):
+    """Raise ValueError for a PIL image, not decoded yet, that must not be decoded and resized."""
+    if image.format == "EPS":
+        raise ValueError("EPS, which only Ghostscript can draw")
+    if max(image.size) > MAX_ASPECT * min(image.size):
+        raise ValueError(f"{image.width} x {image.height} pixels are too thin")
+
+
 class Preprocess:
     """PIL image of any mode and size -> what a CLIP model of `resolution` R takes.
 
@@ -56,6 +65,9 @@ class Preprocess:
         self.resolution = resolution
 
     def crop(self, image):
+        """See the class. Raises ValueError for an image that is too thin, or whose decoder would
+        start another program (EPS)."""
+        check_usable(image)
         if image.mode in HIGH_RANGE:
             image = to_8_bit(image)
         if image.mode in CONVERT_FIRST:

@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 import re
+import tempfile
 import urllib.request
 import warnings
 import zipfile
@@ -37,6 +38,7 @@ SHA256 = {
 }
 PRETRAINED = Path(__file__).resolve().parents[1] / "pre-trained_models"
 CACHE = Path("~/.cache/clip").expanduser()
+MAX_CODE = 2**26  # bytes
 
 
 def _config(embed, resolution, vision_layers, vision_width, patch, width, layers=12, context=77):
@@ -173,26 +175,29 @@ def _sha256(path):
 
 def _download(url, target, sha256):
     """Download `url` to the path `target`, which exists only once its hash has been verified."""
-    part = target.with_name(target.name + ".part")
-    digest = hashlib.sha256()
+    part = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with urllib.request.urlopen(url, timeout=60) as source, open(part, "wb") as file:
+        descriptor, part = tempfile.mkstemp(prefix=f"{target.name}.", suffix=".part",
+                                            dir=target.parent)
+        with urllib.request.urlopen(url, timeout=60) as source, os.fdopen(descriptor, "wb") as file:
             size = int(source.headers.get("Content-Length") or 0) or None
             with tqdm(total=size, desc=target.name, unit="B", unit_scale=True) as bar:
                 while chunk := source.read(1 << 20):
                     file.write(chunk)
-                    digest.update(chunk)
                     bar.update(len(chunk))
+        if _sha256(part) != sha256:
+            raise CheckpointError(f"{url} was not downloaded intact: its SHA-256 is not {sha256}")
+        os.chmod(part, 0o644)  # mkstemp's files are private
+        os.replace(part, target)
+        part = None
     except OSError as error:
-        part.unlink(missing_ok=True)
         raise CheckpointError(
             f"cannot download {url} ({error}): put that file at {target} or {PRETRAINED}/"
         ) from None
-    if digest.hexdigest() != sha256:
-        part.unlink()
-        raise CheckpointError(f"{url} was not downloaded intact: its SHA-256 is not {sha256}")
-    os.replace(part, target)
+    finally:
+        if part is not None:
+            os.unlink(part)
 
 
 # ------------------------------------------------------------------------------ reading files
@@ -255,6 +260,7 @@ def read_checkpoint(path):
     try:
         if path.suffix == ".safetensors":
             return _read_safetensors(path)
+        _refuse_inflation(path)
         if _is_torchscript(path):
             return _read_torchscript(path)
         with _numpy_scalars_allowed(), warnings.catch_warnings():
@@ -316,6 +322,16 @@ STORAGES = {
     "LongStorage": torch.int64,
     "BoolStorage": torch.bool,
 }
+
+
+def _refuse_inflation(path):
+    """Raise CheckpointError for an archive that unpacks to far more than it holds. In torch's, the
+    code of a TorchScript model alone is compressed."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            size = sum(entry.file_size for entry in archive.infolist())
+        if size > path.stat().st_size + MAX_CODE:
+            raise CheckpointError(f"{path} was refused: it unpacks to {size / 1e9:.1f} GB")
 
 
 def _is_torchscript(path):
@@ -483,16 +499,15 @@ def _read_hf_folder(folder):
     # neither the activation nor the number of heads can be told from the weights
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
+        towers = [(config.get("text_config") or {}, 512), (config.get("vision_config") or {}, 768)]
+        settings = [(part.get("hidden_act", "quick_gelu"), int(part.get("hidden_size", width)),
+                     part.get("num_attention_heads")) for part, width in towers]
+    except (ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{folder}/config.json is damaged ({error})") from None
-    for tower, width in (("text_config", 512), ("vision_config", 768)):
-        part = config.get(tower) or {}
-        width = part.get("hidden_size", width)
-        if part.get("hidden_act", "quick_gelu") != "quick_gelu":
-            raise CheckpointError(
-                f"{folder}: its activation is {part['hidden_act']}, not QuickGELU"
-            )
-        if part.get("num_attention_heads", width // HEAD_WIDTH) * HEAD_WIDTH != width:
+    for activation, width, heads in settings:
+        if activation != "quick_gelu":
+            raise CheckpointError(f"{folder}: its activation is {activation}, not QuickGELU")
+        if heads not in (None, width / HEAD_WIDTH):
             raise CheckpointError(f"{folder}: its attention heads are not {HEAD_WIDTH} wide")
     return read_checkpoint(file)
 

@@ -16,17 +16,21 @@ from pathlib import Path
 
 from PIL import Image
 
+import params
+from clip.preprocess import HIGH_RANGE, check_usable, to_8_bit
 from utils.errors import InputError
 from utils.files import atomic_write
-from utils.layout import SPLITS, split_folder, write_image_names, write_split
+from utils.layout import MAX_LINE, SPLITS, split_folder, write_image_names, write_split
 
 JPEG = ("JPEG", "MPO")  # an MPO is a JPEG with further pictures behind the first
 
 
 def clean(text):
-    """One line of plain text: runs of white space, line ends and NUL become one blank each."""
+    """One line of plain text: runs of white space, line ends and NUL become one blank each. It ends
+    where a line would be too long to be read again, which is far beyond 77 tokens."""
     text = text.encode("utf-8", "replace").decode("utf-8")  # JSON can hold halves of characters
-    return " ".join(text.replace("\0", " ").split())
+    line = " ".join(text.replace("\0", " ").split())
+    return line.encode()[: MAX_LINE - 1].decode(errors="ignore").rstrip()
 
 
 def few(names, most=3):
@@ -34,15 +38,12 @@ def few(names, most=3):
     return ", ".join(map(str, names[:most])) + (", ..." if len(names) > most else "")
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse that shows a script's docstring as it stands and whose errors are one line."""
+class Parser(params.Parser):
+    """The other commands' parser, which shows a script's docstring as it stands."""
 
     def __init__(self, description):
         super().__init__(description=description, allow_abbrev=False,
                          formatter_class=argparse.RawDescriptionHelpFormatter)
-
-    def error(self, message):
-        self.exit(2, f"error: {message} ({self.prog} --help lists the options)\n")
 
 
 def positive(text):
@@ -97,8 +98,7 @@ def image_format(source):
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-                if image.format == "EPS":  # decoding one would start Ghostscript
-                    return None
+                check_usable(image)
                 image.convert("RGB")
                 return image.format
     except Exception:  # whatever a decoder stumbles over, the image is no use
@@ -111,6 +111,7 @@ def as_jpeg(source):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            image = to_8_bit(image) if image.mode in HIGH_RANGE else image
             image.convert("RGB").save(buffer, "JPEG", quality=95)
     return buffer.getvalue()
 

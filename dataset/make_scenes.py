@@ -72,7 +72,7 @@ SYNONYMS = {
     "circle": "disc", "square": "box", "diamond": "rhombus", "cross": "plus", "ring": "hoop",
     "purple": "violet", "pink": "rose", "cyan": "turquoise", "small": "tiny", "large": "huge",
     "striped": "lined", "dotted": "spotted",
-}  # fmt: skip
+}
 
 COLORS = {
     "red": (225, 25, 25),
@@ -131,7 +131,7 @@ SHAPES = {  # outlines within the square from -1 to 1
     ],
     "ring": [*_arc(36, 1), (0, -1), (0, -0.55), *reversed(_arc(36, 0.55))],
     "hexagon": [(y, x) for x, y in _arc(6, 1)],
-}  # fmt: skip
+}
 
 
 class Thing(NamedTuple):

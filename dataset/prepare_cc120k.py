@@ -136,17 +136,16 @@ def shard_caption(text):
 def read_rows(path):
     """Captions, cleaned, of the rows of Conceptual Captions' TSV; a header "caption url" is none.
 
-    Raises InputError when a row does not have two fields.
+    The url is what follows the last tab. Raises InputError when a row has none.
     """
     lines = read_text(path, "--tsv").replace("\r\n", "\n").removesuffix("\n").split("\n")
     header = [field.strip().lower() for field in lines[0].split("\t")] == ["caption", "url"]
     rows = []
     for number, line in enumerate(lines[header:], start=1 + header):
-        fields = line.split("\t")
-        if len(fields) != 2:
-            raise InputError(f"--tsv {path}, line {number}: {len(fields)} fields; expected "
-                             "caption<TAB>url")
-        rows.append(clean(fields[0]))
+        caption, tab, _ = line.rpartition("\t")
+        if not tab:
+            raise InputError(f"--tsv {path}, line {number}: no tab; expected caption<TAB>url")
+        rows.append(clean(caption))
     return rows
 
 

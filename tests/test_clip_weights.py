@@ -391,8 +391,9 @@ def test_hf_folder_and_files(tmp_path):
         changed = config | {"text_config": config["text_config"] | {key: value}}
         (folder / "config.json").write_text(json.dumps(changed))
         refused(folder, match)
-    (folder / "config.json").write_text("{")
-    refused(folder, "config.json is damaged")
+    for damaged in ("{", "[]", '{"text_config": "x"}', '{"text_config": {"hidden_size": "a"}}'):
+        (folder / "config.json").write_text(damaged)
+        refused(folder, "config.json is damaged")
 
 
 def test_without_safetensors(tmp_path, monkeypatch):
@@ -420,3 +421,13 @@ def test_outputs_equal_transformers(tmp_path):
         torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-5)
     theirs.save_pretrained(tmp_path / "again")
     assert_same(clip.load(tmp_path / "again", device="cpu")[0], model.state_dict())
+
+
+def test_archive_that_unpacks_to_far_more(tmp_path):
+    torch.save(build().state_dict(), tmp_path / "good.pt")
+    with (zipfile.ZipFile(tmp_path / "good.pt") as good,
+          zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as bomb):
+        for name in good.namelist():
+            bomb.writestr(name, good.read(name))
+        bomb.writestr("archive/data/0", bytes(2**27))
+    refused(tmp_path / "bomb.pt", "unpacks to")

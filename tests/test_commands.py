@@ -142,7 +142,9 @@ def test_tensorboard_has_losses_rate_and_scores(trained, name):
     events = EventAccumulator(str(folder))
     events.Reload()
     tags = set(events.Tags()["scalars"])
-    assert tags >= {"train/loss", "train/lr", "train/grad_norm", "dev/i2t_R@1", "dev/mean_R1"}
+    assert tags >= {"train/loss", "train/lr", "train/grad_norm", "train/logit_scale",
+                    "dev/i2t_R@1", "dev/mean_R1"}
+    assert [event.step for event in events.Scalars("dev/mean_R1")] == [STEPS, 2 * STEPS]
     assert len(events.Scalars("train/lr")) == 2 * STEPS
     rates = [event.value for event in events.Scalars("train/lr")]
     cosine = [0.5e-3 * (1 + np.cos(np.pi * t / 4)) for t in range(4)]

@@ -151,6 +151,17 @@ def test_mean_weight_of_a_run(dataset, find, tmp_path):
     assert "Against" not in out  # nothing was shuffled
 
 
+def test_broken_weights_are_one_line(dataset, find, capsys, tmp_path):
+    path = tmp_path / "weights.npz"
+    np.savez_compressed(path, w=np.ones((3, 12), np.float32))
+    content = bytearray(path.read_bytes())
+    content[60] ^= 255  # within the compressed data
+    path.write_bytes(content)
+    with pytest.raises(SystemExit):
+        find(dataset("cc"), "--score", "npc", "--weights", path)
+    assert "cannot read the weights" in capsys.readouterr().err
+
+
 def all_alike(dataset):
     """A data set of twelve times the same pair: the mixture cannot tell its components apart."""
     data = dataset("cc")

@@ -18,10 +18,12 @@ import torch
 from conftest import make_dataset, options, pairs_for, write_lines
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from processes import BANK, CLIP, NPC, SMALL, VIT, run, save_small
 
 import clip
 from data import Images, retrieval_split, training_pairs
+from dataset.common import image_format
 from utils import checkpoints, layout
 from utils.errors import InputError
 from utils.memorybank import MemoryBank, bank_path, load_bank, save_bank
@@ -542,6 +544,38 @@ def test_files_that_are_no_images(tmp_path, content):
     (tmp_path / "images" / "a.jpg").write_bytes(content)
     with pytest.raises(InputError, match=r"a\.jpg cannot be read"):
         Images(tmp_path, ["a.jpg"], PREPROCESS)[0]
+
+
+def test_postscript_is_not_drawn(tmp_path, monkeypatch):
+    """Pillow would start Ghostscript, if it is there, on a file that may be called .jpg."""
+    gs = tmp_path / "bin" / "gs"
+    gs.parent.mkdir()
+    gs.write_text(f"#!/bin/sh\ntouch {tmp_path}/drawn\n")
+    gs.chmod(0o755)
+    monkeypatch.setenv("PATH", str(gs.parent), prepend=os.pathsep)
+    (tmp_path / "images").mkdir()
+    path = tmp_path / "images" / "a.jpg"
+    Image.new("RGB", (9, 9)).save(path, "EPS")
+    with pytest.raises(InputError, match=r"a\.jpg cannot be read .*Ghostscript"):
+        Images(tmp_path, ["a.jpg"], PREPROCESS)[0]
+    assert image_format(path) is None
+    assert not (tmp_path / "drawn").exists()
+
+
+@pytest.mark.parametrize("size, good", [((30_000, 1), False), ((1, 1001), False),
+                                        ((1000, 1), True)])
+def test_thin_images(tmp_path, size, good):
+    """Resized to a shorter side of 224 they would have a thousand times the pixels."""
+    (tmp_path / "images").mkdir()
+    path = tmp_path / "images" / "a.png"
+    Image.new("RGB", size).save(path)
+    assert (image_format(path) is not None) == good
+    images = Images(tmp_path, ["a.png"], PREPROCESS)
+    if good:
+        assert len(images[0]) == 3
+    else:
+        with pytest.raises(InputError, match="too thin"):
+            images[0]
 
 
 # ---- the commands -------------------------------------------------------------------------------

@@ -82,7 +82,7 @@ def test_article_fits_the_word():
     scene = ms.Scene(
         ms.Thing("ring", "orange", "small"), ms.Thing("star", "red", "large"),
         "left", "teal", "plain",
-    )  # fmt: skip
+    )
     domain = ms.DOMAINS["source"]._replace(omit_size=1.0)
     for caption in ms.describe(scene, domain, random.Random(0)):
         assert "an orange ring" in caption and "of a red star" in caption

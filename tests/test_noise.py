@@ -114,6 +114,17 @@ def test_missing_file_is_made_once_and_kept(tmp_path, ratio):
     assert len(said) == 1
 
 
+def test_of_two_runs_that_make_a_file_the_first_one_s_stays(tmp_path, monkeypatch):
+    folder = scan_split(tmp_path, CAPTIONS)
+    construct_noise.construct_noise(tmp_path, 0.5, 1)
+    expected, said = read_lines(folder / "0.5_noise_train_caps.txt"), []
+    with monkeypatch.context() as patch:
+        patch.setattr(construct_noise, "find_by_ratio", lambda *_: None)  # looked too early
+        assert training_captions(tmp_path, 0.5, 2, said.append)[0] == expected
+    assert "with another seed" in said[-1]
+    assert [path.name for path in folder.glob("*0.5*")] == ["0.5_noise_train_caps.txt"]
+
+
 @given(st.floats(0, 1, exclude_max=True))
 def test_ratio_name_reads_back_as_the_ratio(ratio):
     assert float(ratio_name(ratio)) == ratio

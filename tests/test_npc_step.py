@@ -97,7 +97,7 @@ def reference_adamw(model, args):
 
 
 def reference_steps(A, pairs, bank, batches, args):
-    """A after the steps, and per step (w, loss): DESIGN of `paper` and `released`, literally."""
+    """A after the steps, and per step (w, loss): `paper` and `released`, literally."""
     siamese = copy.deepcopy(A)
     optimizer, siamese_optimizer = reference_adamw(A, args), reference_adamw(siamese, args)
     released = args.recipe == "released"

@@ -72,6 +72,7 @@ def fails(capsys):
     ("a\u2028b\x0bc\x85d\0e", "a b c d e"),
     ("half \ud83d character", "half ? character"),
     ("\t\n ", ""),
+    ("é" * 6000, "é" * 4999),  # a line that is read again has at most 10,000 bytes
 ])
 def test_clean(raw, plain):
     assert common.clean(raw) == plain
@@ -508,8 +509,9 @@ def test_cc_refuses_bad_options(tmp_path, fails):
     put(images / "00002.jpg", jpeg(1))
     assert "row 2 has a second image" in fails(prepare_cc120k, "--tsv", tsv, "--images", images,
                                                *end)
+    assert prepare_cc120k.read_rows(put(tsv, "a\tb\thttp://a\n")) == ["a b"]
     put(tsv, "a caption\thttp://a\nno url\n")
-    assert "line 2: 1 fields" in fails(prepare_cc120k, "--tsv", tsv, "--images", images, *end)
+    assert "line 2: no tab" in fails(prepare_cc120k, "--tsv", tsv, "--images", images, *end)
 
 
 def test_cc_never_overwrites_an_image(tmp_path, fails):

@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_dataset
-from processes import CLIP, NPC, Started, differences, run, save_small
+from processes import BANK, CLIP, NPC, Started, differences, run, save_small
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import clip
 from utils import checkpoints, training
@@ -290,20 +291,22 @@ def test_other_pairs_or_memory_entries_are_refused(data, copied, tmp_path):
     bank = tmp_path / "data" / "annotations" / "frozen_memory_bank" / "0.4_mbank.npz"
     argv = [*arguments(data, "npc", folder.parent, "--resume", folder / "epoch1.pt"),
             "--dataset_root", str(tmp_path / "data")]
-    captions.write_text(original.replace("a", "b", 1))
-    bank.unlink()
-    said = run(NPC, argv, folder.parent / "out", 2)
-    assert "was trained on other pairs or memory entries" in said.splitlines()[-1]
-    # the bank that the resumed model builds is not that of the initial one
-    captions.write_text(original)
-    bank.unlink()
-    said = run(NPC, [*argv, "--clean_threshold", "0.2"], folder.parent / "out2", 2)
-    assert "was trained on other pairs or memory entries" in said.splitlines()[-1]
+    build = [*data.options, "--dataset_root", str(tmp_path / "data"), "--vision_model",
+             str(data.model), "--context_length", "12", "--noise_ratio", "0.4", "--device", "cpu",
+             "--num_workers", "0", "--batch_size", str(BATCH)]
+    for k, (text, *more) in enumerate([(original.replace("a", "b", 1),),
+                                       (original, "--clean_threshold", "0.2")]):
+        captions.write_text(text)
+        bank.unlink()
+        run(BANK, [*build, *more], tmp_path / "bank")
+        said = run(NPC, argv, folder.parent / f"out{k}", 2)
+        assert "was trained on other pairs or memory entries" in said.splitlines()[-1]
 
 
 @pytest.mark.parametrize("script, other", [("npc", "clip"), ("clip", "npc")])
 def test_checkpoint_of_the_other_script_is_refused(data, whole, tmp_path, script, other):
-    argv = arguments(data, script, tmp_path, "--resume", whole[other] / "epoch1.pt")
+    argv = arguments(data, script, tmp_path, "--resume", whole[other] / "epoch1.pt", "--recipe",
+                     SCRIPTS[other][1])
     said = run(SCRIPTS[script][0], argv, tmp_path / "out", 2).splitlines()[-1]
     assert said.startswith("error: ") and "was trained by another script" in said
     argv = arguments(data, script, tmp_path, "--vision_model", whole[other] / "epoch1.pt",
@@ -331,6 +334,54 @@ def test_prune_keeps_the_newest(tmp_path):
     assert left(0) == ["epoch1.pt", "step6.pt", "step7.pt", "epoch2.pt", "best.pt"]
     assert left(3) == ["step6.pt", "step7.pt", "epoch2.pt", "best.pt"]
     assert left(1) == ["epoch2.pt", "best.pt"]
+
+
+def test_tensorboard_keeps_what_was_before_a_resume(data, tmp_path):
+    run(NPC, arguments(data, "npc", tmp_path, "--resume", "auto"), tmp_path / "out", INTERRUPTED,
+        signalled(12, signal.SIGTERM))
+    run(NPC, arguments(data, "npc", tmp_path, "--resume", "auto"), tmp_path / "out")
+    events = EventAccumulator(str(tmp_path / "x"))
+    events.Reload()
+    steps = [event.step for event in events.Scalars("train/loss")]
+    assert steps == [5, 8, 10, 15, 16, 20, 24]  # --display 5, and each epoch's end
+    assert [event.step for event in events.Scalars("dev/mean_R1")] == [8, 16, 24]
+
+
+def test_a_resumed_run_does_not_build_a_bank(data, copied, tmp_path):
+    shutil.copytree(data.root, tmp_path / "data", ignore=shutil.ignore_patterns("*mbank*"))
+    argv = arguments(data, "npc", tmp_path, "--resume", copied() / "epoch1.pt", "--dataset_root",
+                     tmp_path / "data")
+    said = run(NPC, argv, tmp_path / "out", 2).splitlines()[-1]
+    assert said.startswith("error: ") and "only the initial model" in said
+    assert not list((tmp_path / "data").rglob("*mbank*"))
+
+
+def test_an_earlier_run_in_the_same_folder_is_told(data, copied, tmp_path):
+    folder = copied("clip")
+    said = run(CLIP, arguments(data, "clip", tmp_path, "--epochs", 1), tmp_path / "out")
+    assert f"warning: {folder} holds the checkpoints of an earlier run" in said
+
+
+def test_options_are_those_of_what_was_trained(data, copied, tmp_path):
+    """They are written when training begins: a refused command leaves them, and --vision_model is
+    what it was found to be."""
+    folder = copied()
+    before = (folder / "options.json").read_text()
+    argv = arguments(data, "npc", tmp_path, "--resume", "auto", "--noise_ratio", 0.2)
+    run(NPC, argv, tmp_path / "out", 2)
+    assert (folder / "options.json").read_text() == before
+    argv = arguments(data, "npc", tmp_path, "--resume", folder / "epoch2.pt", "--experiments", "y")
+    at = argv.index("--vision_model")
+    run(NPC, argv[:at] + argv[at + 2 :], tmp_path / "out")
+    options = json.loads((tmp_path / "y" / "options.json").read_text())
+    assert options["vision_model"] == str(data.model)
+
+
+def test_a_second_name_for_the_same_file_leaves_nothing_behind(tmp_path):
+    (tmp_path / "epoch1.pt").write_text("x")
+    for _ in range(2):
+        checkpoints.hard_link(tmp_path / "epoch1.pt", tmp_path / "best.pt")
+    assert {path.name for path in tmp_path.iterdir()} == {"epoch1.pt", "best.pt"}
 
 
 # ---- killed -------------------------------------------------------------------------------------
@@ -467,7 +518,8 @@ def test_loss_that_is_not_finite_stops_the_run(data, tmp_path, script):
         assert "memory_image_loss nan" in line and "weighted_loss nan" in line
     order = np.random.default_rng([99, 1]).permutation(60)  # of epoch 2
     batch = order[3 * BATCH : 4 * BATCH].tolist()
-    assert line.endswith(f"pairs of the batch: {', '.join(map(str, batch))}")
+    ids = [f"{i} ({data.ids['train'][i // 5]})" for i in batch]
+    assert line.endswith(f"pairs of the batch (and their image ids): {', '.join(ids)}")
     assert_finite_checkpoints(tmp_path / "x", ["best.pt", "epoch1.pt"])
 
 

@@ -96,6 +96,13 @@ def test_other_splits_and_fewer_than_top(dataset, find):
     assert {c for *_, c in found} <= set(data.lines("0.4_noise_train_caps.txt"))
 
 
+def test_layout_is_told_by_image_name_txt(dataset, find):
+    data = dataset()
+    expected = find(data, "a dog")[0]
+    data.options = data.options[2:]  # without --dataset
+    assert find(data, "a dog")[0] == expected
+
+
 @pytest.mark.parametrize("query, said", [
     ("", "empty"), (" \t", "empty"), ("no/such/photo.JPG", "there is none"),
     ("broken.png", "cannot be read"),

@@ -166,3 +166,15 @@ def check_error(capsys, tmp_path, folders, said):
     error = capsys.readouterr().err
     assert stop.value.code == 2 and re.match("error: .*\n$", error) and said in error
     assert not (tmp_path / "out").exists()
+
+
+def test_scores_of_another_model_are_not_a_run_s(run, capsys, tmp_path):
+    folder = run("r", 70)
+    for resume, good in ((str(folder / "best.pt"), True), ("pre-trained_models/npc.pt", False)):
+        (folder / "options_eval.json").write_text(json.dumps({**OPTIONS, "resume": resume}))
+        if good:
+            table.main([str(folder), "--out", str(tmp_path / "out")])
+        else:
+            with pytest.raises(SystemExit):
+                table.main([str(folder), "--out", str(tmp_path / "out")])
+            assert "pre-trained_models/npc.pt" in capsys.readouterr().err

@@ -23,7 +23,8 @@ MEANING = ("dataset", "noise_ratio", "num_anns", "context_length", "batch_size",
            "weighting", "memory_loss_weight")  # options that make it another run
 STATE = {"epoch": int, "step": int, "args": dict, "data": str, "best_score": float,
          "best_epoch": int, "scaler": dict, "history": dict}
-TEMPORARY = tuple(f".{name}" for name in ("epoch", "step", "best.pt", "log.jsonl", "weights.npz"))
+TEMPORARY = tuple(f".{name}" for name in ("epoch", "step", "best.pt", "log.jsonl", "weights.npz",
+                                          "options", "eval_test.json"))
 
 
 def save(path, checkpoint):
@@ -45,6 +46,7 @@ def hard_link(source, target):
     try:
         os.link(source, temporary)
         os.replace(temporary, target)
+        temporary.unlink(missing_ok=True)  # it stays where both were the same file already
     except OSError:
         with atomic_write(target, "wb") as f:
             f.write(source.read_bytes())

@@ -27,22 +27,23 @@ def noise_measures(suspicion, wrong):
             "optimum": n - (num_wrong - 1) / 2, "chance": (n + 1) / 2}
 
 
-def show_weights(writer, epoch, weights, pairs):
-    """Write histograms of an epoch's weights (n,), NaN where not drawn, split by truly clean and
-    truly noisy where that is known, their AUC, and a figure of the pairs that weigh least."""
+def show_weights(writer, step, weights, pairs):
+    """Write, at `step`, histograms of an epoch's weights (n,), NaN where not drawn, split by truly
+    clean and truly noisy where that is known, their AUC, and a figure of the pairs that weigh
+    least."""
     drawn = np.flatnonzero(np.isfinite(weights))
     w = weights[drawn]
-    writer.add_histogram("w/all", w, epoch)
+    writer.add_histogram("w/all", w, step)
     if pairs.wrong is not None:
         wrong = pairs.wrong[drawn]
         for name, kind in (("noisy", wrong), ("clean", ~wrong)):
             if kind.any():
-                writer.add_histogram(f"w/truly_{name}", w[kind], epoch)
+                writer.add_histogram(f"w/truly_{name}", w[kind], step)
         measures = noise_measures(-w, wrong)
         if measures:
-            writer.add_scalar("noise/auc_of_w", measures["auc"], epoch)
+            writer.add_scalar("noise/auc_of_w", measures["auc"], step)
     lowest = drawn[np.argsort(w, kind="stable")[:LOWEST]]
-    writer.add_figure("w/lowest", pairs_figure(pairs, lowest, weights[lowest]), epoch)
+    writer.add_figure("w/lowest", pairs_figure(pairs, lowest, weights[lowest]), step)
 
 
 def pairs_figure(pairs, chosen, w):

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from utils.errors import InputError
+from utils.files import take_name
 
 STALE = 3600  # seconds after which an unfinished file is taken for that of a killed run
 
@@ -46,7 +47,8 @@ class ImageCache:
         temporary = None
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.unlink(missing_ok=True)  # one of another length is damaged
+            if self.path.is_file() and self.path.stat().st_size != total:  # damaged
+                self.path.unlink(missing_ok=True)
             for old in self.path.parent.glob(f".{self.path.name}.*"):
                 with contextlib.suppress(OSError):
                     if time.time() - old.stat().st_mtime > STALE:
@@ -57,7 +59,7 @@ class ImageCache:
                 if hasattr(os, "posix_fallocate"):  # so that no later write finds a full disk
                     os.posix_fallocate(f.fileno(), 0, total)
                 f.truncate(total)
-            take_name(temporary, self.path)
+            take_name(temporary, self.path, replace=False)  # another run may have been first
         except OSError as error:
             raise InputError(f"cannot make the image cache {self.path} of {total / 1e9:.1f} GB: "
                              f"{error.strerror}; choose another --image_cache or off") from error
@@ -102,20 +104,6 @@ class ImageCache:
     def missing(self):
         """Number of images that no run has stored yet."""
         return int((self._open()[2] == 0).sum())
-
-
-def take_name(temporary, path):
-    """Give the file `temporary` the name `path` unless another run has just taken it, whose file
-    then stays: both share it. Where there are no hard links the later one's stays."""
-    umask = os.umask(0)
-    os.umask(umask)
-    os.chmod(temporary, 0o666 & ~umask)
-    try:
-        os.link(temporary, path)
-    except FileExistsError:
-        pass
-    except OSError:
-        os.replace(temporary, path)
 
 
 def checksum(crop):

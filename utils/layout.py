@@ -16,7 +16,7 @@ from utils.errors import InputError
 from utils.files import atomic_write
 
 SPLITS = ("train", "dev", "test")
-BANK_FOLDERS = ("frozen_memory_bank", "memory_bank")  # ours and the README's; the released code's
+BANK_FOLDERS = ("frozen_memory_bank", "memory_bank")  # ours and their README's; their code's
 MAX_LINE = 10_000  # bytes
 DATASETS = {  # captions per id in train_caps.txt; None: whatever the two files add up to
     "coco": 5,  # MSCOCO
@@ -51,7 +51,7 @@ def read_lines(path):
                 data += piece
     except FileNotFoundError:
         raise InputError(f"{path} does not exist; --dataset_root must be a folder with "
-                         "annotations/scan_split/ and images/ (README, 'Data')") from None
+                         "annotations/scan_split/ and images/ (dataset/README.md)") from None
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
     try:

@@ -27,7 +27,7 @@ def _ratio(before, after):
 
 
 def negative_impact_weights(image_before, image_after, text_before, text_after):
-    """The paper's weights w, (B,), in (0, 1] and always finite.
+    """The paper's weights w, (B,), in [0, 1] and always finite.
 
     Arguments: losses (B,) of the memory entries M^I and M^T under A (before) and under A' (after
     its step). r_i is the mean of the two ratios before/after: below 1, the step on the batch made

@@ -58,10 +58,11 @@ def bank_path(dataset_root, noise_ratio):
     return folder / f"{ratio_name(noise_ratio)}{SUFFIX}"
 
 
-def save_bank(bank, pairs, path):
-    """Write `bank`, with the fingerprint of `pairs`, to `path` (.npz, no pickle)."""
+def save_bank(bank, pairs, path, replace=True):
+    """Write `bank`, with the fingerprint of `pairs`, to `path` (.npz, no pickle). Without `replace`
+    one that another run has written meanwhile stays."""
     info = json.dumps({**bank.info, "fingerprint": fingerprint(pairs)})
-    with atomic_write(path, "wb") as f:
+    with atomic_write(path, "wb", replace) as f:
         np.savez(f, image_entry=bank.image_entry, caption_entry=bank.caption_entry,
                  clean=bank.clean, loss=bank.loss, posterior=bank.posterior, cosine=bank.cosine,
                  info=np.frombuffer(info.encode(), np.uint8))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Recipe:
-    """One column of the README's table 'paper versus released code'."""
+    """One column of the table in README, 'Fidelity'."""
 
     per_sample: bool  # the weighted loss is mean(w_i l_i); else mean(w) mean(l)
     trains_on_memory: bool  # the memory loss has a gradient; else it is only logged

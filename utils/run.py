@@ -37,9 +37,9 @@ class Run:
         if folder:
             self.folder = Path(args.checkpoint_path) / args.experiments
             if distributed.is_main():
-                name = "options_eval.json" if args.eval else "options.json"
-                with atomic_write(self.folder / name) as f:
-                    json.dump(vars(args), f, indent=1, default=str)
+                with atomic_write(self.folder / ".can_write"):
+                    pass
+                (self.folder / ".can_write").unlink()
 
     def log(self, message):
         """One line for people, on the terminal and in log.txt."""
@@ -53,6 +53,12 @@ class Run:
                     f.write(f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S} {message}\n")
             except OSError as error:
                 raise InputError(f"cannot write {path}: {error.strerror}") from error
+
+    def write_options(self, name):
+        """Write what the command was called with to the file `name`, in this run's folder."""
+        if distributed.is_main():
+            with atomic_write(self.folder / name) as f:
+                json.dump(vars(self.args), f, indent=1, default=str)
 
     def load_model(self):
         """(model, preprocess): `--vision_model`, with the weights of `--resume` if it is given.
@@ -71,7 +77,8 @@ class Run:
             self.log(f"resuming from {path}" if path else "nothing to resume from: a fresh start")
         if args.resume is None:
             args.vision_model = args.vision_model or DEFAULT_MODEL
-            model, preprocess = clip.load(args.vision_model, device=self.device)
+            with distributed.main_first():  # one downloads, if need be
+                model, preprocess = clip.load(args.vision_model, device=self.device)
         else:
             model, preprocess = self._resume()
         if args.context_length > model.context_length:
@@ -93,6 +100,8 @@ class Run:
                     "checkpoint holds")
         if "eval" in args and not args.eval:  # a command that trains
             self.state = checkpoints.training_state(checkpoint, args.resume)
+        if self.state:
+            checkpoints.compare_options(self.state["args"], args, args.force_resume, self.log)
         args.vision_model = (args.vision_model or self.state.get("args", {}).get("vision_model")
                              or args.resume)
         return model, preprocess
@@ -108,6 +117,7 @@ class Run:
             scores = evaluate(model, pairs, args, self.precision)
             rows = {{"f30k": "Flickr30K", "cc": "CC120K"}.get(args.dataset, "test"): scores}
         self.log(table(rows))
+        self.write_options("options_eval.json")
         if distributed.is_main():
             path = self.folder / "eval_test.json"
             with atomic_write(path) as f:

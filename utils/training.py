@@ -72,7 +72,7 @@ def fit(run, model, dev, optimizers, loader, step):
     """
     args, pairs = run.args, loader.dataset.pairs
     schedule = Schedule(args, run.recipe, len(loader), len(pairs))
-    history = History(run, pairs)
+    history = History(run, pairs, len(loader))
     saver = Saver(run, model, optimizers, history, identity(loader.dataset))
     first_epoch, first_batch = divmod(saver.restore(), len(loader))
     if first_epoch >= args.epochs:
@@ -82,6 +82,7 @@ def fit(run, model, dev, optimizers, loader, step):
     if schedule.warmup >= args.epochs * len(loader):
         run.log(f"warning: --warmup {args.warmup} is not shorter than the training of "
                 f"{args.epochs * len(loader)} steps: the learning rate never falls")
+    run.write_options("options.json")
     run.log(f"training: {len(pairs)} pairs, batch size {args.batch_size}, {len(loader)} steps an "
             f"epoch, epochs {first_epoch + 1} to {args.epochs}, {args.precision} on {run.device}")
 
@@ -90,7 +91,8 @@ def fit(run, model, dev, optimizers, loader, step):
         for epoch in range(first_epoch, args.epochs):
             loader.sampler.epoch, loader.sampler.first = epoch, first_batch
             model.train(run.recipe.batch_norm_trains)
-            history.start_epoch(epoch, resumed=first_batch > 0)
+            done = epoch * len(loader) + first_batch
+            history.start_epoch(epoch, done, resumed=first_batch > 0)
             for index, batch in enumerate(progress(loader, args, epoch, first_batch), first_batch):
                 history.data_arrived()
                 rate = schedule(epoch, index)
@@ -112,7 +114,7 @@ def fit(run, model, dev, optimizers, loader, step):
             run.log(f"epoch {epoch + 1}: dev R@1 i2t {scores['i2t_R@1']:.2f}, t2i "
                     f"{scores['t2i_R@1']:.2f}, mean {scores['mean_R1']:.2f}, rsum "
                     f"{scores['rsum']:.2f}")
-            history.record({"epoch": epoch + 1, **record, "lr": rate, "dev": scores})
+            history.record({"epoch": epoch + 1, **record, "lr": rate, "dev": scores}, done)
             saver.save(f"epoch{epoch + 1}.pt", epoch + 1, done, scores["mean_R1"])
             if interrupted(now=True) and epoch + 1 < args.epochs:
                 leave(run, f"epoch {epoch + 1}")
@@ -196,11 +198,13 @@ class Saver:
         """Take up the state of the checkpoint that the run continues; returns the steps done."""
         state, args = self.run.state, self.run.args
         if not state:
+            if any(self.run.folder.glob("epoch*.pt")):
+                self.run.log(f"warning: {self.run.folder} holds the checkpoints of an earlier run, "
+                             "which this one replaces as it goes; --experiments NAME keeps both")
             return 0
         if {name for name in state if name.endswith("optimizer")} != set(self.optimizers):
             raise InputError(f"{args.resume} was trained by another script; start from its weights "
                              "with --vision_model instead")
-        checkpoints.compare_options(state["args"], args, args.force_resume, self.run.log)
         if state["data"] != self.data and not args.force_resume:
             raise InputError(f"{args.resume} was trained on other pairs or memory entries than "
                              "--dataset_root has now; start from its weights with --vision_model, "
@@ -262,8 +266,8 @@ class Saver:
 class History:
     """What a run writes about itself: log lines, log.jsonl, weights.npz, TensorBoard."""
 
-    def __init__(self, run, pairs):
-        self.run, self.pairs = run, pairs
+    def __init__(self, run, pairs, epoch_steps):
+        self.run, self.pairs, self.epoch_steps = run, pairs, epoch_steps
         self.folder, self.display = run.folder, run.args.display
         self.weights = np.full((run.args.epochs, len(pairs)), np.nan, np.float32)
         self.lines, self.sums, self.steps, self.writer = [], {}, 0, None
@@ -283,9 +287,10 @@ class History:
         if old.shape[1] == self.weights.shape[1]:
             self.weights[: len(old)] = old
 
-    def start_epoch(self, epoch, resumed):
+    def start_epoch(self, epoch, done, resumed):
+        """Begin an epoch (from 0), or go on within it if `resumed`, after `done` steps in all."""
         if self.writer is None and is_main():
-            self.writer = SummaryWriter(self.folder, purge_step=epoch + 1 if epoch else None)
+            self.writer = SummaryWriter(self.folder, purge_step=done + 1 if done else None)
         if not resumed:
             self.sums, self.steps = {}, 0
         self.epoch, self.drawn = epoch, []
@@ -316,7 +321,7 @@ class History:
         self.recent = step, pairs, list(numbers), Later(torch.stack(
             [value.float() for value in numbers.values()]))
         self.steps, self.since = self.steps + 1, self.since + len(batch.pairs)
-        if self.steps % self.display == 0:
+        if step % self.display == 0 or step % self.epoch_steps == 0:
             self._show(step, rate, batch, numbers)
         self.waiting_since = time.perf_counter()
 
@@ -328,9 +333,11 @@ class History:
         numbers = dict(zip(names, values.get().tolist(), strict=True))
         if not (math.isfinite(numbers["loss"]) and math.isfinite(numbers["grad_norm"])):
             parts = ", ".join(f"{name} {value:.4g}" for name, value in numbers.items())
-            ids = ", ".join(map(str, pairs.tolist()))
+            ids = ", ".join(f"{i} ({self.pairs.image_ids[self.pairs.image_of[i]]})"
+                            for i in pairs.tolist())
             raise InputError(f"step {step} is not finite: {parts}; lower --lr or use --precision "
-                             f"fp32; checkpoints before it are intact; pairs of the batch: {ids}")
+                             "fp32; checkpoints before it are intact; pairs of the batch (and "
+                             f"their image ids): {ids}")
 
     def _show(self, step, rate, batch, numbers):
         seconds = time.perf_counter() - self.clock
@@ -362,8 +369,9 @@ class History:
         return {name: total.item() / (1 if name == "skipped" else self.steps)
                 for name, total in self.sums.items()}
 
-    def record(self, record):
-        """Write one epoch's record to log.jsonl and TensorBoard, and the weights so far."""
+    def record(self, record, done):
+        """Write the record of an epoch, which ended after `done` steps in all, to log.jsonl and
+        TensorBoard, and the weights so far."""
         self.lines.append(json.dumps(record))
         if not is_main():
             return
@@ -374,9 +382,9 @@ class History:
                 np.savez_compressed(f, w=self.weights)
             from utils.diagnostics import show_weights  # seconds to import, and only for weights
 
-            show_weights(self.writer, record["epoch"], self.weights[self.epoch], self.pairs)
+            show_weights(self.writer, done, self.weights[self.epoch], self.pairs)
         for name, value in record["dev"].items():
-            self.writer.add_scalar(f"dev/{name}", value, record["epoch"])
+            self.writer.add_scalar(f"dev/{name}", value, done)
         self.writer.flush()
 
     def close(self):
