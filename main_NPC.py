@@ -58,8 +58,8 @@ class NPC:
         """
         run, args, recipe = self.run, self.args, self.run.recipe
 
-        # A' := A. As long as both compute alike, A's forward passes are also those of A'; where all
-        # that follows is one weight for the whole batch, its gradient is, but for that factor
+        # A' := A. As long as both compute alike, A's forward passes are also those of A'. Where w
+        # becomes one factor of the whole loss, as released, the gradient of A' is also A's.
         copy_weights(self.A, self.siamese)
         alike = not uses_batch_statistics(self.A)
         model = self.A if alike else self.siamese

@@ -90,7 +90,8 @@ def add_data(group, command):
                             "collection with an image_name.txt; without it pairs where that file "
                             "is, else coco")
     group.add_argument("--dataset_root", default="./dataset/MSCOCO",
-                       help="folder with annotations/ and images/")
+                       help="folder of the data set, with annotations/ and images/ "
+                            "(dataset/README.md)")
     group.add_argument("--num_anns", type=positive_int, default=None,
                        help="captions per line of train_ids.txt; without it 5 for coco and f30k, "
                             "1 for cc, whatever fits for pairs")
@@ -162,18 +163,24 @@ def add_method(group, command):
 
 
 def add_optimisation(group):
-    group.add_argument("--epochs", type=positive_int, default=10, help="passes over the data")
+    group.add_argument("--epochs", type=positive_int, default=10,
+                       help="passes over the data; fewer where dev scores fall again at the end")
     group.add_argument("--lr", type=natural_float, default=1e-6,
                        help="peak learning rate; the authors fine-tune ViT-B/32 with 2e-7 (NPC) "
                             "and 5e-7 (CLIP) and --precision fp16; other precisions need a larger "
                             "one (README, 'Precision')")
     group.add_argument("--warmup", type=natural_int, default=500,
-                       help="optimiser steps of linear warm-up")
-    group.add_argument("--beta1", type=probability, default=0.9, help="AdamW's first decay")
-    group.add_argument("--beta2", type=probability, default=0.98, help="AdamW's second decay")
-    group.add_argument("--eps", type=natural_float, default=1e-6, help="AdamW's epsilon")
+                       help="optimiser steps of linear warm-up; fewer where a run has few steps")
+    group.add_argument("--beta1", type=probability, default=0.9,
+                       help="AdamW's decay of the mean gradient; CLIP's, seldom changed")
+    group.add_argument("--beta2", type=probability, default=0.98,
+                       help="AdamW's decay of the squared gradient; CLIP's, seldom changed")
+    group.add_argument("--eps", type=natural_float, default=1e-6,
+                       help="AdamW's epsilon; with --precision fp16 it sets the step as much as "
+                            "--lr does, so that both change together")
     group.add_argument("--weight_decay", type=natural_float, default=0.2,
-                       help="AdamW's decoupled weight decay, on all parameters")
+                       help="AdamW's decoupled weight decay, on all parameters; a step decays by "
+                            "this times the learning rate: at 1e-6 it hardly matters")
     group.add_argument("--accum_steps", type=positive_int, default=1,
                        help="encode a batch in so many pieces and compute each again in the "
                             "backward pass: less memory, the same gradients, slower")
@@ -184,7 +191,8 @@ def add_optimisation(group):
                        help="compile the towers with torch.compile: minutes at the start, perhaps "
                             "faster steps on a GPU, which is not measured")
     group.add_argument("--clip_grad", type=natural_float, default=10.0,
-                       help="largest norm of the gradient; 0 leaves it alone")
+                       help="largest norm of the gradient; 0 leaves it alone; lower it when "
+                            "grad_norm in the log has spikes")
 
 
 def add_findings(group):
@@ -212,7 +220,7 @@ def add_search(group):
                                      "captions")
     group.add_argument("--split", choices=SPLITS, default="test",
                        help="split of the data set that is searched")
-    group.add_argument("--top", type=positive_int, default=10, help="results to show")
+    group.add_argument("--top", type=positive_int, default=10, help="results to show and draw")
     group.add_argument("--out", default="./logs/search.png", metavar="FILE",
                        help="contact sheet of the results, a PNG")
     group.set_defaults(recipe="paper")  # recipes differ in training only
@@ -221,27 +229,31 @@ def add_search(group):
 def add_run(group, command):
     group.add_argument("--seed", type=seed, default=99,
                        help="seed of the noise, the order of the pairs, the mixture and random "
-                            "weights")
+                            "weights; change it for another repetition")
     if command not in ("noise", "cache", "search"):
         group.add_argument("--batch_size", type=at_least_two, default=256,
                            help="pairs in a step; every pair is contrasted with the others of its "
-                                "batch")
+                                "batch; for less memory rather use --accum_steps")
     if command in ("npc", "clip"):
         group.add_argument("--checkpoint_path", default="./logs",
-                           help="folder of all experiments")
+                           help="folder of all experiments; one on a disk with room")
         group.add_argument("--experiments", default="ex0",
-                           help="name of this experiment's folder in it")
+                           help="name of this experiment's folder in it; a new one for each run")
         group.add_argument("--name", default={"npc": "NPC", "clip": "CLIP"}[command],
-                           help="name that is stored in the checkpoints")
+                           help="name that is stored in the checkpoints, and shown by "
+                                "benchmarks/table.py")
         group.add_argument("--display", type=positive_int, default=20,
-                           help="steps between two lines of the log")
+                           help="steps between two lines of the log and points in TensorBoard, "
+                                "which an epoch's end also gives")
         group.add_argument("--save_every", type=natural_int, default=0, metavar="STEPS",
-                           help="save the training state every so many steps too; 0: at each "
-                                "epoch's end alone")
+                           help="save the training state every so many steps too, where an epoch "
+                                "is too long to lose; 0: at each epoch's end alone")
         group.add_argument("--keep_checkpoints", type=natural_int, default=0, metavar="K",
-                           help="keep the newest K checkpoints beside best.pt; 0: all epochs")
+                           help="keep the newest K checkpoints beside best.pt, to save room (each "
+                                "takes 20 bytes a parameter for NPC in fp32); 0: all epochs")
         group.add_argument("--force_resume", action="store_true",
-                           help="resume although options or data that make it another run changed")
+                           help="resume although options or data that make it another run changed, "
+                                "when you mean it")
 
 
 def add_evaluation(group, command):
@@ -253,8 +265,8 @@ def add_evaluation(group, command):
                             "changes speed and memory, never a score")
     if command not in ("memorybank", "find_noise"):
         group.add_argument("--dev_length", type=positive_int, default=None,
-                           help="use only so many dev captions for choosing the best epoch; "
-                                "without it all of them")
+                           help="use only so many dev captions for choosing the best epoch, where "
+                                "scoring takes long; without it all of them")
 
 
 def check(parser, args):

@@ -10,7 +10,7 @@ import json
 import sys
 import time
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
 import numpy as np
 
@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import demo
 from construct_noise import SUFFIX
 from data import first_seen, wrong_pairs
+from demo import markdown, spread
 from find_noise import mean_weights, write_subset
 from utils.diagnostics import noise_measures
 from utils.layout import find_by_ratio, read_captions, read_ids, split_folder
@@ -112,18 +113,6 @@ class Ablation(demo.Demo):
         hits = (bank["clean"] & ~wrong).sum()
         return [100 * hits / bank["clean"].sum(), 100 * hits / (~wrong).sum(),
                 100 * bank["clean"].mean()]
-
-
-def spread(values, digits=1):
-    """Mean ± standard deviation."""
-    deviation = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{mean(values):.{digits}f}{deviation}"
-
-
-def markdown(head, rows):
-    """A Markdown table."""
-    lines = [head, ["---", *["--:"] * (len(head) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def report(ablation):

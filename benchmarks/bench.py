@@ -487,7 +487,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds")
     parser.add_argument("--bank_images", type=int, default=60,
                         help="images of the bank, 5 pairs each")
-    parser.add_argument("--loader_images", type=int, default=200, help="images of the loader")
+    parser.add_argument("--loader_images", type=int, default=600, help="images of the loader")
     parser.add_argument("--json", help="write the results to this file")
     options, words = parser.parse_known_args()
     options.words = ["--vision_model", "ViT-B/32", "--lr", "2e-7", *words]

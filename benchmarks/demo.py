@@ -196,9 +196,16 @@ def read_scores(folder):
     return json.loads((folder / "eval_test.json").read_text())
 
 
-def spread(values):
+def spread(values, digits=1):
     """Mean ± standard deviation over the seeds; without the latter where there is one."""
-    return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
+    deviation = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{mean(values):.{digits}f}{deviation}"
+
+
+def markdown(head, rows):
+    """A Markdown table."""
+    lines = [head, ["---", *["--:"] * (len(head) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def over_ratios(seeds, key):
@@ -215,11 +222,10 @@ def table(results, what):
     """A Markdown table of mean R@1 over noise ratios, and of the variance."""
     seeds = len(results[ZERO_SHOT])
     over_seeds = f", mean ± standard deviation over {seeds} seeds" if seeds > 1 else ""
-    rows = [["noise", *(f"{ratio:.0%}" for ratio in RATIOS), "variance of i2t R@1"],
-            ["---"] * (len(RATIOS) + 2)]
-    for name, runs in results.items():
-        rows.append([name, *map(spread, over_ratios(runs, "mean_R1")), spread(variances(runs))])
-    lines = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    lines = markdown(
+        ["noise", *(f"{ratio:.0%}" for ratio in RATIOS), "variance of i2t R@1"],
+        [[name, *map(spread, over_ratios(runs, "mean_R1")), spread(variances(runs))]
+         for name, runs in results.items()])
     return f"Mean R@1 on {TEST} test images {what}{over_seeds}:\n\n{lines}\n"
 
 

@@ -38,7 +38,7 @@ SHA256 = {
 }
 PRETRAINED = Path(__file__).resolve().parents[1] / "pre-trained_models"
 CACHE = Path("~/.cache/clip").expanduser()
-MAX_CODE = 2**26  # bytes
+MAX_CODE = 2**26  # bytes that an archive may unpack to beyond its own size
 
 
 def _config(embed, resolution, vision_layers, vision_width, patch, width, layers=12, context=77):
@@ -180,7 +180,7 @@ def _download(url, target, sha256):
         target.parent.mkdir(parents=True, exist_ok=True)
         descriptor, part = tempfile.mkstemp(prefix=f"{target.name}.", suffix=".part",
                                             dir=target.parent)
-        with urllib.request.urlopen(url, timeout=60) as source, os.fdopen(descriptor, "wb") as file:
+        with os.fdopen(descriptor, "wb") as file, urllib.request.urlopen(url, timeout=60) as source:
             size = int(source.headers.get("Content-Length") or 0) or None
             with tqdm(total=size, desc=target.name, unit="B", unit_scale=True) as bar:
                 while chunk := source.read(1 << 20):

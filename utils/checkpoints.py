@@ -24,7 +24,7 @@ MEANING = ("dataset", "noise_ratio", "num_anns", "context_length", "batch_size",
 STATE = {"epoch": int, "step": int, "args": dict, "data": str, "best_score": float,
          "best_epoch": int, "scaler": dict, "history": dict}
 TEMPORARY = tuple(f".{name}" for name in ("epoch", "step", "best.pt", "log.jsonl", "weights.npz",
-                                          "options", "eval_test.json"))
+                                          "options", "eval_test.json", "can_write"))
 
 
 def save(path, checkpoint):

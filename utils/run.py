@@ -39,7 +39,7 @@ class Run:
             if distributed.is_main():
                 with atomic_write(self.folder / ".can_write"):
                     pass
-                (self.folder / ".can_write").unlink()
+                (self.folder / ".can_write").unlink(missing_ok=True)
 
     def log(self, message):
         """One line for people, on the terminal and in log.txt."""
