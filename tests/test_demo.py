@@ -1,0 +1,28 @@
+"""benchmarks/demo.py runs the repository's commands; the whole of it is `make demo`."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+CODE = """
+import sys
+from pathlib import Path
+import demo
+
+folder = Path(sys.argv[1])
+demo.call("dataset/make_scenes.py", ["--out", folder / "data", "--train", 3], folder / "log")
+demo.call("main_CLIP.py", ["--dataset_root", folder / "data", "--epochs", "none"], folder / "log")
+"""
+
+
+def test_a_command_that_fails_ends_the_demo_with_its_last_line(tmp_path):
+    done = subprocess.run([sys.executable, "-c", CODE, str(tmp_path)], cwd=BENCHMARKS,
+                          capture_output=True, text=True)
+    assert done.returncode == 1
+    said, where = done.stderr.splitlines()
+    assert said.startswith("main_CLIP.py: error: argument --epochs") and "none" in said
+    assert where == f"all that it printed: {tmp_path / 'log'}"
+    log = (tmp_path / "log").read_text()
+    assert "data" in log.splitlines()[0] and log.splitlines()[-1] == said.split(": ", 1)[1]
+    assert len(list((tmp_path / "data" / "images").iterdir())) > 3
