@@ -18,7 +18,7 @@ from data import Pairs, StepDataset
 from main_CLIP import Baseline
 from main_NPC import NPC
 from utils.memorybank import MemoryBank
-from utils.precision import Precision
+from utils.precision import PRECISIONS, Precision
 from utils.recipes import RECIPES
 from utils.training import adamw
 
@@ -208,6 +208,30 @@ def test_each_row_of_the_released_recipe_matters(monkeypatch, row, value):
     with pytest.raises(AssertionError):
         compare("rn" if row == "batch_norm_trains" else "vit", recipe="released",
                 tolerance=1e-9)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_the_gradient_of_both_models_in_any_precision(monkeypatch, precision):
+    """With one weight for all, A takes over the gradient of A'; a memory loss of weight 0 makes it
+    compute its own, which is the same but for rounding."""
+    monkeypatch.setitem(RECIPES, "own", dataclasses.replace(RECIPES["released"],
+                                                            trains_on_memory=True))
+    pairs, bank = make_data()
+    moves, norms = [], []
+    for recipe in ("released", "own"):
+        run = StubRun(options(recipe=recipe, memory_loss_weight=0.0))
+        run.precision = Precision(precision, run.device)
+        run.precision.scaler = torch.amp.GradScaler("cpu", 16.0, enabled=precision == "amp_fp16")
+        A = run.precision.prepare(make_model("vit").float())
+        before = torch.cat([p.detach().flatten().float() for p in A.parameters()])
+        npc, data = NPC(A, run), StepDataset(pairs, bank)
+        norms.append(npc.step(data[list(range(BATCH))])["grad_norm"].item())
+        moves.append(torch.cat([p.detach().flatten().float() for p in A.parameters()]) - before)
+    cosine = torch.cosine_similarity(*moves, dim=0).item()
+    exact = precision == "fp32"
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5 if exact else 0.02)
+    assert norms[0] > 0 and moves[0].norm() > 0
+    assert cosine > (1 - 1e-5 if exact else 0.98)
 
 
 def test_the_state_of_the_siamese_lives_on(monkeypatch):
