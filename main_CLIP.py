@@ -1,6 +1,6 @@
 """Fine-tune or evaluate CLIP with its own contrastive loss: the baseline of NPC.
 
-    python main_CLIP.py --dataset coco --dataset_root PATH --noise_ratio 0.2 --epochs 5 --lr 5e-7
+    python main_CLIP.py --dataset coco --dataset_root PATH --noise_ratio 0.2
     python main_CLIP.py --eval --resume CKPT --dataset coco --dataset_root PATH
 """
 

@@ -1,6 +1,6 @@
 """Negative Pre-aware for Noisy Cross-Modal Matching (Zhang, Li, Ye; AAAI 2024).
 
-    python main_NPC.py --dataset coco --dataset_root PATH --noise_ratio 0.2 --epochs 5 --lr 2e-7
+    python main_NPC.py --dataset coco --dataset_root PATH --noise_ratio 0.2
     python main_NPC.py --eval --resume CKPT --dataset coco --dataset_root PATH
 
 A is the model that is trained, A' its siamese, which takes each step first to show what the step
@@ -95,7 +95,7 @@ class NPC:
             loss = pair_losses(*features, self.A.logit_scale)
         weighted = (w * loss).mean() if recipe.per_sample else w.mean() * loss.mean()
         total = weighted + args.memory_loss_weight * (memory_i.mean() + memory_t.mean())
-        if one_weight:
+        if one_weight:  # A has the gradient of mean l since the step of A'
             torch._foreach_mul_([parameter.grad for parameter in self.A.parameters()], w.mean())
         else:
             run.precision.scaler.scale(total).backward()

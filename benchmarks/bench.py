@@ -338,8 +338,8 @@ def bench_step(options, noise):
     print(f"\nu is {u_image:.2f} for images, {u_text:.2f} for captions, {u:.2f} weighted by cost "
           f"(an image is {image_share:.0%} of a pair); captions are cut at {length:.0f} tokens. "
           f"Ours (paper) costs {clip_steps[0]:.2f} ({clip_steps[1]:.2f}-{clip_steps[2]:.2f}) plain "
-          "CLIP steps, where 1.15 (2 + 4u)/3 is "
-          f"{allowed:.2f}, and does {args.batch_size / seconds:.1f} pairs/s. Floor: {floor:.3f} s "
+          f"CLIP steps, where 1.15 (2 + 4u)/3 is {allowed:.2f}, and does "
+          f"{args.batch_size / seconds:.1f} pairs/s. Floor: {floor:.3f} s "
           f"({flops / 1e9:.0f} GFLOP at the measured matrix rate). Its time goes to "
           f"{time_shares(lambda: ours.step(drawn['npc']), args.device)}.")
     if difference is not None:
