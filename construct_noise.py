@@ -11,7 +11,7 @@ from params import parse_args
 from utils.distributed import main_first
 from utils.errors import command
 from utils.files import atomic_write
-from utils.layout import find_by_ratio, ratio_name, read_captions, read_ids, split_folder
+from utils.reading.layout import find_by_ratio, ratio_name, read_captions, read_ids, split_folder
 
 SUFFIX = "_noise_train_caps.txt"
 

@@ -21,15 +21,15 @@ import clip
 from data import Images, training_pairs
 from get_memorybank import bank_from_features, nearest
 from params import parse_args
-from utils.diagnostics import noise_measures
-from utils.embed import embed_pairs
+from utils.report.diagnostics import noise_measures
+from utils.method.features import embed_pairs
 from utils.errors import InputError, command
 from utils.files import atomic_write, require_new
-from utils.layout import split_folder, write_split
-from utils.losses import one_step_anti_noise_weights
-from utils.noise_page import Suspect, noise_page
-from utils.run import Run
-from utils.weights import read_weights
+from utils.reading.layout import split_folder, write_split
+from utils.method.losses import one_step_anti_noise_weights
+from utils.report.noise_page import Suspect, noise_page
+from utils.training.run import Run
+from utils.report.pair_weights import read_weights
 
 THUMBNAIL = 160  # pixels
 COLUMNS = ("rank", "pair", "score", "posterior", "image", "caption", "clean_pair", "clean_image",

@@ -15,13 +15,13 @@ import torch.nn.functional as F
 from data import training_pairs
 from params import parse_args
 from utils.distributed import anyone, is_main, main_first
-from utils.embed import embed_pairs
+from utils.method.features import embed_pairs
 from utils.errors import InputError, command
-from utils.layout import ratio_name
-from utils.losses import pair_losses
-from utils.memorybank import MemoryBank, bank_path, load_bank, save_bank, save_released
-from utils.recipes import RECIPES
-from utils.run import Run
+from utils.reading.layout import ratio_name
+from utils.method.losses import pair_losses
+from utils.method.memorybank import MemoryBank, bank_path, load_bank, save_bank, save_released
+from utils.method.recipes import RECIPES
+from utils.training.run import Run
 
 BLOCK = 2**25  # similarities that are held at a time: 128 MiB in fp32
 

@@ -6,11 +6,11 @@
 
 from data import retrieval_split, training_loader, training_pairs
 from params import parse_args
-from utils.embed import encode_batch
 from utils.errors import command
-from utils.losses import pair_losses
-from utils.run import Run
-from utils.training import adamw, fit, limit_logit_scale, prepare_towers
+from utils.method.passes import Passes
+from utils.training.loop import fit
+from utils.training.optimizer import adamw, prepare_training, update
+from utils.training.run import Run
 
 
 @command
@@ -19,7 +19,7 @@ def main(argv=None):
     run = Run(args, folder=True)
     model, preprocess = run.load_model()
     if args.eval:
-        return run.evaluate_test(model, preprocess)
+        return run.evaluate_test(model, retrieval_split(args, "test", preprocess, run.log))
 
     pairs = training_pairs(args, preprocess, run.log)
     dev = retrieval_split(args, "dev", preprocess, run.log)
@@ -33,22 +33,18 @@ class Baseline:
 
     def __init__(self, model, run):
         self.model, self.run = model, run
-        prepare_towers(model, run.args)
+        prepare_training(model, run.args)
         self.optimizer = adamw(model, run.args)
         self.optimizers = {"optimizer": self.optimizer}
-        clips = run.args.clip_grad and run.recipe.clips_baseline
-        self.max_norm = run.args.clip_grad if clips else float("inf")
+        self.max_norm = run.args.clip_grad if run.recipe.clips_baseline else 0
 
     def step(self, batch):
-        """One AdamW step on the mean contrastive loss of a `Step`; returns its numbers."""
+        """One AdamW step on the mean contrastive loss of a `Batch`; returns its numbers."""
         model, run = self.model, self.run
-        with run.precision.autocast():
-            features = encode_batch(model, batch, run.args.accum_steps)
-        loss = pair_losses(*features, model.logit_scale).mean()
-        run.precision.scaler.scale(loss).backward()
-        norm = run.precision.step(model, self.optimizer, self.max_norm)
-        run.precision.scaler.update()
-        limit_logit_scale(model, run.recipe)
+        passes = Passes(model, batch, run.precision, accum_steps=run.args.accum_steps)
+        loss = passes.batch().mean()
+        passes.backward(run.precision.scaler.scale(loss))
+        norm = update(model, self.optimizer, run, self.max_norm)
         return {"loss": loss, "grad_norm": norm, "logit_scale": model.logit_scale}
 
 

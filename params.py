@@ -8,9 +8,9 @@ import sys
 
 import torch
 
-from utils.layout import DATASETS, SPLITS, split_folder
-from utils.precision import PRECISIONS
-from utils.recipes import RECIPES
+from utils.reading.layout import DATASETS, SPLITS, split_folder
+from utils.training.precision import PRECISIONS
+from utils.method.recipes import RECIPES
 
 WEIGHTINGS = ("npc", "none", "gmm", "osa")
 SCORES = ("loss", "cosine", "osa", "npc")

@@ -18,10 +18,10 @@ from PIL import Image, ImageDraw, ImageFont
 import clip
 from data import Images, retrieval_split, training_pairs
 from params import parse_args
-from utils.embed import embed_pairs
+from utils.method.features import embed_pairs
 from utils.errors import InputError, command
 from utils.files import atomic_write
-from utils.run import Run
+from utils.training.run import Run
 
 COLUMNS, TILE, GAP = 5, 200, 16  # of the contact sheet; the latter two in pixels
 LETTERS, LINES, LINE = 28, 4, 16  # caption below a tile: letters a line, lines, pixels a line

@@ -36,10 +36,10 @@ from get_memorybank import bank_from_features
 from main_CLIP import Baseline
 from main_NPC import NPC
 from params import parse_args
-from utils.embed import embed_pairs
-from utils.memorybank import MemoryBank
-from utils.retrieval import recalls
-from utils.run import Run
+from utils.method.features import embed_pairs
+from utils.method.memorybank import MemoryBank
+from utils.report.retrieval import recalls
+from utils.training.run import Run
 
 CAPTIONS = 5  # an image
 RECALL = 0.85  # assumed share of the right pairs in the strict clean set

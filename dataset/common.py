@@ -20,7 +20,7 @@ import params
 from clip.preprocess import HIGH_RANGE, check_usable, to_8_bit
 from utils.errors import InputError
 from utils.files import atomic_write
-from utils.layout import MAX_LINE, SPLITS, split_folder, write_image_names, write_split
+from utils.reading.layout import MAX_LINE, SPLITS, split_folder, write_image_names, write_split
 
 JPEG = ("JPEG", "MPO")  # an MPO is a JPEG with further pictures behind the first
 

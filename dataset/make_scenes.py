@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.errors import InputError, command
-from utils.layout import write_image_names, write_split
+from utils.reading.layout import write_image_names, write_split
 
 
 class Domain(NamedTuple):

@@ -27,7 +27,7 @@ from dataset.common import (
     write_layout,
 )
 from utils.errors import InputError, command
-from utils.layout import SPLITS, image_names
+from utils.reading.layout import SPLITS, image_names
 
 CAPTIONS = 5
 SPLIT_OF = {"train": "train", "restval": "train", "val": "dev", "test": "test"}

@@ -20,7 +20,7 @@ import main_CLIP
 import main_NPC
 from clip.weights import CONFIGS
 from data import retrieval_split
-from utils.memorybank import bank_path
+from utils.method.memorybank import bank_path
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = {"construct_noise": construct_noise.main, "get_memorybank": get_memorybank.main,

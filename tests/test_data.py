@@ -22,8 +22,8 @@ from data import (
     training_pairs,
 )
 from utils.errors import InputError
-from utils.layout import image_names, read_captions, read_ids, read_lines
-from utils.memorybank import MemoryBank
+from utils.reading.layout import image_names, read_captions, read_ids, read_lines
+from utils.method.memorybank import MemoryBank
 
 PREPROCESS = clip.Preprocess(32)
 LAYOUTS = list(NUM_ANNS)

@@ -28,8 +28,8 @@ from processes import (
 
 import clip
 from utils import distributed
-from utils.checkpoints import newest
-from utils.training import INTERRUPTED
+from utils.training.checkpoints import newest
+from utils.training.loop import INTERRUPTED
 
 TOLERANCE = 1e-5
 

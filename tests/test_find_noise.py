@@ -18,7 +18,7 @@ from PIL import Image
 
 import find_noise
 import main_CLIP
-from utils.layout import read_captions
+from utils.reading.layout import read_captions
 
 CHROMIUM = shutil.which("chromium")
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--hide-scrollbars",

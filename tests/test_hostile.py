@@ -26,7 +26,7 @@ from data import Images, retrieval_split, training_pairs
 from dataset.common import image_format
 from utils import checkpoints, layout
 from utils.errors import InputError
-from utils.memorybank import MemoryBank, bank_path, load_bank, save_bank
+from utils.method.memorybank import MemoryBank, bank_path, load_bank, save_bank
 
 PREPROCESS = clip.Preprocess(32)
 HARM = "harm_was_done"

@@ -22,7 +22,7 @@ import data as data_module
 from data import Images, training_pairs
 from utils import image_cache
 from utils.errors import InputError
-from utils.image_cache import ImageCache
+from utils.reading.image_cache import ImageCache
 
 PREPROCESS = clip.Preprocess(32)
 NUM = 12

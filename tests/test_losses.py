@@ -7,9 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from utils.losses import negative_impact_weights, one_step_anti_noise_weights, pair_losses
-from utils.recipes import RECIPES
-from utils.schedule import Schedule, warmup_cosine
+from utils.method.losses import negative_impact_weights, one_step_anti_noise_weights, pair_losses
+from utils.method.recipes import RECIPES
+from utils.training.schedule import Schedule, warmup_cosine
 
 F64 = torch.float64
 

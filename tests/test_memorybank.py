@@ -24,9 +24,9 @@ from get_memorybank import (
     strict_clean_set,
 )
 from utils.errors import InputError
-from utils.losses import pair_losses
-from utils.memorybank import MemoryBank, bank_path, load_bank, save_bank, save_released
-from utils.precision import Precision
+from utils.method.losses import pair_losses
+from utils.method.memorybank import MemoryBank, bank_path, load_bank, save_bank, save_released
+from utils.training.precision import Precision
 
 FP32 = Precision("fp32", torch.device("cpu"))
 N_IMAGES, PER_IMAGE = 12, 5

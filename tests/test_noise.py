@@ -14,7 +14,7 @@ from construct_noise import noise_order, training_captions
 from data import wrong_pairs
 from utils.errors import InputError
 from utils.files import atomic_write
-from utils.layout import ratio_name, read_lines
+from utils.reading.layout import ratio_name, read_lines
 
 LONG = "a much longer caption than all the others of this list"
 CAPTIONS = ["a dog", "a dog", "ein Hündchen läuft", "二匹の犬", "🐕 runs", "a", LONG, "naïve café",

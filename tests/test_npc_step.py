@@ -17,10 +17,10 @@ import clip
 from data import Pairs, StepDataset
 from main_CLIP import Baseline
 from main_NPC import NPC
-from utils.memorybank import MemoryBank
-from utils.precision import PRECISIONS, Precision
-from utils.recipes import RECIPES
-from utils.training import adamw
+from utils.method.memorybank import MemoryBank
+from utils.training.precision import PRECISIONS, Precision
+from utils.method.recipes import RECIPES
+from utils.training.loop import adamw
 
 TEXT = {"context_length": 12, "vocab_size": 50, "transformer_width": 64, "transformer_heads": 1,
         "transformer_layers": 1, "embed_dim": 16, "image_resolution": 32}
@@ -39,7 +39,7 @@ def options(**changes):
 
 
 class StubRun:
-    """What the step needs of a `utils.run.Run`."""
+    """What the step needs of a `utils.training.run.Run`."""
 
     def __init__(self, args):
         self.args, self.device = args, torch.device("cpu")

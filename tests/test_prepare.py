@@ -13,7 +13,7 @@ from PIL import Image
 
 from dataset import MSCOCO_rename, common, prepare_cc120k, prepare_karpathy, prepare_pairs
 from utils.errors import InputError
-from utils.layout import image_names, read_captions, read_ids, require_images
+from utils.reading.layout import image_names, read_captions, read_ids, require_images
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

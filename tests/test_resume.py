@@ -23,7 +23,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import clip
 from utils import checkpoints, training
 from utils.errors import InputError
-from utils.training import INTERRUPTED
+from utils.training.loop import INTERRUPTED
 
 EPOCHS, BATCH, STEPS = 3, 7, 8  # 60 pairs: 8 steps an epoch
 SCRIPTS = {"npc": (NPC, "paper"), "clip": (CLIP, "released")}
@@ -560,9 +560,9 @@ def test_amp_fp16_skips_steps_and_counts_them(data, tmp_path):
 
 def overflow_twice():
     """Make the gradients of the first two steps infinite."""
-    import utils.precision
+    import utils.training.precision
 
-    reduce, calls = utils.precision.reduce_gradients, []
+    reduce, calls = utils.training.precision.reduce_gradients, []
 
     def reduce_and_break(model):
         reduce(model)
@@ -571,7 +571,7 @@ def overflow_twice():
             if len(calls) in (2, 4):  # A follows its siamese
                 model.logit_scale.grad.fill_(math.inf)
 
-    utils.precision.reduce_gradients = reduce_and_break
+    utils.training.precision.reduce_gradients = reduce_and_break
 
 
 def test_checkpoint_that_cannot_be_written_is_a_line(tmp_path, monkeypatch):

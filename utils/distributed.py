@@ -63,7 +63,7 @@ def main_first():
         dist.barrier()
 
 
-def own_below(k):
+def num_own_below(k):
     """How many of the items 0..k-1 are this process's."""
     return max(0, -(-(k - rank()) // world()))
 

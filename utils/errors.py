@@ -1,32 +1,87 @@
-"""Errors that a person can mend: one clear line instead of a traceback."""
+"""One net under every command: what a person can mend becomes one line, a bug of ours a traceback."""
 
 import functools
+import os
+import re
 import sys
+import threading
 import traceback
 
-import clip
+REPORT = "this is a bug of this program: please report the lines above and the command"
 
 
 class InputError(Exception):
     """Bad input. The message is one line: what is wrong, where, what was expected, what to do."""
 
+    for_people = True
+
 
 def command(main):
-    """Decorate a script's `main`: an `InputError` ends it with one line on stderr and status 2."""
+    """Decorate a script's `main`: whatever a person can mend ends it with one line `error: ...` on
+    stderr and status 2; NPC_DEBUG=1 shows the traceback too. Anything else keeps its traceback."""
 
     @functools.wraps(main)
     def run(*args, **kwargs):
+        for stream in (sys.stdout, sys.stderr):  # a caption may have letters that it cannot show
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="backslashreplace")
+        threading.excepthook = _thread_died
         try:
             return main(*args, **kwargs)
-        except (InputError, clip.CheckpointError) as error:
-            # A DataLoader worker wraps the error in its own traceback: the last line is ours.
-            message = str(error).strip().splitlines()[-1]
-            print(f"error: {message.split('InputError: ', 1)[-1]}", file=sys.stderr)
-            status, where = 2, error.__traceback__
-        except SystemExit as error:
-            status, where = error.code, error.__traceback__
+        except SystemExit as end:
+            status, where = end.code, end.__traceback__
+        except KeyboardInterrupt as error:
+            print("interrupted", file=sys.stderr)
+            status, where = 130, error.__traceback__
+        except Exception as error:
+            line = explain(error)
+            if line is None or os.environ.get("NPC_DEBUG") == "1":
+                traceback.print_exc()
+            print(f"error: {line}" if line else REPORT, file=sys.stderr)
+            status, where = 2 if line else 1, error.__traceback__
         # End the data loaders now: the interpreter's end would kill their workers, with tracebacks
         traceback.clear_frames(where)
         sys.exit(status)
 
     return run
+
+
+def explain(error):
+    """The line for people that an exception deserves, None for a bug of ours."""
+    if getattr(error, "for_people", False):
+        # a DataLoader worker wraps the error in its own traceback: the last line is ours
+        return str(error).strip().splitlines()[-1].split("InputError: ", 1)[-1]
+    said = " ".join(str(error).split())[:300]
+    if isinstance(error, OSError):
+        file = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else ""
+        return f"{file}: {error.strerror or said}".removeprefix(": ") + _advice(error)
+    if isinstance(error, MemoryError) or "OutOfMemoryError" in type(error).__name__:
+        return (f"out of memory ({said[:150]}): use a smaller --batch_size or --eval_batch_size, "
+                "--accum_steps, or --grad_checkpointing")
+    if isinstance(error, UnicodeError):
+        return f"a name or a text is not valid UTF-8 ({said}); rename or re-encode it"
+    if isinstance(error, RecursionError):
+        return "a file is nested too deeply to be read; give one that a program of its kind wrote"
+    if type(error).__module__.split(".")[0] in ("zipfile", "tarfile", "zlib", "json", "pickle",
+                                                "_pickle", "safetensors_rust", "safetensors"):
+        return f"a file is damaged or of another kind than expected ({said})"
+    if re.search("gloo|NCCL|Connection (closed|reset)|process group", said):
+        return "another process of this run has ended; its own line says why"
+    return None
+
+
+def _advice(error):
+    import errno
+
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return "; make room; finished files are intact, --resume auto continues a run"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return "; choose a file or folder that you may use"
+    return "; check the path"
+
+
+def _thread_died(hook):
+    """What ends a thread of a library (TensorBoard's writer on a full disk) ends the next call into
+    it too, which reports it."""
+    if explain(hook.exc_value) is None:
+        threading.__excepthook__(hook)

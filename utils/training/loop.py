@@ -21,9 +21,9 @@ from utils import checkpoints
 from utils.distributed import Later, anyone, is_main, stop, world
 from utils.errors import InputError
 from utils.files import atomic_write
-from utils.memorybank import fingerprint
-from utils.retrieval import evaluate
-from utils.schedule import Schedule
+from utils.method.memorybank import fingerprint
+from utils.report.retrieval import evaluate
+from utils.training.schedule import Schedule
 
 INTERRUPTED = 75  # exit status after SIGTERM or SIGINT, when a checkpoint to resume from was saved
 
@@ -186,7 +186,7 @@ def progress(loader, args, epoch, first):
 
 
 class Saver:
-    """Writes and restores the checkpoints of a run; see utils.checkpoints for what they hold."""
+    """Writes and restores the checkpoints of a run; see utils.training.checkpoints for what they hold."""
 
     def __init__(self, run, model, optimizers, history, data):
         self.run, self.model, self.optimizers, self.history = run, model, optimizers, history
@@ -380,7 +380,7 @@ class History:
         if np.isfinite(self.weights[self.epoch]).any():
             with atomic_write(self.folder / "weights.npz", "wb") as f:
                 np.savez_compressed(f, w=self.weights)
-            from utils.diagnostics import show_weights  # seconds to import, and only for weights
+            from utils.report.diagnostics import show_weights  # seconds to import, and only for weights
 
             show_weights(self.writer, done, self.weights[self.epoch], self.pairs)
         for name, value in record["dev"].items():

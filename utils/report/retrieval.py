@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from utils.embed import embed_pairs
+from utils.method.features import embed_pairs
 from utils.errors import InputError
 
 KS = (1, 5, 10)

@@ -3,7 +3,7 @@
 `epoch{N}.pt` after each epoch and `step{S}.pt` in between hold `epoch` (epochs done), `step`
 (optimiser steps done), `name`, `state_dict`, the optimisers, the gradient scaler, `args` (options),
 `data` (a hash of the training pairs and memory entries), `best_score`, `best_epoch` and `history`
-(see utils.training). The order of the pairs depends on seed and epoch alone and nothing else is
+(see utils.training.loop). The order of the pairs depends on seed and epoch alone and nothing else is
 random, so that there is no random state to keep. They are read by clip.read_checkpoint, which runs
 no code of theirs.
 """

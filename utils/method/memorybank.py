@@ -17,7 +17,7 @@ import numpy as np
 
 from utils.errors import InputError
 from utils.files import atomic_write
-from utils.layout import BANK_FOLDERS, find_by_ratio, ratio_name
+from utils.reading.layout import BANK_FOLDERS, find_by_ratio, ratio_name
 
 SUFFIX = "_mbank.npz"
 MAX_SIZE = 2**32  # bytes, unpacked: those of 95 million pairs

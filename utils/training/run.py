@@ -12,9 +12,9 @@ from data import retrieval_split
 from utils import checkpoints, distributed
 from utils.errors import InputError
 from utils.files import atomic_write
-from utils.precision import Precision
-from utils.recipes import RECIPES
-from utils.retrieval import KS, evaluate, evaluate_coco
+from utils.training.precision import Precision
+from utils.method.recipes import RECIPES
+from utils.report.retrieval import KS, evaluate, evaluate_coco
 
 DEFAULT_MODEL = "ViT-B/32"
 

@@ -1,0 +1,231 @@
+"""The losses of one step by as few passes through the towers as they need.
+
+Nothing here knows the method. Whoever distrusts it can put the naive version in its place, which
+makes every pass for itself (tests/naive.py, the tests' transcription): the numbers stay the same.
+The equalities that save passes:
+
+1. A' starts as A, so that A's pass over the batch is also that of A': one forward, two backward.
+2. One pass over the memory gives the losses before the step and those that are trained on.
+3. Each distinct image and caption of batch and memory is encoded once; pairs are gathered from
+   these. Each process of torchrun encodes its share of them.
+4. What the memory needs beyond the batch is encoded apart from it, so that the gradient of A'
+   crosses the batch's graph alone.
+5. The text tower is causal and read at the end token: captions are cut at the longest of a step.
+6. Where all pairs of a batch count alike and the memory has no gradient, the gradient of A is that
+   of A' but for one factor.
+7. Losses that nobody asks for are not computed: without memory a step is a plain CLIP step.
+
+BatchNorm in training mode makes a feature depend on what is encoded beside it, and so forbids 1, 3
+and 6: images are then encoded as they lie in the batch, and A' makes passes of its own.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+import clip
+from utils.distributed import gather, num_own_below
+from utils.method.losses import pair_losses
+
+BATCH, MEMORY_I, MEMORY_T = range(3)  # whose pairs: rows of `DistinctItems.rows`
+
+
+class DistinctItems(NamedTuple):
+    """Distinct images, or captions, of a batch of B pairs and of its memory entries.
+
+    Those that only the batch needs come first, then those that both need, then those that only the
+    memory needs: the batch has items 0..num_batch-1, the memory memory_start..total-1.
+
+    items: (total, ...) tensor; under torchrun only this process's, see utils.distributed.
+    rows: (3, B) int64, the item of each pair of the batch, of M^I and of M^T; (1, B) without a
+    memory.
+    """
+
+    items: torch.Tensor
+    rows: torch.Tensor
+    num_batch: int
+    memory_start: int
+    total: int
+
+
+class Batch(NamedTuple):
+    """What a step trains on: the indices (B,) int64 of its pairs, their distinct images, uint8 (3,
+    R, R) each, and captions, int32 tokens (L,) each."""
+
+    indices: torch.Tensor
+    images: DistinctItems
+    texts: DistinctItems
+
+    def to(self, device):
+        """The same batch with its images and captions on `device`."""
+        def move(distinct):
+            return distinct._replace(items=distinct.items.to(device, non_blocking=True),
+                                     rows=distinct.rows.to(device, non_blocking=True))
+        return self._replace(images=move(self.images), texts=move(self.texts))
+
+
+def distinct_items(wanted):
+    """(distinct (total,), rows (k, B), num_batch, memory_start) as in `DistinctItems` for the items
+    (k, B) int64 that the pairs of the batch, of M^I and of M^T want."""
+    batch, memory = np.unique(wanted[0]), np.unique(wanted[1:])
+    both = np.intersect1d(batch, memory, assume_unique=True)
+    batch_only = np.setdiff1d(batch, both, assume_unique=True)
+    memory_only = np.setdiff1d(memory, both, assume_unique=True)
+    distinct = np.concatenate([batch_only, both, memory_only])
+    order = np.argsort(distinct)
+    rows = order[np.searchsorted(distinct, wanted, sorter=order)]
+    return distinct, torch.from_numpy(rows), len(batch), len(batch_only)
+
+
+def cut_tokens(tokens):
+    """Drop the columns behind the last end token of `tokens` (v, L), which no caption reads."""
+    return tokens[:, : int(tokens.argmax(dim=1).max()) + 1]
+
+
+def encoders(model):
+    """Functions of uint8 images (u, 3, R, R) and of tokens (v, L) that give raw features (., D)."""
+    return lambda x: model.encode_image(clip.normalize(x, model.dtype)), model.encode_text
+
+
+def uses_batch_statistics(model):
+    """Whether `model` has a BatchNorm layer in training mode."""
+    return any(isinstance(m, torch.nn.BatchNorm2d) and m.training for m in model.modules())
+
+
+class Passes:
+    """The losses (B,) of a step's pairs under A and its siamese A', and their gradients.
+
+    Losses are handed out as leaves of the graph: the method computes a total from them, `backward`
+    carries its gradient on to the parameters. A' := A happens here; without `siamese` there is
+    A's batch alone.
+
+    precision: a utils.training.precision.Precision. accum_steps: number of pieces in which items
+    are encoded, each once more in the backward pass, so that the activations of one piece are held
+    at a time (GradCache, Gao et al. 2021). memory_gradient: whether losses on the memory have one.
+    uniform: a promise that all losses of the batch get the same gradient.
+    """
+
+    def __init__(self, A, batch, precision, siamese=None, accum_steps=1, memory_gradient=True,
+                 uniform=False):
+        self.A, self.siamese, self.items = A, siamese, (batch.images, batch.texts)
+        self.precision, self.accum_steps = precision, accum_steps
+        self.memory_gradient = memory_gradient
+        if siamese is not None:
+            copy_parameters(A, siamese)
+        self.model = siamese if uses_batch_statistics(A) else A  # that computes as A' at its start
+        self.one_gradient = uniform and not memory_gradient and self.model is A
+        self.features = None  # of the batch under self.model
+        self.losses, self.leaves = {}, {}  # by name: in the graph, and as handed out
+
+    def batch(self):
+        """l(batch; A), (B,)."""
+        if self.model is self.A:
+            return self.siamese_batch()
+        if "batch" not in self.leaves:
+            self._hand_out("batch", pair_losses(*self._encode_by_pair(), self.A.logit_scale))
+        return self.leaves["batch"]
+
+    def siamese_batch(self):
+        """l(batch; A') before the step of A', (B,)."""
+        if "siamese batch" not in self.leaves:
+            self.features = self._encode(self.model, "batch")
+            self._hand_out("siamese batch", self._losses(self.model, self.features, BATCH))
+        return self.leaves["siamese batch"]
+
+    def memory(self):
+        """l(M^I; A) and l(M^T; A), (B,) each."""
+        if "M^I" not in self.leaves:
+            self.siamese_batch()
+            with torch.set_grad_enabled(self.memory_gradient):
+                beyond = self._encode(self.model, "beyond the batch")
+                features = [torch.cat(parts) for parts in zip(self.features, beyond, strict=True)]
+                for name, entries in (("M^I", MEMORY_I), ("M^T", MEMORY_T)):
+                    self._hand_out(name, self._losses(self.model, features, entries))
+        return self.leaves["M^I"], self.leaves["M^T"]
+
+    @torch.no_grad()
+    def memory_after(self):
+        """l(M^I; A') and l(M^T; A') as A' is now, (B,) each."""
+        features = self._encode(self.siamese, "memory")
+        return tuple(self._losses(self.siamese, features, entries, "memory")
+                     for entries in (MEMORY_I, MEMORY_T))
+
+    def siamese_backward(self, total):
+        """Give the parameters of A' the gradient of `total`, made of `siamese_batch`."""
+        losses, seeds = self._seeds(total)
+        parameters = list(self.model.parameters())
+        gradients = torch.autograd.grad(
+            losses, parameters, seeds,
+            retain_graph=self.model is self.A and not self.one_gradient)
+        for parameter, gradient in zip(self.siamese.parameters(), gradients, strict=True):
+            parameter.grad = gradient
+        if self.one_gradient:  # kept for A as that of the mean loss
+            self.losses.clear()
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient / seeds[0].sum().to(gradient.dtype)
+
+    def backward(self, total):
+        """Give the parameters of A the gradient of `total`, made of `batch` and `memory`."""
+        if self.one_gradient and not self.losses:
+            seed = torch.autograd.grad(total, self.leaves["siamese batch"])[0]
+            torch._foreach_mul_([p.grad for p in self.A.parameters()], seed.sum())
+        else:
+            torch.autograd.backward(*self._seeds(total))
+
+    def _hand_out(self, name, loss):
+        self.losses[name] = loss
+        self.leaves[name] = loss.detach().requires_grad_(loss.requires_grad)
+
+    def _seeds(self, total):
+        """The losses that `total` is made of, and its gradients with respect to them."""
+        names = [name for name, leaf in self.leaves.items() if leaf.requires_grad]
+        seeds = torch.autograd.grad(total, [self.leaves[name] for name in names],
+                                    allow_unused=True)
+        used = [(self.losses[name], seed) for name, seed in zip(names, seeds, strict=True)
+                if seed is not None]
+        return tuple(zip(*used, strict=True))
+
+    def _losses(self, model, features, entries, part="batch"):
+        """Losses (B,) of the pairs of the batch, of M^I or of M^T among themselves, from features
+        [(u, D), (v, D)] that begin with those of a part of the step."""
+        images, texts = (x[distinct.rows[entries] - span(distinct, part)[0]]
+                         for x, distinct in zip(features, self.items, strict=True))
+        return pair_losses(images, texts, model.logit_scale)
+
+    def _encode(self, model, part):
+        """L2-normalised features [(u, D), (v, D)] of the distinct items of a part of the step."""
+        result = []
+        with self.precision.autocast():
+            for encoder, distinct in zip(encoders(model), self.items, strict=True):
+                start, end = span(distinct, part)
+                own = distinct.items[num_own_below(start) : num_own_below(end)]
+                pieces = [encoder(piece) if self.accum_steps == 1 else
+                          checkpoint(encoder, piece, use_reentrant=False, preserve_rng_state=False)
+                          for piece in own.chunk(self.accum_steps)]
+                result.append(gather(F.normalize(torch.cat(pieces), dim=1), start, end))
+        return result
+
+    def _encode_by_pair(self):
+        """A's L2-normalised features [(B, D), (B, D)] of the batch, where it matters how often an
+        image occurs."""
+        with self.precision.autocast():
+            return [F.normalize(encoder(distinct.items[distinct.rows[BATCH]]), dim=1)
+                    for encoder, distinct in zip(encoders(self.A), self.items, strict=True)]
+
+
+def span(distinct, part):
+    """(first, last + 1) item of "batch", "memory", or "beyond the batch": the memory without it."""
+    return {"batch": (0, distinct.num_batch),
+            "memory": (distinct.memory_start, distinct.total),
+            "beyond the batch": (distinct.num_batch, distinct.total)}[part]
+
+
+@torch.no_grad()
+def copy_parameters(source, target):
+    """Overwrite the parameters and buffers of `target` with those of `source`."""
+    torch._foreach_copy_(list(target.parameters()), list(source.parameters()))
+    for old, new in zip(target.buffers(), source.buffers(), strict=True):
+        old.copy_(new)

@@ -1,0 +1,66 @@
+"""`--weighting`: how much each pair of a batch counts. One function a weighting; adding one here, or
+in a script of your own that calls main_NPC.main afterwards, adds its choice to the option."""
+
+from typing import Callable, NamedTuple
+
+import torch
+
+
+class Weighting(NamedTuple):
+    """function(**known) gives w (B,); `help` says what it is. looks_ahead: A' takes its step before,
+    so that after_i and after_t are known. of_bank: arrays of the `MemoryBank` that it needs."""
+
+    function: Callable
+    help: str
+    looks_ahead: bool
+    of_bank: tuple
+
+
+WEIGHTINGS = {}
+
+
+def weighting(name, help, looks_ahead=False, of_bank=()):
+    """Decorator that puts a function in the table.
+
+    It gets as keywords, (B,) each: `batch`, l(batch; A); `memory_i` and `memory_t`, l(M^I; A) and
+    l(M^T; A); with looks_ahead `after_i` and `after_t`, the same under A'; and the entries of the
+    batch's pairs in the arrays `of_bank`: posterior, cosine, loss or clean.
+    """
+    def register(function):
+        WEIGHTINGS[name] = Weighting(function, help, looks_ahead, of_bank)
+        return function
+    return register
+
+
+@weighting("npc", "the paper's negative impact", looks_ahead=True)
+def negative_impact(memory_i, memory_t, after_i, after_t, **_):
+    """The paper's w, (B,), in [0, 1] and always finite: r_i is the mean of the ratios l(M_i; A) /
+    l(M_i; A') by image and by caption. Below 1, the step on the batch made the clean memory entries
+    of pair i worse, and w_i = tanh(r_i); else w_i = 1."""
+    r = (ratio(memory_i, after_i) + ratio(memory_t, after_t)) / 2
+    return torch.where(r < 1, torch.tanh(r), 1.0)
+
+
+def ratio(before, after):
+    """before / after of losses >= 0, where nothing over nothing means: unchanged."""
+    return torch.where((before == 0) & (after == 0), 1.0, before / after)
+
+
+@weighting("none", "1 for every pair")
+def ones(batch, **_):
+    """w = 1."""
+    return torch.ones_like(batch)
+
+
+@weighting("gmm", "the mixture's posterior of being clean", of_bank=("posterior",))
+def mixture_posterior(posterior, **_):
+    """w = p, the posterior of the mixture's low component, see utils.method.judge."""
+    return posterior
+
+
+@weighting("osa", "One-Step Anti-noise on the initial model's cosine", of_bank=("cosine", "beta"))
+def one_step_anti_noise(cosine, beta, **_):
+    """Weights of One-Step Anti-noise (Li et al. 2024) for cosines (B,) of pairs: s = cosine - beta,
+    where beta is the mean cosine of random pairs; w = 0 where s <= 0, else s^2 (1 - s)."""
+    s = (cosine - beta).clamp(min=0)
+    return s.square() * (1 - s)

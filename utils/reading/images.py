@@ -1,0 +1,97 @@
+"""Images of a split: from their files or from the image cache, by worker processes if wanted."""
+
+import atexit
+import functools
+import os
+import signal
+import warnings
+from contextlib import contextmanager
+from multiprocessing.sharedctypes import RawValue
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from utils.errors import InputError
+from utils.reading.image_cache import ImageCache
+
+
+class Images(Dataset):
+    """Distinct images of a split; item k is the uint8 crop (3, R, R) that CLIP's preprocessing
+    ends in, before normalisation. An unreadable file raises InputError with its name."""
+
+    def __init__(self, root, names, preprocess, cache="off"):
+        self.folder, self.names, self.preprocess = Path(root) / "images", names, preprocess
+        self.cache = None
+        if cache != "off":
+            paths = [self.folder / name for name in names]
+            self.cache = ImageCache(cache, paths, preprocess.resolution)
+
+    def __len__(self):
+        return len(self.names)
+
+    def __getitem__(self, k):
+        crop = self.cache.get(k) if self.cache else None
+        if crop is None:
+            crop = self.decode(k)
+            if self.cache:
+                self.cache.put(k, crop)
+        return torch.from_numpy(crop)
+
+    def decode(self, k):
+        """Read and crop image k from its file: (3, R, R) uint8."""
+        path = self.folder / self.names[k]
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", Image.DecompressionBombWarning)
+                with Image.open(path) as image:
+                    return self.preprocess.crop(image)
+        except Exception as error:  # Pillow's decoders raise almost anything on broken files
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise InputError(f"image {path} cannot be read ({reason}); replace it, or leave its "
+                             "line out of the id and caption files") from error
+
+
+def image_loader(args, images):
+    """DataLoader of uint8 image batches (b, 3, R, R), each distinct image once, in order."""
+    return loader(args, images, len(images), batch_size=args.eval_batch_size)
+
+
+def loader(args, dataset, most_workers, **options):
+    """DataLoader with `--num_workers` processes, but no more than `most_workers`."""
+    workers = min(args.num_workers, most_workers)
+    if workers:
+        options["worker_init_fn"] = functools.partial(_ignore_signals, _exiting())
+    return DataLoader(dataset, num_workers=workers, persistent_workers=workers > 0,
+                      pin_memory=args.device.type == "cuda", **options)
+
+
+@contextmanager
+def explain_deaths():
+    """Turn what the death of a worker process provokes, here or where its data are fetched, into an
+    InputError."""
+    try:
+        yield
+    except (RuntimeError, EOFError, ConnectionError) as error:
+        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+            raise
+        raise InputError("a worker process was killed: the memory may have run out (use fewer "
+                         "--num_workers), or an image crashes its decoder (--num_workers 0 shows "
+                         "where)") from error
+
+
+@functools.cache
+def _exiting():
+    """A flag, shared with the workers, that is set when this process exits."""
+    flag = RawValue("b", False)
+    atexit.register(setattr, flag, "value", True)
+    return flag
+
+
+def _ignore_signals(exiting, _):
+    """What Ctrl-C or a cluster sends reaches workers too: the main process decides what it means,
+    and ends its workers by SIGTERM when it exits."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: exiting.value and os._exit(0))

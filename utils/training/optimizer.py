@@ -1,0 +1,45 @@
+"""AdamW as CLIP's fine-tuners use it, and what surrounds its step."""
+
+import math
+
+import torch
+import torch._functorch.config
+
+from utils.errors import InputError
+
+
+def adamw(model, args):
+    """AdamW over all parameters of `model`, decayed alike, as CLIP's fine-tuners do.
+
+    With half weights it is the unfused one, whose every operation rounds to half, as released. The
+    fused kernel computes in fp32 and rounds what it stores, so that a second moment still counts in
+    its own step if it underflows. Raises InputError when eps is zero in half.
+    """
+    half = any(p.dtype == torch.float16 for p in model.parameters())
+    if half and not torch.tensor(args.eps).half():
+        raise InputError(f"--eps {args.eps:g} is zero in half precision, where second moments are "
+                         "too; use 1e-6, or another --precision")
+    return torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(args.beta1, args.beta2),
+                             eps=args.eps, weight_decay=args.weight_decay, fused=not half)
+
+
+def prepare_training(model, args):
+    """Apply --grad_checkpointing and --compile to a model, in place."""
+    model.grad_checkpointing = args.grad_checkpointing
+    if args.compile:  # A' takes a gradient through the graph before A does: it must be retained
+        if hasattr(torch._functorch.config, "donated_buffer"):
+            torch._functorch.config.donated_buffer = False
+        model.visual.compile(dynamic=True)
+        model.transformer.compile(dynamic=True)
+
+
+def update(model, optimizer, run, max_norm):
+    """A step of the optimiser of the model that is trained: the gradient is clipped to a norm of
+    `max_norm` (0: not), logit_scale kept at or below the recipe's limit. Returns the gradient's
+    norm before clipping (scalar tensor)."""
+    norm = run.precision.step(model, optimizer, max_norm or math.inf)
+    run.precision.scaler.update()
+    if math.isfinite(run.recipe.max_logit_scale):
+        with torch.no_grad():
+            model.logit_scale.clamp_(max=run.recipe.max_logit_scale)
+    return norm
