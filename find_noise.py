@@ -18,18 +18,20 @@ import torch
 import torch.nn.functional as F
 
 import clip
-from data import Images, training_pairs
-from get_memorybank import bank_from_features, nearest
+from data import training_pairs
+from get_memorybank import bank_from_features
 from params import parse_args
-from utils.report.diagnostics import noise_measures
-from utils.method.features import embed_pairs
 from utils.errors import InputError, command
-from utils.files import atomic_write, require_new
+from utils.files import atomic_write, new_folder, require_new
+from utils.method.features import embed_pairs
+from utils.method.memorybank import nearest
+from utils.method.weightings import one_step_anti_noise
+from utils.reading.images import Images
 from utils.reading.layout import split_folder, write_split
-from utils.method.losses import one_step_anti_noise_weights
+from utils.report.diagnostics import noise_measures
 from utils.report.noise_page import Suspect, noise_page
+from utils.report.pair_weights import mean_weights
 from utils.training.run import Run
-from utils.report.pair_weights import read_weights
 
 THUMBNAIL = 160  # pixels
 COLUMNS = ("rank", "pair", "score", "posterior", "image", "caption", "clean_pair", "clean_image",
@@ -48,7 +50,7 @@ def main(argv=None):
     # Loss, mixture, strict clean set and cosine of all pairs are those of the memory bank
     raw = embed_pairs(model, pairs, args, run.precision, normalise=False)
     bank = bank_from_features(*raw, model.logit_scale, pairs, args, run.log)
-    score, suspicion = scores(args, bank, len(pairs))
+    score, suspicion = scores(args, bank, pairs)
     order = np.lexsort((-bank.loss, -suspicion))  # equal ones by loss; what has no score comes last
     scored = order[: np.isfinite(suspicion).sum()]
     share = 1 - bank.posterior.mean(dtype=np.float64)
@@ -78,7 +80,7 @@ def main(argv=None):
         write_clean(args, pairs, bank.posterior >= args.keep_above, run.log)
 
 
-def scores(args, bank, n):
+def scores(args, bank, pairs):
     """(score (n,), suspicion (n,)) of the pairs by `--score`. The suspicion is the score with the
     sign that makes a high one suspicious; NaN where there is none."""
     if args.score == "loss":
@@ -87,22 +89,10 @@ def scores(args, bank, n):
         score = bank.cosine
     elif args.score == "osa":
         cosine = torch.from_numpy(bank.cosine)
-        score = one_step_anti_noise_weights(cosine, bank.info["beta"]).numpy()
+        score = one_step_anti_noise(cosine, bank.info["beta"]).numpy()
     else:
-        score = mean_weights(args.weights, n)
+        score = mean_weights(args.weights, pairs)
     return score, -score
-
-
-def mean_weights(path, n):
-    """Mean weight (n,) of each pair over the epochs of a run's weights.npz, NaN where it was never
-    drawn. Raises InputError when they belong to another number of pairs."""
-    w = read_weights(path)
-    if w.shape[1] != n:
-        raise InputError(f"--weights {path} holds weights of {w.shape[1]} pairs, but the training "
-                         f"split has {n}; they belong to another data set")
-    drawn = ~np.isnan(w)
-    total, count = np.where(drawn, w, 0).sum(axis=0), drawn.sum(axis=0)
-    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
 def against_truth(suspicion, wrong, share):
@@ -169,7 +159,8 @@ def write_clean(args, pairs, keep, log):
     if keep.sum() < 2:
         raise InputError(f"--keep_above {args.keep_above} keeps {keep.sum()} of {len(keep)} pairs; "
                          "lower it")
-    counts = write_subset(pairs, keep, args.dataset_root, args.write_clean)
+    with new_folder("--write_clean", args.write_clean) as folder:
+        counts = write_subset(pairs, keep, args.dataset_root, folder)
     log(f"wrote {args.write_clean}: the {keep.sum()} of {len(keep)} pairs with a posterior from "
         f"{args.keep_above}, on {len(counts)} of {len(pairs.image_ids)} images; train on it with:\n"
         f"  python main_CLIP.py --dataset {args.dataset} --dataset_root "
@@ -193,12 +184,7 @@ def write_subset(pairs, keep, dataset_root, target):
         if source.exists():
             with atomic_write(split_folder(root) / name, "wb") as f:
                 f.write(source.read_bytes())
-    images = os.path.realpath(Path(dataset_root) / "images")
-    try:
-        os.symlink(images, root / "images")
-    except OSError as error:
-        raise InputError(f"cannot link {root}/images to {images}: {error.strerror}; copy the "
-                         "images there") from error
+    os.symlink(os.path.realpath(Path(dataset_root) / "images"), root / "images")
     return [len(own) for own in captions]
 
 

@@ -33,7 +33,7 @@ class Baseline:
 
     def __init__(self, model, run):
         self.model, self.run = model, run
-        prepare_training(model, run.args)
+        prepare_training(model, run.args, run.recipe)
         self.optimizer = adamw(model, run.args)
         self.optimizers = {"optimizer": self.optimizer}
         self.max_norm = run.args.clip_grad if run.recipe.clips_baseline else 0

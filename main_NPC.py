@@ -51,14 +51,15 @@ class NPC:
         self.optimizer, self.siamese_optimizer = adamw(A, args), adamw(self.siamese, args)
         self.optimizers = {"optimizer": self.optimizer, "siamese_optimizer": self.siamese_optimizer}
         for model in (A, self.siamese):
-            prepare_training(model, args)
+            prepare_training(model, args, run.recipe)
         self.weighting = WEIGHTINGS[args.weighting]
         self.of_bank = arrays_on(run.device, bank, self.weighting.of_bank)  # (n,) each
 
     def step(self, batch):
         """One step on a `Batch` of B pairs and their memory entries M^I (by image) and M^T (by
         caption). Returns its numbers: losses, gradient norm, and the weights w (B,)."""
-        A, siamese, run, args, recipe = self.A, self.siamese, self.run, self.run.args, self.run.recipe
+        A, siamese, run = self.A, self.siamese, self.run
+        args, recipe = run.args, run.recipe
         scale = run.precision.scaler.scale  # for amp_fp16
         trains_on_memory = recipe.trains_on_memory and args.memory_loss_weight > 0
 

@@ -8,11 +8,11 @@ import sys
 
 import torch
 
+from utils.method.recipes import RECIPES
+from utils.method.weightings import WEIGHTINGS
 from utils.reading.layout import DATASETS, SPLITS, split_folder
 from utils.training.precision import PRECISIONS
-from utils.method.recipes import RECIPES
 
-WEIGHTINGS = ("npc", "none", "gmm", "osa")
 SCORES = ("loss", "cosine", "osa", "npc")
 
 
@@ -145,9 +145,8 @@ def add_method(group, command):
         return
     if command == "npc":
         group.add_argument("--weighting", choices=WEIGHTINGS, default="npc",
-                           help="weight of a pair's loss: the paper's negative impact; none: 1; "
-                                "gmm: the mixture's posterior of being clean; osa: One-Step "
-                                "Anti-noise on the initial model's cosine")
+                           help="weight of a pair's loss: " + "; ".join(
+                               f"{name}: {w.help}" for name, w in WEIGHTINGS.items()))
         group.add_argument("--memory_loss_weight", type=natural_float, default=1.0,
                            help="factor of the loss on the memory entries; 0 turns it off")
     if command == "memorybank":

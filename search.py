@@ -16,11 +16,12 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 import clip
-from data import Images, retrieval_split, training_pairs
+from data import retrieval_split, training_pairs
 from params import parse_args
-from utils.method.features import embed_pairs
 from utils.errors import InputError, command
 from utils.files import atomic_write
+from utils.method.features import embed_pairs
+from utils.reading.images import Images
 from utils.training.run import Run
 
 COLUMNS, TILE, GAP = 5, 200, 16  # of the contact sheet; the latter two in pixels

@@ -21,9 +21,9 @@ from construct_noise import SUFFIX
 from data import first_seen, wrong_pairs
 from demo import markdown, spread
 from find_noise import mean_weights, write_subset
-from utils.report.diagnostics import noise_measures
-from utils.reading.layout import find_by_ratio, read_captions, read_ids, split_folder
 from utils.method.memorybank import bank_path
+from utils.reading.layout import find_by_ratio, read_captions, read_ids, split_folder
+from utils.report.diagnostics import noise_measures
 
 WEIGHTS_ONLY = ("--memory_loss_weight", "0")
 ROWS = {  # in the order of the table; those without options are the demo's

@@ -291,7 +291,7 @@ def bench_step(options, noise):
     rng = np.random.default_rng(args.seed)
     pairs = make_pairs(max(256, 16 * args.batch_size), model.visual.input_resolution, rng)
     bank = make_bank(pairs, noise, rng)
-    with_bank, without = data.StepDataset(pairs, bank), data.StepDataset(pairs)
+    with_bank, without = data.Batches(pairs, bank), data.Batches(pairs)
     drawn, sizes, rates = {}, [], []
 
     def draw():
@@ -428,7 +428,7 @@ def bench_loader(options):
         batches = batches.reshape(-1, args.batch_size).tolist()[:4]
 
         def ours(cache):
-            loader = DataLoader(data.StepDataset(pairs[cache], bank), sampler=batches,
+            loader = DataLoader(data.Batches(pairs[cache], bank), sampler=batches,
                                 batch_size=None, num_workers=args.num_workers)
             return lambda: [step.images.items for step in loader]
 

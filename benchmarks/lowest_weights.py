@@ -14,8 +14,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import clip
 from data import training_pairs
-from utils.report.diagnostics import LOWEST, pairs_figure
 from utils.errors import InputError, command
+from utils.report.diagnostics import LOWEST, pairs_figure
 from utils.report.pair_weights import read_weights
 
 

@@ -26,9 +26,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import clip
 from clip.weights import CONFIGS
 from utils.method.losses import pair_losses
+from utils.training.optimizer import adamw
 from utils.training.precision import clip_gradients
 from utils.training.schedule import warmup_cosine
-from utils.training.loop import adamw
 
 FORMATS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 RATES = (2e-7, 5e-7, 1e-6, 5e-6, 1e-5, 1e-4)

@@ -16,7 +16,7 @@ import clip
 import get_memorybank
 import main_CLIP
 import main_NPC
-from utils import diagnostics
+from utils.report import diagnostics
 
 START_METHOD = multiprocessing.get_context().get_start_method()
 ROOT = Path(__file__).resolve().parents[1]

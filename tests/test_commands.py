@@ -15,8 +15,8 @@ import get_memorybank
 import main_CLIP
 import main_NPC
 from params import parse_args
-from utils.reading.layout import read_lines
 from utils.method.losses import one_step_anti_noise_weights
+from utils.reading.layout import read_lines
 
 SCORES = {"i2t_R@1", "i2t_R@5", "i2t_R@10", "t2i_R@1", "t2i_R@5", "t2i_R@10", "mean_R1", "rsum"}
 COMMON = ["--vision_model", "tiny", "--device", "cpu", "--num_workers", "0", "--batch_size", "16"]

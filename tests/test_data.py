@@ -13,7 +13,7 @@ from PIL import Image
 import clip
 from data import (
     EpochSampler,
-    StepDataset,
+    Batches,
     cut_tokens,
     image_loader,
     retrieval_split,
@@ -22,8 +22,8 @@ from data import (
     training_pairs,
 )
 from utils.errors import InputError
-from utils.reading.layout import image_names, read_captions, read_ids, read_lines
 from utils.method.memorybank import MemoryBank
+from utils.reading.layout import image_names, read_captions, read_ids, read_lines
 
 PREPROCESS = clip.Preprocess(32)
 LAYOUTS = list(NUM_ANNS)
@@ -255,7 +255,7 @@ def test_a_step_holds_the_batch_and_its_memory_entries(datasets, layout):
     pairs = pairs_of(data)
     bank = random_bank(pairs)
     batch = np.random.default_rng(2).permutation(len(pairs))[:9].tolist()
-    step = StepDataset(pairs, bank)[batch]
+    step = Batches(pairs, bank)[batch]
     assert step.pairs.tolist() == batch
     captions = data.lines("train_caps.txt")
     for k, entries in enumerate([batch, [bank.image_entry[pairs.image_of[i]] for i in batch],
@@ -277,14 +277,14 @@ def test_each_distinct_image_of_a_step_is_decoded_once(datasets, monkeypatch):
                         lambda images, k: decoded.append(int(k)) or decode(images, k))
     bank = random_bank(pairs)
     batch = list(range(0, 60, 4))
-    StepDataset(pairs, bank)[batch]
+    Batches(pairs, bank)[batch]
     entries = [*batch, *bank.image_entry[pairs.image_of[batch]], *bank.caption_entry[batch]]
     assert sorted(decoded) == sorted({int(pairs.image_of[i]) for i in entries})
 
 
 def test_a_step_without_a_bank_is_the_batch(datasets):
     pairs = pairs_of(datasets["cc"])
-    step = StepDataset(pairs)[[7, 2, 5]]
+    step = Batches(pairs)[[7, 2, 5]]
     assert torch.equal(step.images.items[step.images.rows[0]],
                        torch.stack([pairs.images[k] for k in (7, 2, 5)]))
     assert step.images.rows.shape == step.texts.rows.shape == (1, 3)
@@ -298,7 +298,7 @@ def test_loader_serves_the_sampler_s_batches_in_any_number_of_processes(datasets
     args.num_workers = workers
     pairs = pairs_of(data)
     loader = training_loader(args, pairs, random_bank(pairs))
-    sampler, reference = EpochSampler(60, 13, 6), StepDataset(pairs, random_bank(pairs))
+    sampler, reference = EpochSampler(60, 13, 6), Batches(pairs, random_bank(pairs))
     for epoch in (0, 1):
         loader.sampler.epoch = sampler.epoch = epoch
         steps = list(loader)

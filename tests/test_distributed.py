@@ -29,7 +29,7 @@ from processes import (
 import clip
 from utils import distributed
 from utils.training.checkpoints import newest
-from utils.training.loop import INTERRUPTED
+from utils.training.interruptions import INTERRUPTED
 
 TOLERANCE = 1e-5
 
@@ -202,7 +202,7 @@ def signal_after(step, number):
 
 
 def save_slowly():
-    from utils import checkpoints
+    from utils.training import checkpoints
 
     save = checkpoints.save
     checkpoints.save = lambda *arguments: (time.sleep(0.5), save(*arguments))
@@ -211,7 +211,7 @@ def save_slowly():
 def leave_after_saving():
     """Hook: this process gets the signal, and must not leave, whereupon torchrun would end the
     other, before that one has saved."""
-    from utils import training
+    from utils.training import history
 
     leave = training.leave
 
@@ -235,7 +235,7 @@ def test_all_processes_resume_from_what_the_first_one_found(data, tmp_path):
 
 
 def find_nothing():
-    from utils import checkpoints
+    from utils.training import checkpoints
 
     checkpoints.newest = lambda *_: None
 
@@ -245,9 +245,9 @@ def find_nothing():
 
 def in_group(check):
     """A function of one process of two that runs `check` in their group."""
-    distributed.start(torch.device("cpu"))
+    distributed.join_processes(torch.device("cpu"))
     check()
-    distributed.stop()
+    distributed.leave_processes()
     assert not dist.is_initialized()
 
 
@@ -285,7 +285,7 @@ def check_gradients():
 
 def check_agreement():
     rank = distributed.rank()
-    assert not distributed.anyone(False, "cpu") and distributed.anyone(rank == 1, "cpu")
+    assert not distributed.any_process(False, "cpu") and distributed.any_process(rank == 1, "cpu")
     assert distributed.from_main({"rank": rank}) == {"rank": 0}
     order = []
     with distributed.main_first():

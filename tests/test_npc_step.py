@@ -9,26 +9,25 @@ import copy
 import dataclasses
 import math
 
+import naive
 import numpy as np
 import pytest
 import torch
 
 import clip
-from data import Pairs, StepDataset
+from data import Pairs, Batches
 from main_CLIP import Baseline
 from main_NPC import NPC
 from utils.method.memorybank import MemoryBank
-from utils.training.precision import PRECISIONS, Precision
 from utils.method.recipes import RECIPES
-from utils.training.loop import adamw
+from utils.training.optimizer import adamw
+from utils.training.precision import PRECISIONS, Precision
 
 TEXT = {"context_length": 12, "vocab_size": 50, "transformer_width": 64, "transformer_heads": 1,
         "transformer_layers": 1, "embed_dim": 16, "image_resolution": 32}
 TOWERS = {"vit": {"vision_layers": 1, "vision_width": 64, "vision_patch_size": 16},
           "rn": {"vision_layers": (1, 1, 1, 1), "vision_width": 8, "vision_patch_size": None}}
 NUM_PAIRS, NUM_IMAGES, BATCH = 30, 6, 10
-MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073], dtype=torch.float64).view(3, 1, 1)
-STD = torch.tensor([0.26862954, 0.26130258, 0.27577711], dtype=torch.float64).view(3, 1, 1)
 
 
 def options(**changes):
@@ -77,20 +76,6 @@ def make_model(tower, seed=0):
     return model
 
 
-def reference_losses(model, pairs, chosen):
-    """(B,) losses of chosen pairs among themselves, full-length captions, one image per pair."""
-    images = torch.stack([pairs.images[k] for k in pairs.image_of[chosen]]).double()
-    images = (images / 255 - MEAN) / STD
-    image = model.encode_image(images)
-    text = model.encode_text(pairs.tokens[pairs.text_of[chosen]])
-    image = image / image.norm(dim=1, keepdim=True)
-    text = text / text.norm(dim=1, keepdim=True)
-    logits = model.logit_scale.exp() * image @ text.T
-    i2t = logits.logsumexp(1) - logits.diag()
-    t2i = logits.logsumexp(0) - logits.diag()
-    return (i2t + t2i) / 2
-
-
 def reference_adamw(model, args):
     return torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(args.beta1, args.beta2),
                              eps=args.eps, weight_decay=args.weight_decay, foreach=False)
@@ -108,10 +93,10 @@ def reference_steps(A, pairs, bank, batches, args):
         siamese.load_state_dict(A.state_dict())
         siamese.eval()
         with torch.no_grad():
-            before_i = reference_losses(siamese, pairs, memory_i)
-            before_t = reference_losses(siamese, pairs, memory_t)
+            before_i = naive.losses(siamese, pairs, memory_i)
+            before_t = naive.losses(siamese, pairs, memory_t)
         siamese_optimizer.zero_grad()
-        loss = reference_losses(siamese, pairs, batch).mean()
+        loss = naive.losses(siamese, pairs, batch).mean()
         if released:  # (i2t + t2i) without the half, backward twice
             (2 * loss).backward(retain_graph=True)
             (2 * loss).backward()
@@ -119,19 +104,19 @@ def reference_steps(A, pairs, bank, batches, args):
             loss.backward()
         siamese_optimizer.step()
         with torch.no_grad():
-            r = (before_i / reference_losses(siamese, pairs, memory_i)
-                 + before_t / reference_losses(siamese, pairs, memory_t)) / 2
+            r = (before_i / naive.losses(siamese, pairs, memory_i)
+                 + before_t / naive.losses(siamese, pairs, memory_t)) / 2
         w = torch.where(r < 1, torch.tanh(r), torch.ones_like(r))
 
         A.train(released)
-        loss = reference_losses(A, pairs, batch)
+        loss = naive.losses(A, pairs, batch)
         A.eval()
         optimizer.zero_grad()
         if released:
             total = (w.mean() * loss.mean()) + (before_i + before_t).mean()
         else:
-            total = ((w * loss).mean() + reference_losses(A, pairs, memory_i).mean()
-                     + reference_losses(A, pairs, memory_t).mean())
+            total = ((w * loss).mean() + naive.losses(A, pairs, memory_i).mean()
+                     + naive.losses(A, pairs, memory_t).mean())
         total.backward()
         norm = math.sqrt(sum(p.grad.square().sum().item() for p in A.parameters()))
         for p in A.parameters():
@@ -144,8 +129,8 @@ def reference_steps(A, pairs, bank, batches, args):
 
 
 def our_steps(A, pairs, bank, batches, args):
-    npc = NPC(A, StubRun(args))
-    data = StepDataset(pairs, bank)
+    npc = NPC(A, StubRun(args), bank)
+    data = Batches(pairs, bank)
     history = []
     for batch in batches:
         A.train(RECIPES[args.recipe].batch_norm_trains)
@@ -224,7 +209,7 @@ def test_the_gradient_of_both_models_in_any_precision(monkeypatch, precision):
         run.precision.scaler = torch.amp.GradScaler("cpu", 16.0, enabled=precision == "amp_fp16")
         A = run.precision.prepare(make_model("vit").float())
         before = torch.cat([p.detach().flatten().float() for p in A.parameters()])
-        npc, data = NPC(A, run), StepDataset(pairs, bank)
+        npc, data = NPC(A, run, bank), Batches(pairs, bank)
         norms.append(npc.step(data[list(range(BATCH))])["grad_norm"].item())
         moves.append(torch.cat([p.detach().flatten().float() for p in A.parameters()]) - before)
     cosine = torch.cosine_similarity(*moves, dim=0).item()
@@ -236,13 +221,13 @@ def test_the_gradient_of_both_models_in_any_precision(monkeypatch, precision):
 
 def test_the_state_of_the_siamese_lives_on(monkeypatch):
     """An AdamW of A' that starts anew at every step gives other weights."""
-    step = NPC.siamese_step
+    step = NPC.step
 
-    def forgetful(self, *args, **options):
+    def forgetful(self, batch):
         self.siamese_optimizer.state.clear()
-        step(self, *args, **options)
+        return step(self, batch)
 
-    monkeypatch.setattr(NPC, "siamese_step", forgetful)
+    monkeypatch.setattr(NPC, "step", forgetful)
     with pytest.raises(AssertionError):
         compare("vit", recipe="released")
 
@@ -268,12 +253,12 @@ def test_baseline_equals_plain_contrastive_training(tower, recipe):
     pairs, _ = make_data()
     ours, reference = make_model(tower), make_model(tower)
     baseline, optimizer = Baseline(ours, StubRun(args)), reference_adamw(reference, args)
-    data, released = StepDataset(pairs), recipe == "released"
+    data, released = Batches(pairs), recipe == "released"
     for batch in np.random.default_rng(2).permutation(NUM_PAIRS).reshape(3, BATCH).tolist():
         ours.train(released)
         loss = baseline.step(data[batch])["loss"].item()
         reference.train(released)
-        expected = reference_losses(reference, pairs, batch).mean()
+        expected = naive.losses(reference, pairs, batch).mean()
         optimizer.zero_grad()
         expected.backward()
         norm = math.sqrt(sum(p.grad.square().sum().item() for p in reference.parameters()))
@@ -305,11 +290,11 @@ def test_no_gradient_flows_through_the_weights():
     A, B = make_model("vit"), make_model("vit")
     args = options(clip_grad=0.0)
     _, _, norm = our_steps(A, pairs, bank, [batch], args)[0]
-    npc = NPC(copy.deepcopy(B), StubRun(args))
-    w = npc.step(StepDataset(pairs, bank)[batch])["w"].detach().clone()
-    total = ((w * reference_losses(B, pairs, batch)).mean()
-             + reference_losses(B, pairs, bank.image_entry[pairs.image_of[batch]]).mean()
-             + reference_losses(B, pairs, bank.caption_entry[batch]).mean())
+    npc = NPC(copy.deepcopy(B), StubRun(args), bank)
+    w = npc.step(Batches(pairs, bank)[batch])["w"].detach().clone()
+    total = ((w * naive.losses(B, pairs, batch)).mean()
+             + naive.losses(B, pairs, bank.image_entry[pairs.image_of[batch]]).mean()
+             + naive.losses(B, pairs, bank.caption_entry[batch]).mean())
     gradients = torch.autograd.grad(total, list(B.parameters()))
     expected = math.sqrt(sum(g.square().sum().item() for g in gradients))
     assert norm == pytest.approx(expected, abs=1e-9)
@@ -319,12 +304,13 @@ def test_fixed_weights_are_used_as_they_are():
     pairs, bank = make_data()
     A = make_model("vit")
     given = torch.rand(NUM_PAIRS, dtype=torch.float64)
-    npc = NPC(A, StubRun(options(weighting="gmm")), given)
+    bank.posterior = given.numpy()
+    npc = NPC(A, StubRun(options(weighting="gmm")), bank)
     batch = [3, 1, 20, 7]
     reference = copy.deepcopy(A)
-    numbers = npc.step(StepDataset(pairs, bank)[batch])
+    numbers = npc.step(Batches(pairs, bank)[batch])
     assert torch.equal(numbers["w"], given[batch])
-    expected = (given[batch] * reference_losses(reference, pairs, batch)).mean().item()
+    expected = (given[batch] * naive.losses(reference, pairs, batch)).mean().item()
     assert numbers["weighted_loss"].item() == pytest.approx(expected, abs=1e-9)
 
 
@@ -332,8 +318,8 @@ def test_memory_loss_weight_scales_the_memory_part():
     pairs, bank = make_data()
     batch = list(range(BATCH))
     for weight in (0.0, 0.3):
-        numbers = NPC(make_model("vit"), StubRun(options(memory_loss_weight=weight))).step(
-            StepDataset(pairs, bank)[batch])
+        numbers = NPC(make_model("vit"), StubRun(options(memory_loss_weight=weight)), bank).step(
+            Batches(pairs, bank)[batch])
         memory = numbers["memory_image_loss"] + numbers["memory_text_loss"]
         expected = numbers["weighted_loss"] + weight * memory
         torch.testing.assert_close(numbers["loss"], expected)
@@ -342,18 +328,19 @@ def test_memory_loss_weight_scales_the_memory_part():
 def test_one_pair_per_batch_keeps_the_weights_finite():
     """A batch of one has loss 0 before and after: nothing over nothing counts as unchanged."""
     pairs, bank = make_data()
-    numbers = NPC(make_model("vit"), StubRun(options())).step(StepDataset(pairs, bank)[[4]])
+    numbers = NPC(make_model("vit"), StubRun(options()), bank).step(Batches(pairs, bank)[[4]])
     assert numbers["w"].tolist() == [1.0]
 
 
 def test_amp_steps_stay_close_to_fp32():
     pairs, bank = make_data()
     batch = list(range(BATCH))
-    exact = NPC(make_model("vit").float(), StubRun(options())).step(StepDataset(pairs, bank)[batch])
+    exact = NPC(make_model("vit").float(), StubRun(options()), bank).step(
+        Batches(pairs, bank)[batch])
     for name in ("amp_bf16", "amp_fp16"):
         run = StubRun(options())
         run.precision = Precision(name, run.device)
-        numbers = NPC(make_model("vit").float(), run).step(StepDataset(pairs, bank)[batch])
+        numbers = NPC(make_model("vit").float(), run, bank).step(Batches(pairs, bank)[batch])
         assert numbers["loss"].item() == pytest.approx(exact["loss"].item(), rel=0.05)
         w = numbers["w"]  # jumps from tanh(1) to 1 at r = 1, so rounding alone can move it
         assert ((w > 0) & (w <= 1)).all()

@@ -13,8 +13,8 @@ import main_NPC
 from benchmarks.precision import Weights, displacements, resemblance, spacing, steps_kept, train
 from utils.errors import InputError
 from utils.method.losses import pair_losses
+from utils.training.optimizer import adamw
 from utils.training.precision import PRECISIONS, clip_gradients
-from utils.training.loop import adamw
 
 ADAMW = {"lr": 1e-5, "beta1": 0.9, "beta2": 0.98, "eps": 1e-6, "weight_decay": 0.2}
 HALF_TOO = {torch.float16, torch.float32}

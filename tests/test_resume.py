@@ -21,9 +21,9 @@ from processes import BANK, CLIP, NPC, Started, differences, run, save_small
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import clip
-from utils import checkpoints, training
+from utils.training import checkpoints, history
 from utils.errors import InputError
-from utils.training.loop import INTERRUPTED
+from utils.training.interruptions import INTERRUPTED
 
 EPOCHS, BATCH, STEPS = 3, 7, 8  # 60 pairs: 8 steps an epoch
 SCRIPTS = {"npc": (NPC, "paper"), "clip": (CLIP, "released")}
@@ -89,14 +89,14 @@ def assert_same(folder, expected, names=("epoch2.pt", "epoch3.pt", "best.pt")):
 
 def after_step(step, action):
     """Hook of a process: do something right after an optimiser step."""
-    add = training.History.add
+    add = history.History.add
 
     def add_and_act(self, done, *rest):
         add(self, done, *rest)
         if done == step:
             action()
 
-    training.History.add = add_and_act
+    history.History.add = add_and_act
 
 
 def signal_group(number):
@@ -442,7 +442,7 @@ def test_signals_before_training_end_the_run_as_usual(data, tmp_path):
 
 
 def signalled_before_training():
-    training.History = lambda *_: signal_group(signal.SIGTERM)
+    history.History = lambda *_: signal_group(signal.SIGTERM)
 
 
 # ---- a full disk --------------------------------------------------------------------------------

@@ -10,7 +10,6 @@ from conftest import Lookup, pairs_for
 
 import utils.report.retrieval
 from utils.errors import InputError
-from utils.training.precision import Precision
 from utils.report.retrieval import (
     KS,
     best_ranks,
@@ -19,6 +18,7 @@ from utils.report.retrieval import (
     fold_recalls,
     recalls,
 )
+from utils.training.precision import Precision
 
 
 def brute_ranks(queries, gallery, query_group, gallery_group):

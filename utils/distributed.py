@@ -32,7 +32,7 @@ def is_main():
     return rank() == 0
 
 
-def start(device):
+def join_processes(device):
     """Join the other processes of torchrun, if there are any; returns this process's device."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         if device.type == "cuda":
@@ -46,7 +46,7 @@ def start(device):
     return device
 
 
-def stop():
+def leave_processes():
     """Leave the other processes once all of them have come here."""
     if dist.is_initialized():
         dist.barrier()
@@ -107,7 +107,7 @@ def from_main(value):
     return values[0]
 
 
-def anyone(flag, device):
+def any_process(flag, device):
     """Whether `flag` (bool) is set in any process, as a tensor on `device`."""
     flags = torch.full((), int(flag), dtype=torch.int32, device=device)
     if world() > 1:

@@ -1,5 +1,6 @@
-"""One net under every command: what a person can mend becomes one line, a bug of ours a traceback."""
+"""One net under every command: what a person can mend becomes a line, a bug of ours a traceback."""
 
+import errno
 import functools
 import os
 import re
@@ -71,8 +72,6 @@ def explain(error):
 
 
 def _advice(error):
-    import errno
-
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return "; make room; finished files are intact, --resume auto continues a run"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):

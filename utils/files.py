@@ -71,8 +71,8 @@ def atomic_write(path, mode="w", replace=True):
             os.fsync(f.fileno())
         take_name(temporary, path, replace)
     except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}; choose a folder that you "
-                         "may write to and that has room") from error
+        raise InputError(f"cannot write {path}: {error.strerror or error}; choose a folder that "
+                         "you may write to and that has room") from error
     finally:
         if temporary is not None:
             with contextlib.suppress(OSError):  # it may have its new name

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Recipe:
-    """One column of the table in README, 'Fidelity'."""
+    """One column of the table in docs/fidelity.md."""
 
     per_sample: bool  # the weighted loss is mean(w_i l_i); else mean(w) mean(l)
     trains_on_memory: bool  # the memory loss has a gradient; else it is only logged
     siamese_gradient: float  # A' steps on this multiple of the gradient of mean(l)
     batch_norm_trains: bool  # A uses and updates batch statistics; else BatchNorm stays frozen
-    schedule_per_step: bool  # the cosine runs over optimiser steps; else see `utils.training.schedule`
+    schedule_per_step: bool  # the cosine runs over optimiser steps; else see `Schedule`
     clips_baseline: bool  # main_CLIP.py clips its gradient like main_NPC.py
     max_logit_scale: float  # upper limit of the learned log temperature
     cosine_bank: bool  # the bank's nearest neighbour is by cosine; else only queries are normalised

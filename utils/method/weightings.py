@@ -1,14 +1,15 @@
-"""`--weighting`: how much each pair of a batch counts. One function a weighting; adding one here, or
-in a script of your own that calls main_NPC.main afterwards, adds its choice to the option."""
+"""`--weighting`: how much each pair of a batch counts, one function a weighting. One that is added
+here, or in a script of your own that then calls main_NPC.main, is a choice of the option."""
 
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
 
 class Weighting(NamedTuple):
     """function(**known) gives w (B,); `help` says what it is. looks_ahead: A' takes its step before,
-    so that after_i and after_t are known. of_bank: arrays of the `MemoryBank` that it needs."""
+    so after_i and after_t are known. of_bank: arrays of the `MemoryBank` that it needs."""
 
     function: Callable
     help: str

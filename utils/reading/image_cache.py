@@ -101,6 +101,10 @@ class ImageCache:
         value = np.uint64(checksum(crop)).tobytes()
         os.pwrite(descriptor, value, len(self) * self.size + 8 * k)
 
+    def has(self, k):
+        """Whether some run has stored crop k."""
+        return bool(self._open()[2][k])
+
     def missing(self):
         """Number of images that no run has stored yet."""
         return int((self._open()[2] == 0).sum())

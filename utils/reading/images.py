@@ -12,8 +12,10 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
 from utils.errors import InputError
+from utils.files import reading
 from utils.reading.image_cache import ImageCache
 
 
@@ -41,16 +43,51 @@ class Images(Dataset):
 
     def decode(self, k):
         """Read and crop image k from its file: (3, R, R) uint8."""
+        with self.opened(k) as image:
+            return self.preprocess.crop(image)
+
+    @contextmanager
+    def opened(self, k):
+        """Image k as a PIL image, of which only the header is read yet."""
         path = self.folder / self.names[k]
+        with reading(path, "an image", "replace it, or leave its line out of the id and caption "
+                     "files"), warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                yield image
+
+
+class Headers(Dataset):
+    """Item k is what is wrong with the header of image k of `Images`, or None."""
+
+    def __init__(self, images):
+        self.images = images
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, k):
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("error", Image.DecompressionBombWarning)
-                with Image.open(path) as image:
-                    return self.preprocess.crop(image)
-        except Exception as error:  # Pillow's decoders raise almost anything on broken files
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise InputError(f"image {path} cannot be read ({reason}); replace it, or leave its "
-                             "line out of the id and caption files") from error
+            if not (self.images.cache and self.images.cache.has(k)):
+                with self.images.opened(k):
+                    pass
+        except InputError as error:
+            return str(error)
+
+
+def check_images(args, images, dev):
+    """Open all `images`, decode those of `dev`. Raises InputError, with a count and the first
+    three, when some cannot be read."""
+    broken, checks = [], Headers(images)
+    for said in tqdm(loader(args, checks, len(checks) // 1000, batch_size=None), desc="checking",
+                     unit="img", disable=None, leave=False):
+        broken += [said] if said else []
+    if broken:
+        count = f"{len(broken)} images cannot be read: " if len(broken) > 1 else ""
+        raise InputError(count + "; ".join(broken[:3]))
+    with explain_deaths():
+        for _ in image_loader(args, dev):
+            pass
 
 
 def image_loader(args, images):

@@ -3,8 +3,8 @@
 import numpy as np
 import torch
 
-from utils.method.features import embed_pairs
 from utils.errors import InputError
+from utils.method.features import embed_pairs
 
 KS = (1, 5, 10)
 BLOCK = 2**24  # scores that are held at a time: 64 MiB in fp32

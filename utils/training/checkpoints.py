@@ -1,15 +1,16 @@
-"""Training checkpoints: a training state beside the weights, whole or absent, newest first.
+"""Training checkpoints: the state of a run beside the weights, whole or absent.
 
 `epoch{N}.pt` after each epoch and `step{S}.pt` in between hold `epoch` (epochs done), `step`
-(optimiser steps done), `name`, `state_dict`, the optimisers, the gradient scaler, `args` (options),
-`data` (a hash of the training pairs and memory entries), `best_score`, `best_epoch` and `history`
-(see utils.training.loop). The order of the pairs depends on seed and epoch alone and nothing else is
-random, so that there is no random state to keep. They are read by clip.read_checkpoint, which runs
-no code of theirs.
+(optimiser steps done), `name`, `state_dict`, `config` (the architecture), the optimisers, the
+gradient scaler, `args` (options), `data` (a hash of what is trained on), `best_score` and
+`best_epoch` (before this epoch was scored) and `history` (see utils.training.history). The order of
+the pairs depends on seed and epoch alone and nothing else is random, so that there is no random
+state to keep. They are read by clip.read_checkpoint, which runs no code of theirs.
 """
 
 import contextlib
 import os
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -19,12 +20,11 @@ from utils.errors import InputError
 from utils.files import atomic_write
 
 STEP_FILES_KEPT = 2  # the newest may turn out broken after a crash of the machine
-MEANING = ("dataset", "noise_ratio", "num_anns", "context_length", "batch_size", "recipe", "seed",
-           "weighting", "memory_loss_weight")  # options that make it another run
-STATE = {"epoch": int, "step": int, "args": dict, "data": str, "best_score": float,
-         "best_epoch": int, "scaler": dict, "history": dict}
+SAME_RUN = ("dataset", "noise_ratio", "num_anns", "context_length", "batch_size", "recipe", "seed",
+            "weighting", "memory_loss_weight")  # options that make it another run
+NEVER_COMPARED = ("resume", "force_resume", "eval", "device", "vision_model")
 TEMPORARY = tuple(f".{name}" for name in ("epoch", "step", "best.pt", "log.jsonl", "weights.npz",
-                                          "options", "eval_test.json", "can_write"))
+                                          "options", "eval_test.json"))
 
 
 def save(path, checkpoint):
@@ -45,22 +45,33 @@ def hard_link(source, target):
         temporary.unlink()
     try:
         os.link(source, temporary)
-        os.replace(temporary, target)
-        temporary.unlink(missing_ok=True)  # it stays where both were the same file already
     except OSError:
-        with atomic_write(target, "wb") as f:
-            f.write(source.read_bytes())
+        shutil.copyfile(source, temporary)
+    os.replace(temporary, target)
+    temporary.unlink(missing_ok=True)  # it stays where both were the same file already
 
 
-def _by_age(folder, *patterns):
-    paths = [path for pattern in patterns for path in Path(folder).glob(pattern)]
-    return sorted(paths, key=lambda path: path.stat().st_mtime_ns, reverse=True)
+def step_of(path):
+    """Optimiser steps that the run of a checkpoint had made, None if the file is damaged."""
+    if path.stem.removeprefix("step").isdigit():
+        return int(path.stem.removeprefix("step"))
+    try:  # of epoch{N}.pt the tensors, gigabytes, are left on disk
+        return int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["step"])
+    except Exception:  # whatever a damaged file provokes
+        return None
+
+
+def by_step(folder):
+    """The checkpoints of an experiment's folder, most steps first; damaged ones last."""
+    paths = [*Path(folder).glob("epoch*.pt"), *Path(folder).glob("step*.pt")]
+    steps = {path: step_of(path) for path in paths}
+    return sorted(paths, key=lambda path: -1 if steps[path] is None else steps[path], reverse=True)
 
 
 def newest(folder, log):
-    """Path of the newest intact epoch or step checkpoint of an experiment, None without any.
-    Files whose checksums do not fit are passed over with a warning."""
-    for path in _by_age(folder, "epoch*.pt", "step*.pt"):
+    """Path of the intact checkpoint of most steps of an experiment, None without any. Files whose
+    checksums do not fit are passed over with a warning."""
+    for path in by_step(folder):
         if intact(path):
             return path
         log(f"warning: {path} is damaged; taking the one before")
@@ -79,25 +90,13 @@ def intact(path):
 
 def training_state(checkpoint, path):
     """The training state in the content of the checkpoint `path`, without the weights; {} if it has
-    none, as those of the authors. Raises InputError when it is incomplete or damaged."""
+    none, as those of the authors. Raises InputError when it is damaged."""
     if "history" not in checkpoint:
         return {}
-    for key, kind in STATE.items():
-        if not isinstance(checkpoint.get(key), kind):
-            raise broken_state(path, f"'{key}' is no {kind.__name__}")
-    if checkpoint["step"] < 0:
-        raise broken_state(path, "'step' is negative")
     if not intact(path):
         raise InputError(f"{path} is damaged: its checksums do not fit; take an older checkpoint, "
                          "as --resume auto does")
     return {k: v for k, v in checkpoint.items() if k != "state_dict"}
-
-
-def broken_state(path, reason):
-    """The InputError for a checkpoint whose training state is unusable."""
-    reason = " ".join(f"{reason or type(reason).__name__}".split())[:200]
-    return InputError(f"{path} holds no usable training state ({reason}); take another checkpoint, "
-                      "or start from its weights with --vision_model")
 
 
 def load_optimizer(optimizer, saved):
@@ -113,39 +112,43 @@ def load_optimizer(optimizer, saved):
             moments["step"].item()
 
 
-def prune(folder, keep):
-    """Delete what is no longer needed: all but the two newest step files, and, with `keep` > 0, all
-    but the `keep` newest checkpoints in all. best.pt stays."""
-    old = _by_age(folder, "step*.pt")[STEP_FILES_KEPT:]
-    if keep:
-        old += [p for p in _by_age(folder, "epoch*.pt", "step*.pt")[keep:] if p not in old]
-    for path in old:
+def prune(folder, keep, written):
+    """Delete all but the two newest step files and, with `keep` > 0, all but the `keep` newest
+    checkpoints. best.pt and what was just `written` stay."""
+    paths = by_step(folder) if keep else sorted(Path(folder).glob("step*.pt"), key=step_of,
+                                                reverse=True)
+    steps = [path for path in paths if path.name.startswith("step")]
+    for path in {*steps[STEP_FILES_KEPT:], *(paths[keep:] if keep else ())} - {written}:
         path.unlink(missing_ok=True)
 
 
-def clean(folder):
+def remove_unfinished(folder):
     """Delete the unfinished files of a run that was killed while it wrote."""
     for path in Path(folder).glob(".*"):
         if path.name.startswith(TEMPORARY):
             path.unlink(missing_ok=True)
 
 
-def plain(args):
+def stored_options(args):
     """Options as numbers, strings and None, as they are stored."""
     return {k: v if isinstance(v, int | float | None) else str(v) for k, v in vars(args).items()}
+
+
+def changed_options(saved, args, names=None):
+    """{option: "--option old -> new"} of those (among `names`) that are not as in `saved`."""
+    now = stored_options(args)
+    return {k: f"--{k} {saved[k]} -> {now[k]}" for k in saved
+            if k in now and k not in NEVER_COMPARED and (names is None or k in names)
+            and str(saved[k]) != str(now[k])}
 
 
 def compare_options(saved, args, force, log):
     """List the options that changed since a checkpoint was written, in one line. Raises InputError
     when one of them makes it another run, unless `force` is given."""
-    now = plain(args)
-    ignored = {"resume", "force_resume", "eval", "device", "vision_model"}
-    changed = {k: f"--{k} {saved[k]} -> {now[k]}" for k in saved
-               if k in now and k not in ignored and str(saved[k]) != str(now[k])}
-    if not changed:
-        return
-    log("options changed since the checkpoint: " + ", ".join(changed.values()))
-    severe = [changed[k] for k in MEANING if k in changed]
+    changed = changed_options(saved, args)
+    if changed:
+        log("options changed since the checkpoint: " + ", ".join(changed.values()))
+    severe = [changed[k] for k in SAME_RUN if k in changed]
     if severe and not force:
         raise InputError(f"{args.resume} belongs to another run: {', '.join(severe)}; start from "
                          "its weights with --vision_model instead, or insist with --force_resume")

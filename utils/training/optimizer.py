@@ -4,7 +4,9 @@ import math
 
 import torch
 import torch._functorch.config
+from torch.nn import BatchNorm2d
 
+from utils.distributed import world
 from utils.errors import InputError
 
 
@@ -23,8 +25,17 @@ def adamw(model, args):
                              eps=args.eps, weight_decay=args.weight_decay, fused=not half)
 
 
-def prepare_training(model, args):
-    """Apply --grad_checkpointing and --compile to a model, in place."""
+def prepare_training(model, args, recipe):
+    """Apply --grad_checkpointing and --compile to a model, in place. Raises InputError when the
+    recipe trains the BatchNorm of its ResNet together with what cannot see whole batches."""
+    if recipe.batch_norm_trains and any(isinstance(m, BatchNorm2d) for m in model.modules()):
+        memory = recipe.trains_on_memory and getattr(args, "memory_loss_weight", 0)
+        pieces = world() > 1 or args.accum_steps > 1 or args.grad_checkpointing
+        if memory or pieces:
+            raise InputError(
+                f"--recipe {args.recipe} trains BatchNorm on whole batches: a ResNet then needs one "
+                "process, --accum_steps 1, no --grad_checkpointing, and a recipe that does not "
+                "train on the memory")
     model.grad_checkpointing = args.grad_checkpointing
     if args.compile:  # A' takes a gradient through the graph before A does: it must be retained
         if hasattr(torch._functorch.config, "donated_buffer"):

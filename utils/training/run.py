@@ -2,19 +2,21 @@
 
 import datetime
 import json
+import sys
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 import clip
-from data import retrieval_split
-from utils import checkpoints, distributed
+from utils import distributed
 from utils.errors import InputError
-from utils.files import atomic_write
-from utils.training.precision import Precision
+from utils.files import atomic_write, lock
 from utils.method.recipes import RECIPES
 from utils.report.retrieval import KS, evaluate, evaluate_coco
+from utils.training import checkpoints
+from utils.training.interruptions import LastingStream
+from utils.training.precision import Precision
 
 DEFAULT_MODEL = "ViT-B/32"
 
@@ -22,12 +24,13 @@ DEFAULT_MODEL = "ViT-B/32"
 class Run:
     """One run of a command: its options, device, precision and recipe, its folder and its log.
 
-    With `folder` the run writes below {checkpoint_path}/{experiments}, which is made, and made sure
-    of, right away. Under torchrun this joins the other processes; the first one alone writes.
+    With `folder` the run writes below {checkpoint_path}/{experiments}, which nobody else may train
+    into, and outlives its terminal. Under torchrun this joins the other processes; the first one
+    alone writes.
     """
 
     def __init__(self, args, folder=False):
-        args.device = self.device = distributed.start(args.device)
+        args.device = self.device = distributed.join_processes(args.device)
         self.args = args
         self.precision = Precision(args.precision, self.device)
         self.recipe = RECIPES[args.recipe]
@@ -36,10 +39,10 @@ class Run:
         torch.manual_seed(args.seed)
         if folder:
             self.folder = Path(args.checkpoint_path) / args.experiments
-            if distributed.is_main():
-                with atomic_write(self.folder / ".can_write"):
-                    pass
-                (self.folder / ".can_write").unlink(missing_ok=True)
+            if distributed.is_main() and not args.eval:
+                lock(self.folder / ".lock")
+            self.folder.mkdir(parents=True, exist_ok=True)
+            sys.stdout, sys.stderr = LastingStream(sys.stdout), LastingStream(sys.stderr)
 
     def log(self, message):
         """One line for people, on the terminal and in log.txt."""
@@ -47,12 +50,8 @@ class Run:
             return
         tqdm.write(message)
         if self.folder:
-            path = self.folder / "log.txt"
-            try:
-                with open(path, "a", encoding="utf-8") as f:
-                    f.write(f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S} {message}\n")
-            except OSError as error:
-                raise InputError(f"cannot write {path}: {error.strerror}") from error
+            with open(self.folder / "log.txt", "a", encoding="utf-8") as f:
+                f.write(f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S} {message}\n")
 
     def write_options(self, name):
         """Write what the command was called with to the file `name`, in this run's folder."""
@@ -73,6 +72,9 @@ class Run:
                                  "command does not have; give the checkpoint's path")
             path = checkpoints.newest(self.folder, self.log) if distributed.is_main() else None
             path = distributed.from_main(path)
+            if path is None and args.eval:
+                raise InputError(f"--eval --resume auto: {self.folder} holds no checkpoint to "
+                                 "score; give its path, or --experiments of a run that has one")
             args.resume = str(path) if path else None
             self.log(f"resuming from {path}" if path else "nothing to resume from: a fresh start")
         if args.resume is None:
@@ -106,10 +108,9 @@ class Run:
                              or args.resume)
         return model, preprocess
 
-    def evaluate_test(self, model, preprocess):
+    def evaluate_test(self, model, pairs):
         """Score `model` on the test split: prints the paper's rows, writes eval_test.json."""
         args = self.args
-        pairs = retrieval_split(args, "test", preprocess, self.log)
         if args.dataset == "coco":
             scores = evaluate_coco(model, pairs, args, self.precision)
             rows = {"MSCOCO 1K": scores["1K"], "MSCOCO 5K": scores["5K"]}

@@ -1,0 +1,124 @@
+"""The authors' memory banks: two pickled dictionaries, {ratio}_mbank_img_idx.npy from str(image id)
+and {ratio}_mbank_txt_idx.npy from str(caption index) to a pair, read without running a pickle's
+code."""
+
+import pickle
+import re
+
+import numpy as np
+
+from utils.errors import InputError
+from utils.files import atomic_write, reading
+from utils.reading.layout import ratio_name
+
+IMAGES, CAPTIONS = "_mbank_img_idx.npy", "_mbank_txt_idx.npy"
+ADVICE = "run get_memorybank.py"
+
+
+def save_released(bank, pairs, folder, noise_ratio):
+    """Write the authors' two files of a bank into `folder`. Returns both paths."""
+    entries = {
+        IMAGES: dict(zip(image_keys(pairs), bank.image_entry.tolist(), strict=True)),
+        CAPTIONS: {str(i): e for i, e in enumerate(bank.caption_entry.tolist())},
+    }
+    paths = []
+    for suffix, entry in entries.items():
+        paths.append(folder / f"{ratio_name(noise_ratio)}{suffix}")
+        with atomic_write(paths[-1], "wb") as f:
+            np.save(f, np.array(entry, dtype=object), allow_pickle=True)
+    return paths
+
+
+def read_released(path, pairs):
+    """(image_entry, caption_entry) int64 of the authors' bank whose image file is `path`. It
+    carries no hash: only its keys and their range tell whether it belongs to the data."""
+    captions_path = path.with_name(path.name.replace(IMAGES, CAPTIONS))
+    return (read_entries(path, image_keys(pairs)),
+            read_entries(captions_path, map(str, range(len(pairs)))))
+
+
+def image_keys(pairs):
+    """The authors' keys of the images: ids as numbers, without leading zeros."""
+    return [str(int(i)) if i.isascii() and i.isdigit() else i for i in pairs.image_ids]
+
+
+def read_entries(path, keys):
+    """Pair index (int64) of each key of a pickled dictionary. Values are ints, numpy scalars or
+    arrays of one number."""
+    with (reading(path, "a memory bank of the authors' format, which is two files", ADVICE),
+          open(path, "rb") as f):
+        entries = {str(key): as_array(value) for key, value in load_dictionary(f).items()
+                   if isinstance(key, str | int)}
+    result = []
+    for key in keys:
+        value = entries.get(key)
+        if value is None:
+            raise InputError(f"{path} has no entry for '{key}'; it was built for another data set; "
+                             f"{ADVICE}")
+        if value.size != 1 or value.dtype.kind not in "iu":
+            raise InputError(f"{path}: the entry of '{key}' is not one whole number")
+        result.append(int(value.reshape(())))
+    return np.array(result, np.int64)
+
+
+def as_array(value):
+    """A value of a pickled dictionary as an array."""
+    if isinstance(value, _Array):
+        value = value.value
+    return np.asarray(value) if isinstance(value, int | np.ndarray) else np.empty(0)
+
+
+class _DType:
+    """Stands for numpy.dtype in a pickle, whose own state could be forged to point anywhere."""
+
+    def __init__(self, code, *_):
+        self.code, self.order = code, "="
+
+    def __setstate__(self, state):
+        self.order = state[1]
+
+    def read(self, data):
+        """The numbers (k,) in `data`, bytes."""
+        if not re.fullmatch("[iuf][1248]", self.code):
+            raise ValueError(f"holds values of type {self.code}")
+        return np.frombuffer(data, np.dtype(self.code).newbyteorder(self.order))
+
+
+class _Array:
+    """Stands for numpy.ndarray. value: its numbers, flat, or the list of its objects."""
+
+    def __init__(self, *_):
+        self.value = None
+
+    def __setstate__(self, state):
+        _, _, dtype, _, data = state
+        self.value = list(data) if dtype.code == "O8" else dtype.read(data)
+
+
+class _Unpickler(pickle.Unpickler):
+    """Unpickles numbers, strings, dictionaries and numpy arrays of these, and refuses the rest: no
+    function that a file names is called, not even numpy's."""
+
+    NAMES = {("numpy", "ndarray"): _Array, ("numpy", "dtype"): _DType}
+    for core in ("core", "_core"):
+        NAMES[f"numpy.{core}.multiarray", "_reconstruct"] = _Array
+        NAMES[f"numpy.{core}.multiarray", "scalar"] = lambda dtype, data: dtype.read(data)
+
+    def find_class(self, module, name):
+        if (module, name) not in self.NAMES:
+            raise pickle.UnpicklingError(f"refused to run {module}.{name}")
+        return self.NAMES[module, name]
+
+
+def load_dictionary(f):
+    """The dictionary in a .npy file of one object, by the restricted unpickler."""
+    version = np.lib.format.read_magic(f)
+    read_header = {(1, 0): np.lib.format.read_array_header_1_0,
+                   (2, 0): np.lib.format.read_array_header_2_0}[version]
+    shape, _, dtype = read_header(f)
+    if shape != () or not dtype.hasobject:
+        raise ValueError(f"an array of {dtype} with shape {shape} instead of one dictionary")
+    (entries,) = _Unpickler(f).load().value
+    if not isinstance(entries, dict):
+        raise ValueError(f"holds a {type(entries).__name__} instead of a dictionary")
+    return entries
