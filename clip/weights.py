@@ -73,6 +73,8 @@ CONFIGS = {
 class CheckpointError(RuntimeError):
     """Weights that cannot be had; the message is one line that names the file."""
 
+    for_people = True
+
 
 def available_models():
     """Names of OpenAI's nine models."""
