@@ -15,7 +15,7 @@ import get_memorybank
 import main_CLIP
 import main_NPC
 from params import parse_args
-from utils.method.losses import one_step_anti_noise_weights
+from utils.method.weightings import one_step_anti_noise
 from utils.reading.layout import read_lines
 
 SCORES = {"i2t_R@1", "i2t_R@5", "i2t_R@10", "t2i_R@1", "t2i_R@5", "t2i_R@10", "mean_R1", "rsum"}
@@ -195,7 +195,7 @@ def test_npc_without_weights_and_memory_is_clip(trained):
 
 
 def test_fixed_weightings_are_the_bank_s(trained, bank):
-    osa = one_step_anti_noise_weights(torch.from_numpy(bank.cosine), bank.info["beta"]).numpy()
+    osa = one_step_anti_noise(torch.from_numpy(bank.cosine), bank.info["beta"]).numpy()
     for weighting, expected in (("gmm", bank.posterior), ("osa", osa)):
         folder = trained.run(weighting, main_NPC.main, "--weighting", weighting, "--epochs", 1)
         w = weights(folder)[0]

@@ -12,17 +12,16 @@ from PIL import Image
 
 import clip
 from data import (
-    EpochSampler,
     Batches,
-    cut_tokens,
+    EpochSampler,
     image_loader,
     retrieval_split,
-    share,
     training_loader,
     training_pairs,
 )
 from utils.errors import InputError
 from utils.method.memorybank import MemoryBank
+from utils.method.passes import cut_tokens, distinct_items
 from utils.reading.layout import image_names, read_captions, read_ids, read_lines
 
 PREPROCESS = clip.Preprocess(32)
@@ -205,7 +204,7 @@ def items(draw):
 @given(items())
 @settings(max_examples=200, deadline=None)
 def test_share_keeps_each_item_once_batch_only_then_both_then_memory_only(items):
-    distinct, rows, start, end = share(items)
+    distinct, rows, end, start = distinct_items(items)
     assert torch.equal(torch.from_numpy(distinct)[rows], torch.from_numpy(items))
     batch, memory = set(items[0].tolist()), set(items[1:].ravel().tolist())
     assert len(distinct) == len(batch | memory)

@@ -211,7 +211,6 @@ def save_slowly():
 def leave_after_saving():
     """Hook: this process gets the signal, and must not leave, whereupon torchrun would end the
     other, before that one has saved."""
-    from utils.training import history
 
     leave = training.leave
 

@@ -24,11 +24,11 @@ from processes import BANK, CLIP, NPC, SMALL, VIT, run, save_small
 import clip
 from data import retrieval_split, training_pairs
 from dataset.common import image_format
-from utils.reading import layout
-from utils.training import checkpoints
 from utils.errors import InputError
 from utils.method.memorybank import MemoryBank, bank_path, load_bank, save_bank
+from utils.reading import layout
 from utils.reading.images import Images
+from utils.training import checkpoints
 
 PREPROCESS = clip.Preprocess(32)
 HARM = "harm_was_done"

@@ -20,8 +20,8 @@ from processes import BANK, CLIP, NPC, Started, differences, run, save_small
 import clip
 import data as data_module
 from data import Images, training_pairs
-from utils.reading import image_cache
 from utils.errors import InputError
+from utils.reading import image_cache
 from utils.reading.image_cache import ImageCache
 
 PREPROCESS = clip.Preprocess(32)

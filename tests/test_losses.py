@@ -7,8 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from utils.method.losses import negative_impact_weights, one_step_anti_noise_weights, pair_losses
+from utils.method.losses import pair_losses
 from utils.method.recipes import RECIPES
+from utils.method.weightings import negative_impact, one_step_anti_noise
 from utils.training.schedule import Schedule, warmup_cosine
 
 F64 = torch.float64
@@ -85,7 +86,7 @@ def test_autocast_does_not_reach_the_loss():
 def test_weights_are_tanh_of_the_mean_ratio_below_one_and_one_above():
     before_i, after_i = tensor(1.0, 2.0, 0.5, 1.0, 3.0), tensor(2.0, 1.0, 2.0, 1.0, 2.0)
     before_t, after_t = tensor(1.0, 3.0, 0.5, 1.0, 1.0), tensor(4.0, 1.0, 0.5, 1.0, 2.0)
-    w = negative_impact_weights(before_i, after_i, before_t, after_t)
+    w = negative_impact(before_i, before_t, after_i, after_t)
     r = [(0.5 + 0.25) / 2, 2.5, (0.25 + 1) / 2, 1.0, (1.5 + 0.5) / 2]
     expected = [1.0 if x >= 1 else math.tanh(x) for x in r]
     assert w.tolist() == pytest.approx(expected, abs=1e-15)
@@ -100,32 +101,33 @@ def test_weights_at_zero_losses(before, after, ratio):
     r = (ratio + other) / 2
     expected = 1.0 if r >= 1 else math.tanh(r)
     for order in ((0, 1, 2, 3), (2, 3, 0, 1)):
-        w = negative_impact_weights(*(x[k] for k in order))
+        before_i, after_i, before_t, after_t = (x[k] for k in order)
+        w = negative_impact(before_i, before_t, after_i, after_t)
         assert float(w) == pytest.approx(expected, rel=1e-6)
 
 
 def test_weights_are_always_finite_and_at_most_one():
     values = torch.tensor([0.0, 1e-45, 1e-38, 1e-7, 1.0, 50.0, 1e38])
     grid = torch.cartesian_prod(values, values, values, values)
-    w = negative_impact_weights(*grid.T)
+    w = negative_impact(*grid.T)
     assert w.isfinite().all() and (w >= 0).all() and (w <= 1).all()
-    unchanged = negative_impact_weights(grid[:, 0], grid[:, 0], grid[:, 1], grid[:, 1])
+    unchanged = negative_impact(grid[:, 0], grid[:, 1], grid[:, 0], grid[:, 1])
     assert (unchanged == 1).all()
 
 
 # ---- One-Step Anti-noise ------------------------------------------------------------------------
 
 
-def test_one_step_anti_noise_weights():
+def test_one_step_anti_noise():
     cosine = tensor(0.9, 0.2, 0.1, -0.5, 1.0)
     expected = [0.7**2 * 0.3, 0.0, 0.0, 0.0, 0.8**2 * 0.2]
-    w = one_step_anti_noise_weights(cosine, 0.2)
+    w = one_step_anti_noise(cosine, 0.2)
     assert w.tolist() == pytest.approx(expected, abs=1e-15)
 
 
 def test_one_step_anti_noise_weights_peak_at_two_thirds():
     s = torch.linspace(0, 1, 3001, dtype=F64)
-    w = one_step_anti_noise_weights(s, 0.0)
+    w = one_step_anti_noise(s, 0.0)
     assert float(s[w.argmax()]) == pytest.approx(2 / 3, abs=1e-3)
     assert float(w.max()) == pytest.approx(4 / 27, abs=1e-6)
 

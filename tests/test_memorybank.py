@@ -13,19 +13,20 @@ import torch
 import torch.nn.functional as F
 from conftest import Lookup, pairs_for, tree
 
-import get_memorybank
-from get_memorybank import (
-    build_bank,
-    clean_posterior,
-    losses_in_batches,
-    memory_bank,
+from get_memorybank import build_bank, memory_bank
+from utils.errors import InputError
+from utils.method import judge, memorybank
+from utils.method.judge import clean_posterior, losses_in_batches, strict_clean_set
+from utils.method.losses import pair_losses
+from utils.method.memorybank import (
+    MemoryBank,
+    bank_path,
+    load_bank,
     nearest,
     nearest_clean,
-    strict_clean_set,
+    save_bank,
 )
-from utils.errors import InputError
-from utils.method.losses import pair_losses
-from utils.method.memorybank import MemoryBank, bank_path, load_bank, save_bank, save_released
+from utils.method.released_bank import save_released
 from utils.training.precision import Precision
 
 FP32 = Precision("fp32", torch.device("cpu"))
@@ -142,7 +143,7 @@ def test_report_gives_precision_and_recall():
 def test_bank_is_deterministic_and_its_blocks_do_not_matter(monkeypatch):
     model, pairs = example()
     first = build_bank(model, pairs, options(batch_size=16), FP32, lambda _: None)
-    monkeypatch.setattr(get_memorybank, "BLOCK", 50)
+    monkeypatch.setattr(memorybank, "BLOCK", 50)
     other = options(batch_size=16, eval_batch_size=1000)
     second = build_bank(model, pairs, other, FP32, lambda _: None)
     for name in ("image_entry", "caption_entry", "clean"):
@@ -159,7 +160,7 @@ def test_batches_of_the_loss_are_random_of_like_size_and_depend_on_the_seed(monk
         seen.append([batch.tolist() for batch in args[-1]])
         return losses_in_batches(*args)
 
-    monkeypatch.setattr(get_memorybank, "losses_in_batches", spy)
+    monkeypatch.setattr(judge, "losses_in_batches", spy)
     for seed in (1, 1, 2):
         build_bank(model, pairs, options(batch_size=25, seed=seed), FP32, lambda _: None)
     assert seen[0] == seen[1] != seen[2]
@@ -250,7 +251,7 @@ def test_broken_temperature_is_refused(broken):
 @pytest.mark.parametrize("block", [1, 5, 2**25])
 @pytest.mark.parametrize("seed", range(3))
 def test_nearest_gives_the_lowest_of_equals(monkeypatch, block, seed):
-    monkeypatch.setattr(get_memorybank, "BLOCK", block)
+    monkeypatch.setattr(memorybank, "BLOCK", block)
     rng = np.random.default_rng(seed)
     queries = torch.from_numpy(rng.integers(-1, 2, (20, 3))).double()  # exact scores, many ties
     keys = torch.from_numpy(rng.integers(-1, 2, (30, 3))).double()

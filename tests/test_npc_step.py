@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import clip
-from data import Pairs, Batches
+from data import Batches, Pairs
 from main_CLIP import Baseline
 from main_NPC import NPC
 from utils.method.memorybank import MemoryBank

@@ -21,8 +21,8 @@ from processes import BANK, CLIP, NPC, Started, differences, run, save_small
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import clip
-from utils.training import checkpoints, history
 from utils.errors import InputError
+from utils.training import checkpoints, history
 from utils.training.interruptions import INTERRUPTED
 
 EPOCHS, BATCH, STEPS = 3, 7, 8  # 60 pairs: 8 steps an epoch
