@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import clip
 from clip.weights import CONFIGS
+from utils.errors import command
 from utils.method.losses import pair_losses
 from utils.training.optimizer import adamw
 from utils.training.precision import clip_gradients
@@ -280,6 +281,7 @@ def markdown(keys, tables):
         yield "| " + " | ".join((*row, *cells)) + " |"
 
 
+@command
 def main():
     parser = argparse.ArgumentParser(description="Measure what half weights keep of a step.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
