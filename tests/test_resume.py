@@ -146,6 +146,15 @@ def test_resume_by_path_continues_in_another_folder(data, whole, tmp_path):
         assert_same(logs / "x", whole["npc"], ["epoch3.pt", "best.pt"])
 
 
+def test_best_of_an_earlier_epoch_comes_along(data, copied, tmp_path):
+    folder = copied("clip")
+    content = clip.read_checkpoint(folder / "epoch2.pt")
+    torch.save({**content, "best_score": 99.0, "best_epoch": 1}, folder / "epoch2.pt")
+    argv = arguments(data, "clip", tmp_path, "--resume", folder / "epoch2.pt", "--experiments", "y")
+    run(CLIP, argv, tmp_path / "out")
+    assert differences(read(tmp_path / "y" / "best.pt"), read(folder / "epoch1.pt")) == []
+
+
 @pytest.mark.parametrize("function", ["loop.evaluate", "checkpoints.hard_link"])
 def test_run_killed_after_its_checkpoint(data, whole, tmp_path, function):
     """An epoch is on disk before it is scored; the resumed run scores it and gives best.pt."""
@@ -404,9 +413,11 @@ def test_one_run_an_experiment(data, tmp_path):
     argv = arguments(data, "clip", tmp_path)
     hook = functools.partial(after_step, 9, stop_self)
     first = Started(CLIP, argv, tmp_path / "first", hook=hook)
-    first.wait_for("epoch 2, step 1")
-    refused(argv, tmp_path / "x", f"is being written by process {first.pid} on ")
-    os.kill(first.pid, signal.SIGKILL)
+    try:
+        first.wait_for("epoch 2, step 1")
+        refused(argv, tmp_path / "x", f"is being written by process {first.pid} on ")
+    finally:
+        os.kill(first.pid, signal.SIGKILL)
     first.wait()
     run(CLIP, [*argv, "--resume", "auto"], tmp_path / "second")
 
@@ -427,11 +438,13 @@ def test_eval_with_nothing_to_resume_scores_nothing(data, tmp_path):
     assert not list(tmp_path.rglob("eval_test.json"))
 
 
-def hang_up_and_close(step):
-    """A terminal that is lost: its signal, and from then on nothing can be written to it."""
+def hang_up_and_close(step, buffered=False):
+    """A terminal that is lost: its signal, and from then on nothing can be written to it, or
+    flushed."""
     def act():
         reading, writing = os.pipe()
         os.close(reading)
+        sys.stdout.reconfigure(write_through=not buffered)
         os.dup2(writing, 1)
         os.dup2(writing, 2)
         signal_group(signal.SIGHUP)
@@ -453,7 +466,7 @@ def test_lost_terminal(data, whole, tmp_path):
 
 def nohup(step):
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    hang_up_and_close(step)
+    hang_up_and_close(step, buffered=True)
 
 
 def test_options_are_those_of_what_was_trained(data, copied, tmp_path):
