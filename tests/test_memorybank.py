@@ -459,8 +459,8 @@ def test_authors_bank_is_read(tmp_path, built, value, folder, spelling):
 
 def test_authors_bank_that_we_write_is_what_they_read(tmp_path, built):
     bank, pairs = built
-    paths = save_released(bank, pairs, tmp_path, 0.4)
-    assert tree(tmp_path) == {f"0.4_mbank_{kind}_idx.npy" for kind in ("img", "txt")}
+    paths = save_released(bank, pairs, tmp_path / "annotations" / "memory_bank", 0.4)
+    assert {path.name for path in paths} == {f"0.4_mbank_{kind}_idx.npy" for kind in ("img", "txt")}
     images, captions = (np.load(path, allow_pickle=True).item() for path in paths)
     for i in range(N):
         assert captions[str(i)] == bank.caption_entry[i]
