@@ -17,7 +17,7 @@ from pathlib import Path
 from PIL import Image
 
 import params
-from clip.preprocess import HIGH_RANGE, check_usable, to_8_bit
+from clip.preprocess import check_usable, to_8_bit
 from utils.errors import InputError
 from utils.files import atomic_write
 from utils.reading.layout import MAX_LINE, SPLITS, split_folder, write_image_names, write_split
@@ -111,8 +111,7 @@ def as_jpeg(source):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            image = to_8_bit(image) if image.mode in HIGH_RANGE else image
-            image.convert("RGB").save(buffer, "JPEG", quality=95)
+            to_8_bit(image).convert("RGB").save(buffer, "JPEG", quality=95)
     return buffer.getvalue()
 
 

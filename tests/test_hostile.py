@@ -5,6 +5,7 @@ import io
 import os
 import pickle
 import random
+import shutil
 import struct
 import time
 import tracemalloc
@@ -73,7 +74,7 @@ def break_state(content, how, folder):
     elif how == "no options":
         del content["args"]
     elif how == "step a string":
-        content["step"] = "8"
+        content["step"] = "eight"
     elif how == "step negative":
         content["step"] = -3
     elif how == "best score a list":
@@ -107,10 +108,10 @@ def break_state(content, how, folder):
 
 
 @pytest.mark.parametrize("how", [
-    "payload in the options", "payload in the optimiser", "no options", "step a string",
-    "step negative", "best score a list", "history a list", "history empty",
-    "weights of a run a string", "sums of a run strings", "optimiser empty", "optimiser a tensor",
-    "moments of other shape", "moments missing", "moments not tensors", "data a number"])
+    "payload in the options", "payload in the optimiser", "step a string", "step negative",
+    "best score a list", "history a list", "history empty", "weights of a run a string",
+    "sums of a run strings", "optimiser empty", "optimiser a tensor", "moments of other shape",
+    "moments missing", "moments not tensors", "data a number"])
 def test_training_state_that_is_not_one(trained, tmp_path, how):
     content = clip.read_checkpoint(trained.path)
     torch.save(break_state(content, how, tmp_path), tmp_path / "bad.pt")
@@ -121,12 +122,21 @@ def test_training_state_that_is_not_one(trained, tmp_path, how):
     assert not (tmp_path / HARM).exists()
 
 
-@pytest.mark.parametrize("how", ["model name a dictionary", "option a tensor"])
+@pytest.mark.parametrize("how", ["model name a dictionary", "option a tensor", "no options"])
 def test_options_of_a_checkpoint_are_only_compared(trained, tmp_path, how):
     content = clip.read_checkpoint(trained.path)
     torch.save(break_state(content, how, tmp_path), tmp_path / "odd.pt")
     argv = [*trained.argv, "--resume", str(tmp_path / "odd.pt"), "--experiments", how]
     run(CLIP, argv, tmp_path / "out")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+def test_a_pipe_among_the_checkpoints_is_not_opened(trained, tmp_path):
+    (tmp_path / "ex0").mkdir()
+    shutil.copy(trained.path, tmp_path / "ex0")
+    os.mkfifo(tmp_path / "ex0" / "epoch9.pt")
+    argv = [*trained.argv[:-1], str(tmp_path), "--eval", "--resume", "auto"]
+    assert f"resuming from {tmp_path}/ex0/epoch1.pt" in run(CLIP, argv, tmp_path / "out")
 
 
 def test_the_payload_of_these_tests_works(tmp_path):

@@ -64,8 +64,8 @@ def step_of(path):
 def by_step(folder):
     """The checkpoints of an experiment's folder, most steps first; damaged ones last."""
     paths = [*Path(folder).glob("epoch*.pt"), *Path(folder).glob("step*.pt")]
-    steps = {path: step_of(path) for path in paths}
-    return sorted(paths, key=lambda path: -1 if steps[path] is None else steps[path], reverse=True)
+    steps = {path: step_of(path) for path in paths if path.is_file()}
+    return sorted(steps, key=lambda path: -1 if steps[path] is None else steps[path], reverse=True)
 
 
 def newest(folder, log):
@@ -91,7 +91,7 @@ def intact(path):
 def training_state(checkpoint, path):
     """The training state in the content of the checkpoint `path`, without the weights; {} if it has
     none, as those of the authors. Raises InputError when it is damaged."""
-    if "history" not in checkpoint:
+    if not {"args", "history"} <= checkpoint.keys():
         return {}
     if not intact(path):
         raise InputError(f"{path} is damaged: its checksums do not fit; take an older checkpoint, "
