@@ -13,7 +13,7 @@ from utils.method.weightings import WEIGHTINGS
 from utils.reading.layout import DATASETS, SPLITS, split_folder
 from utils.training.precision import PRECISIONS
 
-SCORES = ("loss", "cosine", "osa", "npc")
+SCORES = ("loss", "cosine", "npc")
 
 
 FIRST_STEPS = {
@@ -197,8 +197,7 @@ def add_optimisation(group):
 def add_findings(group):
     group.add_argument("--score", choices=SCORES, default="loss",
                        help="what makes a pair suspicious: a high loss among the pairs of its "
-                            "batch; a low cosine; a low One-Step Anti-noise weight; a low mean "
-                            "weight in an NPC run (--weights)")
+                            "batch; a low cosine; a low mean weight in an NPC run (--weights)")
     group.add_argument("--weights", default=None, metavar="FILE",
                        help="weights.npz of an NPC run on the same captions, for --score npc")
     group.add_argument("--worst", type=positive_int, default=200,
