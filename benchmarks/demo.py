@@ -26,6 +26,9 @@ from matplotlib.figure import Figure
 
 ROOT = Path(os.path.relpath(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(ROOT.resolve()))  # of the processes below as well
+
+from utils.report.tables import markdown
+
 # Each command is a process of its own, forked from one that has imported what they need: seconds
 os.environ["OMP_NUM_THREADS"] = "1"  # of each, as several run at a time
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -200,12 +203,6 @@ def spread(values, digits=1):
     """Mean ± standard deviation over the seeds; without the latter where there is one."""
     deviation = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{mean(values):.{digits}f}{deviation}"
-
-
-def markdown(head, rows):
-    """A Markdown table."""
-    lines = [head, ["---", *["--:"] * (len(head) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def over_ratios(seeds, key):
