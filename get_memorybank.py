@@ -99,11 +99,11 @@ def teach(model, pairs, clean, rate, args, number):
     """A copy of `model` after `--judge_steps` steps of AdamW, as in training, on the pairs that are
     clean, (n,) bool. `number`, of the round, goes into the order of the pairs."""
     size = min(args.batch_size, int(clean.sum()))
-    own = argparse.Namespace(**{**vars(args), "batch_size": size})
+    own = argparse.Namespace(**{**vars(args), "batch_size": size, "lr": rate})
     loader = training_loader(own, pairs, chosen=np.flatnonzero(clean))
     taught, precision = copy.deepcopy(model), Precision(args.precision, args.device)
     taught.grad_checkpointing = args.grad_checkpointing
-    optimizer = adamw(taught, args)
+    optimizer = adamw(taught, own)
     steps = tqdm(range(args.judge_steps), desc="judge", unit="step", disable=None, leave=False)
     for step, batch in zip(steps, endless(loader, number), strict=False):
         optimizer.param_groups[0]["lr"] = rate * min(1, (step + 1) / WARMUP)

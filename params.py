@@ -184,15 +184,15 @@ def add_judge(group, command):
                        help="times that the judge learns from the pairs which it finds clean, then "
                             "judges again; 0: the initial model judges; without it 0, or 2 for "
                             "--recipe robust")
-    group.add_argument("--judge_steps", type=positive_int, default=32, metavar="K",
+    group.add_argument("--judge_steps", type=positive_int, default=16, metavar="K",
                        help="optimiser steps of a round; many more overfit")
     group.add_argument("--judge_neighbours", type=natural_int, default=None, metavar="K",
                        help="before the first round a pair must also agree with the K nearest "
                             f"neighbours of its image and caption; 0: not; without it {NEIGHBOURS} "
                             "with rounds or for --recipe robust, else 0, the paper's")
     group.add_argument("--judge_lr", type=natural_float, default=None, metavar="LR",
-                       help="learning rate of the rounds; without it the one of "
-                            "1e-6, 1e-5, 1e-4, 1e-3 that works best on images held out")
+                       help="learning rate of the rounds; without it --lr where there is one, else "
+                            "that of 1e-6, 1e-5, 1e-4, 1e-3 which works best on images held out")
     group.add_argument("--judge", default=None, metavar="NAME|PATH",
                        help="another model that judges, as for --vision_model; without it the "
                             "initial model")
@@ -201,7 +201,7 @@ def add_judge(group, command):
                             "(docs/finding_noise.md); there are no rounds then")
     if command in ("memorybank", "find_noise"):  # elsewhere these are options of training
         add_memory_savers(group)
-        group.set_defaults(lr=1e-5, beta1=0.9, beta2=0.98, eps=1e-6, weight_decay=0.2,
+        group.set_defaults(lr=None, beta1=0.9, beta2=0.98, eps=1e-6, weight_decay=0.2,
                            clip_grad=10.0)
 
 
@@ -348,6 +348,8 @@ def fill_in(parser, args):
         if args.judge:
             parser.error("--judge and --judge_features name two judges; give one")
         args.judge_rounds = 0
+    if args.judge_lr is None:
+        args.judge_lr = args.lr
     if args.judge_neighbours is None:
         own = args.judge_rounds or RECIPES[args.recipe].judge_rounds
         args.judge_neighbours = NEIGHBOURS if own else 0

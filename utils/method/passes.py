@@ -102,11 +102,11 @@ class Passes:
     carries its gradient on to the parameters. A' := A happens here; without `siamese` there is
     A's batch alone.
 
-    precision: a utils.training.precision.Precision, whose scaler scales both gradients. accum_steps:
-    number of pieces in which items are encoded, each once more in the backward pass, so that the
-    activations of one piece are held at a time (GradCache, Gao et al. 2021). memory_gradient:
-    whether losses on the memory have one. uniform: a promise that all losses of the batch get the
-    same gradient.
+    precision: a utils.training.precision.Precision, whose scaler scales both gradients.
+    accum_steps: number of pieces in which items are encoded, each once more in the backward pass,
+    so that the activations of one piece are held at a time (GradCache, Gao et al. 2021).
+    memory_gradient: whether losses on the memory have one. uniform: a promise that all losses of
+    the batch get the same gradient.
     """
 
     def __init__(self, A, batch, precision, siamese=None, accum_steps=1, memory_gradient=True,

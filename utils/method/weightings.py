@@ -62,10 +62,10 @@ def mixture_posterior(posterior, **_):
 @weighting("osa", "One-Step Anti-noise as its authors' script does it",
            of_bank=("cosine", "beta"))
 def one_step_anti_noise(cosine, beta, **_):
-    """Weights (B,) of One-Step Anti-noise (Li et al. 2024) as its script computes them from a frozen
-    model: how far the logit lies above that of random pixels with random tokens, over the batch's
-    largest, is s; w = s^2 (1 - s^2). The best pair of a batch weighs 0. The temperature cancels, so
-    that cosines (B,) and their mean beta over random inputs do."""
+    """Weights (B,) of One-Step Anti-noise (Li et al. 2024) as its script computes them from a
+    frozen model: how far the logit lies above that of random pixels with random tokens, over the
+    batch's largest, is s; w = s^2 (1 - s^2). The best pair of a batch weighs 0. The temperature
+    cancels: cosines (B,) do, and their mean beta over random inputs."""
     s = (cosine - beta).clamp(min=0)
     s = s / s.max().clamp(min=torch.finfo(s.dtype).tiny)
     return s.square() * (1 - s.square())
