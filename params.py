@@ -211,7 +211,7 @@ def add_optimisation(group):
     group.add_argument("--lr", type=natural_float, default=1e-6,
                        help="peak learning rate; the authors fine-tune ViT-B/32 with 2e-7 (NPC) "
                             "and 5e-7 (CLIP) and --precision fp16; other precisions need a larger "
-                            "one (README, 'Precision')")
+                            "one (docs/precision.md)")
     group.add_argument("--warmup", type=natural_int, default=500,
                        help="optimiser steps of linear warm-up; fewer where a run has few steps")
     group.add_argument("--beta1", type=probability, default=0.9,

@@ -1,7 +1,7 @@
 """The NPC step against a literal transcription: two models, every pass made for itself.
 
-The reference follows the equations and the README's table point by point, shares nothing and uses
-nothing of the repository but the towers.
+The reference follows the equations and the table of docs/fidelity.md point by point, shares nothing
+and uses nothing of the repository but the towers.
 """
 
 import argparse
