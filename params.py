@@ -33,11 +33,11 @@ class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line, with the nearest option or choice to a mistyped one."""
 
     def error(self, message):
-        words = re.findall(r"[\w.@/-]+", message.split("(choose from")[0])
-        choices = list(self._option_string_actions)
-        if "(choose from" in message:
-            words, choices = words[-1:], re.findall(r"[\w.@/-]+", message.split("(choose from")[1])
-        near = [match for word in words if word not in choices
+        said, _, offered = message.partition("(choose from")
+        words, choices = re.findall(r"[\w.@/-]+", said), re.findall(r"[\w.@/-]+", offered)
+        if said.startswith("unrecognized arguments"):
+            choices = list(self._option_string_actions)
+        near = [match for word in reversed(words) if word not in choices
                 for match in difflib.get_close_matches(word, choices, 1)]
         hint = f"did you mean {near[0]}? " if near else ""
         self.exit(2, f"error: {message} ({hint}{self.prog} --help lists the options)\n")
@@ -321,6 +321,8 @@ def check(parser, args):
     if "score" in args and (args.score == "npc") != (args.weights is not None):
         parser.error("--score npc and --weights RUN/weights.npz go together")
     fill_in(parser, args)
+    if getattr(args, "resume", None) == "":
+        parser.error("--resume '' names no checkpoint")
     if args.dataset is None:
         named = (split_folder(args.dataset_root) / "image_name.txt").exists()
         args.dataset = "pairs" if named else "coco"
@@ -329,8 +331,9 @@ def check(parser, args):
     if "precision" in args:
         if args.device is None:
             args.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        if args.device.type == "cuda" and not torch.cuda.is_available():
-            parser.error("--device cuda: torch sees no CUDA device here; use --device cpu")
+        if args.device.type == "cuda" and (args.device.index or 0) >= torch.cuda.device_count():
+            parser.error(f"--device {args.device}: torch sees {torch.cuda.device_count()} CUDA "
+                         "devices here; --device cpu works everywhere")
         if args.precision is None:
             args.precision = "amp_bf16" if args.device.type == "cuda" else "fp32"
     elif "image_cache" in args:  # reading images alone

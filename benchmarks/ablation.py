@@ -21,6 +21,7 @@ from construct_noise import SUFFIX
 from data import first_seen, wrong_pairs
 from demo import spread
 from find_noise import write_subset
+from utils.errors import command
 from utils.method.memorybank import bank_path
 from utils.reading.layout import find_by_ratio, read_captions, read_ids, split_folder
 from utils.report.diagnostics import noise_measures
@@ -143,6 +144,7 @@ def report(ablation):
     return f"{scores}\n\n{auc}\n\n{sets}\n"
 
 
+@command
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)

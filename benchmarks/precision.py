@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import clip
 from clip.weights import CONFIGS
+from utils.errors import command
 from utils.method.losses import pair_losses
 from utils.report.tables import markdown
 from utils.training.optimizer import adamw
@@ -281,6 +282,7 @@ def over_seeds(keys, tables):
     return markdown([*keys, *columns], rows)
 
 
+@command
 def main():
     parser = argparse.ArgumentParser(description="Measure what half weights keep of a step.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
