@@ -178,8 +178,9 @@ def write_clean(args, pairs, keep, log):
                          "lower it")
     with new_folder("--write_clean", args.write_clean) as folder:
         counts = write_subset(pairs, keep, args.dataset_root, folder)
-    log(f"wrote {args.write_clean}: the {keep.sum()} of {len(keep)} pairs that "
-        f"--keep_above {args.keep_above} and labels keep, on {len(counts)} of {len(pairs.image_ids)} images; train on it with:\n"
+    log(f"wrote {args.write_clean}: the {keep.sum()} of {len(keep)} pairs that --keep_above "
+        f"{args.keep_above} and the labels keep, on {len(counts)} of {len(pairs.image_ids)} "
+        "images; train on it with:\n"
         f"  python main_CLIP.py --dataset {args.dataset} --dataset_root "
         f"{shlex.quote(args.write_clean)} --num_anns "
         f"{counts[0] if len(set(counts)) == 1 else 1}")

@@ -96,7 +96,8 @@ def label_findings(labels, posterior, keep_above, wanted):
         return estimate(hits, among, stratum, size)
 
     lines.append(f"Noise share by the labels: {share(wrong, np.ones(len(known), bool))}, a "
-                 "stratified estimate with its 95 % interval.")
+                 "stratified estimate with its 95 % interval (Clopper and Pearson's, at the "
+                 "effective sample size).")
     covered = size[np.unique(stratum, return_index=True)[1]].sum()
     if covered < len(posterior):
         lines.append(f"It and what follows speak of {covered} of the {len(posterior)} pairs: the "
