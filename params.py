@@ -249,6 +249,13 @@ def add_findings(group):
                             "(--weights)")
     group.add_argument("--weights", default=None, metavar="FILE",
                        help="weights.npz of an NPC run on the same captions, for --score npc")
+    group.add_argument("--labels", default=None, metavar="FILE",
+                       help="decisions.csv of the HTML page, or suspicious_pairs.csv with its "
+                            "column decision filled in: says how many pairs are wrong and how "
+                            "right each --keep_above is, and overrules what was computed")
+    group.add_argument("--wanted_precision", type=probability, default=0.95,
+                       help="with --labels: share of right pairs among those kept, for which a "
+                            "--keep_above is proposed")
     group.add_argument("--worst", type=positive_int, default=200,
                        help="pairs on the HTML page; the CSV file holds all")
     group.add_argument("--out", default="./logs/noise", metavar="DIR",
