@@ -15,22 +15,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 import clip
 from data import training_pairs
-from get_memorybank import bank_from_features
+from get_memorybank import judge_pairs, unit
 from params import parse_args
 from utils.errors import InputError, command
 from utils.files import atomic_write, new_folder, require_new
-from utils.method.features import embed_pairs
-from utils.method.memorybank import nearest
-from utils.method.weightings import one_step_anti_noise
+from utils.method.memorybank import nearest, nearest_clean
 from utils.reading.images import Images
 from utils.reading.layout import split_folder, write_split
 from utils.report.diagnostics import noise_measures
 from utils.report.noise_page import Suspect, noise_page
-from utils.report.pair_weights import mean_weights
+from utils.report.pair_weights import mean_weights, read_weights
+from utils.report.tables import text_cell
 from utils.training.run import Run
 
 THUMBNAIL = 160  # pixels
@@ -47,13 +45,13 @@ def main(argv=None):
     model, preprocess = run.load_model()
     pairs = training_pairs(args, preprocess, run.log)
 
-    # Loss, mixture, strict clean set and cosine of all pairs are those of the memory bank
-    raw = embed_pairs(model, pairs, args, run.precision, normalise=False)
-    bank = bank_from_features(*raw, model.logit_scale, pairs, args, run.log)
-    score, suspicion = scores(args, bank, pairs)
-    order = np.lexsort((-bank.loss, -suspicion))  # equal ones by loss; what has no score comes last
+    # What the judge says, and the order of the pairs by --score
+    verdict, features, _ = judge_pairs(model, pairs, args, run.precision, run.log)
+    images, texts = map(unit, features)
+    score, suspicion = scores(args, verdict, pairs)
+    order = np.lexsort((-verdict.loss, -suspicion))  # equal ones by loss; without a score: last
     scored = order[: np.isfinite(suspicion).sum()]
-    share = 1 - bank.posterior.mean(dtype=np.float64)
+    share = verdict.wrong_share
     findings = [f"Estimated noise share: {share:.1%} of the pairs."]
     if missing := len(order) - len(scored):
         findings.append(f"{missing} of {len(pairs)} pairs have no weight in {args.weights}, as "
@@ -64,34 +62,31 @@ def main(argv=None):
         run.log(line)
 
     out = Path(args.out)
+    nearest_pair = nearest_clean(images, pairs.image_of, verdict.clean)[pairs.image_of]
+    nearest_pair[verdict.clean] = np.flatnonzero(verdict.clean)  # a clean pair is its own
     with atomic_write(out / "suspicious_pairs.csv") as f:
-        write_table(f, pairs, bank, order, score)
+        write_table(f, pairs, verdict, order, score, nearest_pair)
     worst = scored[: args.worst]
-    features = (F.normalize(x, dim=1) for x in raw)
     about = (f"The {len(worst)} most suspicious of {len(pairs)} pairs by {args.score}, from "
              f"{pairs.source}; model {args.vision_model}")
-    page = noise_page(suspects(args, pairs, bank, worst, score, *features), args.score, about,
-                      findings, bank.loss, mixture(bank), pairs.wrong)
+    page = noise_page(suspects(args, pairs, verdict, worst, score, images, texts), args.score,
+                      about, findings, verdict, pairs.wrong)
     with atomic_write(out / "suspicious_pairs.html") as f:
         f.write(page)
     run.log(f"wrote {out}/suspicious_pairs.csv, all {len(pairs)} pairs, and "
             f"{out}/suspicious_pairs.html, the worst {len(worst)}")
     if args.write_clean:
-        write_clean(args, pairs, bank.posterior >= args.keep_above, run.log)
+        write_clean(args, pairs, verdict.posterior >= args.keep_above, run.log)
 
 
-def scores(args, bank, pairs):
+def scores(args, verdict, pairs):
     """(score (n,), suspicion (n,)) of the pairs by `--score`. The suspicion is the score with the
     sign that makes a high one suspicious; NaN where there is none."""
-    if args.score == "loss":
-        return bank.loss, bank.loss
-    if args.score == "cosine":
-        score = bank.cosine
-    elif args.score == "osa":
-        cosine = torch.from_numpy(bank.cosine)
-        score = one_step_anti_noise(cosine, bank.info["beta"]).numpy()
-    else:
-        score = mean_weights(args.weights, pairs)
+    if args.score in ("judge", "loss"):
+        score = verdict.score if args.score == "judge" else verdict.loss
+        return score, score
+    score = (verdict.cosine if args.score == "cosine"
+             else mean_weights(read_weights(args.weights, pairs)))
     return score, -score
 
 
@@ -110,25 +105,22 @@ def against_truth(suspicion, wrong, share):
             f"{taken} most suspicious {wrong[:taken].mean():.3f}.")
 
 
-def write_table(f, pairs, bank, order, score):
-    """Write the CSV of all pairs in `order`, with the nearest strict-clean pair of each image; a
-    pair of the strict clean set is its own."""
-    nearest_pair = np.where(bank.clean, np.arange(len(pairs)), bank.image_entry[pairs.image_of])
+def write_table(f, pairs, verdict, order, score, nearest_pair):
+    """Write the CSV of all pairs in `order`, each with the strict-clean pair nearest_pair (n,)."""
     table = csv.writer(f, lineterminator="\n")
     table.writerow(COLUMNS)
     for rank, i in enumerate(order, 1):
         j = nearest_pair[i]
         table.writerow((rank, i, "" if np.isnan(score[i]) else f"{score[i]:.6g}",
-                        f"{bank.posterior[i]:.6g}", file_of(pairs, i), pairs.captions[i],
-                        j, file_of(pairs, j), pairs.captions[j]))
+                        f"{verdict.posterior[i]:.6g}", *words(pairs, i), j, *words(pairs, j)))
 
 
-def file_of(pairs, i):
-    """File name of pair i's image."""
-    return pairs.images.names[pairs.image_of[i]]
+def words(pairs, i):
+    """File name and caption of pair i as cells of a CSV file."""
+    return text_cell(pairs.images.names[pairs.image_of[i]]), text_cell(pairs.captions[i])
 
 
-def suspects(args, pairs, bank, worst, score, images, texts):
+def suspects(args, pairs, verdict, worst, score, images, texts):
     """`Suspect`s of the pairs `worst` (k,), each with the model's best caption and best image among
     all distinct ones. images (u, D), texts (v, D): normalised features."""
     image_of, text_of = pairs.image_of[worst], pairs.text_of[worst]
@@ -137,18 +129,11 @@ def suspects(args, pairs, bank, worst, score, images, texts):
     best_image = nearest(texts[torch.from_numpy(text_of).to(texts.device)], images).tolist()
     names = pairs.images.names
     thumbnails = Images(args.dataset_root, names, clip.Preprocess(THUMBNAIL))
-    return [Suspect(rank, i, float(score[i]), bank.posterior[i], names[k], thumbnails[k].numpy(),
+    return [Suspect(rank, i, float(score[i]), verdict.posterior[i], names[k], thumbnails[k].numpy(),
                     pairs.captions[i], caption_of_text[text], thumbnails[image].numpy(),
                     names[image], None if pairs.wrong is None else pairs.wrong[i])
             for rank, (i, k, text, image)
             in enumerate(zip(worst, image_of, best_text, best_image, strict=True), 1)]
-
-
-def mixture(bank):
-    """(weight, mean, variance) of the low and of the high component of a bank's mixture."""
-    means = bank.info["means"]
-    return sorted(zip(bank.info["weights"], means, bank.info["variances"], strict=True),
-                  key=lambda component: component[1])
 
 
 # ---- the cleaned data set -----------------------------------------------------------------------

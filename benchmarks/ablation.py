@@ -19,11 +19,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import demo
 from construct_noise import SUFFIX
 from data import first_seen, wrong_pairs
-from demo import markdown, spread
-from find_noise import mean_weights, write_subset
+from demo import spread
+from find_noise import write_subset
+from utils.errors import command
 from utils.method.memorybank import bank_path
 from utils.reading.layout import find_by_ratio, read_captions, read_ids, split_folder
 from utils.report.diagnostics import noise_measures
+from utils.report.pair_weights import mean_weights, read_weights
+from utils.report.tables import markdown
 
 WEIGHTS_ONLY = ("--memory_loss_weight", "0")
 ROWS = {  # in the order of the table; those without options are the demo's
@@ -103,7 +106,8 @@ class Ablation(demo.Demo):
         _, bank, wrong = self.truth(seed, ratio)
         if row is None:
             return noise_measures(bank["loss"], wrong)
-        w = mean_weights(self.folder(seed) / self.run_of(row, ratio) / "weights.npz", len(wrong))
+        run = self.folder(seed) / self.run_of(row, ratio)
+        w = mean_weights(read_weights(run / "weights.npz"))
         drawn = np.isfinite(w)
         return noise_measures(-w[drawn], wrong[drawn])
 
@@ -140,6 +144,7 @@ def report(ablation):
     return f"{scores}\n\n{auc}\n\n{sets}\n"
 
 
+@command
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)

@@ -11,7 +11,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from clip.preprocess import HIGH_RANGE, to_8_bit
+from clip.preprocess import to_8_bit
 from utils.errors import InputError
 from utils.files import atomic_write, new_folder
 from utils.reading.images import open_image
@@ -62,8 +62,7 @@ def as_jpeg(source):
     """Bytes of an image (path or bytes) re-encoded as JPEG."""
     buffer = io.BytesIO()
     with opened(source) as image:
-        image = to_8_bit(image) if image.mode in HIGH_RANGE else image
-        image.convert("RGB").save(buffer, "JPEG", quality=95)
+        to_8_bit(image).convert("RGB").save(buffer, "JPEG", quality=95)
     return buffer.getvalue()
 
 

@@ -99,7 +99,7 @@ def test_damaged_cache_is_decoded_again(cached, counted, damage):
 
 def test_an_image_counts_as_stored_once_it_is_on_disk(cached, counted, monkeypatch):
     images = cached()
-    images.read([1, 2])
+    images.__getitems__([1, 2])
 
     def killed(_):
         raise KeyboardInterrupt
@@ -107,7 +107,7 @@ def test_an_image_counts_as_stored_once_it_is_on_disk(cached, counted, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", killed)
         with pytest.raises(KeyboardInterrupt):
-            images.read([3, 4])
+            images.__getitems__([3, 4])
     assert [cached().cache.has(k) for k in range(NUM)] == [k in (1, 2) for k in range(NUM)]
     everything(cached())
     assert counted == [1, 2, 3, 4, 0, *range(3, NUM)]

@@ -35,9 +35,9 @@ class Images(Dataset):
         return len(self.names)
 
     def __getitem__(self, k):
-        return self.read([k])[0]
+        return self.__getitems__([k])[0]
 
-    def read(self, ks):
+    def __getitems__(self, ks):
         """Images `ks` as a list. Those that the cache lacks are decoded and stored together."""
         crops = {k: self.cache.get(k) for k in ks if self.cache and self.cache.has(k)}
         decoded = {k: self.decode(k) for k in ks if k not in crops}
@@ -45,8 +45,6 @@ class Images(Dataset):
             self.cache.put(decoded)
         crops |= decoded
         return [torch.from_numpy(crops[k]) for k in ks]
-
-    __getitems__ = read  # a DataLoader's batch
 
     def decode(self, k):
         """Read and crop image k from its file: (3, R, R) uint8."""

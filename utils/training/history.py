@@ -34,9 +34,9 @@ class History:
         """Take up a `state`."""
         self.lines, self.steps = list(state["lines"]), int(state["steps"])
         self.sums = {k: v.to(self.run.device) for k, v in state["sums"].items()}
-        old = state["weights"].numpy()[: len(self.weights)]
-        if old.shape[1] == self.weights.shape[1]:
-            self.weights[: len(old)] = old
+        old = state["weights"].numpy()
+        if old.shape[1] == len(self.pairs):
+            self.weights = np.concatenate([old, self.weights[len(old) :]])
 
     def open(self, done):
         """Begin to write, after `done` steps in all."""
