@@ -195,7 +195,7 @@ def write_subset(pairs, keep, dataset_root, target):
     ids = [image_id for image_id, own in zip(pairs.image_ids, captions, strict=True) if own]
     captions = [own for own in captions if own]
     root = Path(target)
-    write_split(root, "train", ids, captions)
+    write_split(split_folder(root), "train", ids, captions)
     for name in ("image_name.txt", *(f"{split}_{what}.txt" for split in ("dev", "test")
                                      for what in ("ids", "caps"))):
         source = split_folder(dataset_root) / name

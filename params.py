@@ -29,8 +29,18 @@ All options:           python main_NPC.py --help; how DIR must look: dataset/REA
 FIRST_STEPS["clip"] = FIRST_STEPS["npc"].replace("main_NPC.py", "main_CLIP.py")
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Options with their defaults below a description that keeps its line ends."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line, with the nearest option or choice to a mistyped one."""
+
+    def __init__(self, description):
+        super().__init__(description=description, allow_abbrev=False, formatter_class=Help)
 
     def error(self, message):
         said, _, offered = message.partition("(choose from")
@@ -52,16 +62,14 @@ def parse_args(command, argv=None):
     """
     if command in FIRST_STEPS and not (sys.argv[1:] if argv is None else argv):
         sys.exit(FIRST_STEPS[command].rstrip())
-    parser = Parser(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-                    description={"npc": "Train or evaluate NPC.",
-                                 "clip": "Train or evaluate the CLIP baseline.",
-                                 "memorybank": "Build the memory bank of a training set.",
-                                 "noise": "Make a noisy caption file.",
-                                 "cache": "Decode all images ahead.",
-                                 "find_noise": "Rank the training pairs by how suspicious they "
-                                               "are.",
-                                 "search": "Find images by text, or captions by image.",
-                                 "export": "Write a checkpoint for transformers."}[command])
+    parser = Parser({"npc": "Train or evaluate NPC.",
+                     "clip": "Train or evaluate the CLIP baseline.",
+                     "memorybank": "Build the memory bank of a training set.",
+                     "noise": "Make a noisy caption file.",
+                     "cache": "Decode all images ahead.",
+                     "find_noise": "Rank the training pairs by how suspicious they are.",
+                     "search": "Find images by text, or captions by image.",
+                     "export": "Write a checkpoint for transformers."}[command])
     if command == "export":
         parser.add_argument("--resume", required=True, metavar="CKPT", help="checkpoint to export")
         parser.add_argument("--out", required=True, metavar="DIR", help="new folder to write")
