@@ -70,8 +70,8 @@ def main(argv=None):
 
     # What is known of all pairs
     share = verdict.wrong_share
-    findings = [f"Estimated noise share: {share:.1%} of the pairs, the judge's guess; labels of the "
-                "random sample measure it (--labels)."]
+    findings = [f"Estimated noise share: {share:.1%} of the pairs, the judge's guess; labels of "
+                "the random sample measure it (--labels)."]
     if missing := len(order) - len(scored):
         findings.append(f"{missing} of {len(pairs)} pairs have no weight in {args.weights}, as "
                         "training never drew them; they come last.")

@@ -6,7 +6,6 @@ import os
 import pickle
 import random
 import struct
-import time
 import tracemalloc
 import zipfile
 import zlib
