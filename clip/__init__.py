@@ -1,23 +1,10 @@
 """CLIP (Radford et al., 2021): the model, its tokenizer, its preprocessing and its weights."""
 
+from .formats import CheckpointError, from_hf, read_checkpoint, save_hf, state_dict_of, to_hf
 from .model import CLIP, convert_weights_to_fp16, infer_config
 from .preprocess import Preprocess, normalize
 from .tokenizer import SimpleTokenizer, tokenize, tokenize_with_lengths
-from .weights import (
-    CheckpointError,
-    architecture,
-    available_models,
-    build,
-    describe,
-    from_hf,
-    load,
-    load_state_dict_into,
-    read_checkpoint,
-    read_state_dict,
-    save_hf,
-    state_dict_of,
-    to_hf,
-)
+from .weights import architecture, available_models, build, describe, load
 
 __all__ = [
     "CLIP",
@@ -32,10 +19,8 @@ __all__ = [
     "from_hf",
     "infer_config",
     "load",
-    "load_state_dict_into",
     "normalize",
     "read_checkpoint",
-    "read_state_dict",
     "save_hf",
     "state_dict_of",
     "to_hf",

@@ -11,8 +11,6 @@ Shapes in the comments: n images or texts, L tokens, d width of a tower, h heads
 
 import math
 from collections import OrderedDict
-from contextlib import nullcontext
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -321,36 +319,14 @@ class CLIP(nn.Module):
 
 def run_blocks(blocks, x, recompute):
     """Apply `blocks` one after the other; with `recompute`, keep only their inputs for the backward
-    pass.  Batch norm's running statistics are updated by the first computation alone."""
+    pass, which computes the rest again.  Batch norms in training mode would then count each batch
+    twice in their running statistics."""
     for block in blocks:
         if recompute and torch.is_grad_enabled():
-            contexts = partial(_recompute_contexts, block)
-            x = checkpoint(block, x, use_reentrant=False, context_fn=contexts)
+            x = checkpoint(block, x, use_reentrant=False)
         else:
             x = block(x)
     return x
-
-
-def _recompute_contexts(block):
-    return nullcontext(), _FrozenStatistics(block)
-
-
-class _FrozenStatistics:
-    """Context in which a block's batch norms do not update their statistics. It can be entered once
-    for each backward pass through the block."""
-
-    def __init__(self, block):
-        self.norms = [m for m in block.modules() if isinstance(m, nn.BatchNorm2d)]
-
-    def __enter__(self):
-        self.before = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in self.norms]
-        for norm in self.norms:
-            norm.momentum = 0.0  # the same computation, which leaves the statistics as they are
-
-    def __exit__(self, *_):
-        for norm, (momentum, count) in zip(self.norms, self.before, strict=True):
-            norm.momentum = momentum
-            norm.num_batches_tracked.copy_(count)
 
 
 def convert_weights_to_fp16(model):

@@ -14,9 +14,7 @@ from torchvision.transforms import functional as TF
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # red, green, blue, in [0, 1]
 STD = (0.26862954, 0.26130258, 0.27577711)
-HIGH_RANGE = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 MAX_ASPECT = 1000  # long side over short side; resized, a thinner image would fill the memory
-CONVERT_FIRST = {"PA": "RGBA", "La": "LA"}  # modes that Pillow cannot resize or convert to RGB
 
 
 def normalize(images, dtype=torch.float32):
@@ -28,29 +26,23 @@ def normalize(images, dtype=torch.float32):
     return images.to(wide).div_(255).sub_(mean).div_(std).to(dtype)
 
 
-def to_8_bit(image):
-    """A PIL image of one high-range channel ("I", "I;16", "F") -> mode "L".
-
-    Pillow's own conversion would clip at 255, and so turn 16-bit images white.  Here, the white
-    level is 65535 for "I;16"; for "I" and "F", whose files do not say, the least of 1 ("F" only),
-    255, 65535 that no pixel exceeds, or else the largest pixel.
-    """
-    values = np.nan_to_num(np.asarray(image).astype(np.float64), posinf=0, neginf=0)
-    if image.mode.startswith("I;16"):
-        white = 65535
-    else:
-        levels = (1, 255, 65535) if image.mode == "F" else (255, 65535)
-        peak = values.max()
-        white = next((level for level in levels if level >= peak), peak)
-    return Image.fromarray(np.rint(values.clip(0, white) * (255 / white)).astype(np.uint8))
-
-
 def check_usable(image):
     """Raise ValueError for a PIL image, not decoded yet, that must not be decoded and resized."""
     if image.format == "EPS":
         raise ValueError("EPS, which only Ghostscript can draw")
+    if image.mode in ("I", "F"):
+        raise ValueError("32 bits a pixel, of which no file says how much is white; save it with 8 "
+                         "or 16")
     if max(image.size) > MAX_ASPECT * min(image.size):
         raise ValueError(f"{image.width} x {image.height} pixels are too thin")
+
+
+def to_8_bit(image):
+    """A PIL image of 16 bits a pixel -> of 8, mode "L"; any other as it is.  Pillow's own
+    conversion would clip at 255, and so turn it white."""
+    if not image.mode.startswith("I;16"):
+        return image
+    return Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
 
 
 class Preprocess:
@@ -65,13 +57,9 @@ class Preprocess:
         self.resolution = resolution
 
     def crop(self, image):
-        """See the class. Raises ValueError for an image that is too thin, or whose decoder would
-        start another program (EPS)."""
+        """See the class.  Raises ValueError for an image that `check_usable` does not let pass."""
         check_usable(image)
-        if image.mode in HIGH_RANGE:
-            image = to_8_bit(image)
-        if image.mode in CONVERT_FIRST:
-            image = image.convert(CONVERT_FIRST[image.mode])
+        image = to_8_bit(image)
         image = TF.resize(image, self.resolution, InterpolationMode.BICUBIC)
         image = TF.center_crop(image, self.resolution).convert("RGB")
         return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))

@@ -1,12 +1,18 @@
 """The encoders against the papers' equations, written out here with loops and einsum."""
 
 import math
+from collections import Counter
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import clip
+import main_CLIP
+import main_NPC
+from clip.model import Bottleneck, ResidualAttentionBlock
 from clip.weights import CONFIGS
+from utils.method.passes import cut_tokens
 
 VIT = {
     "embed_dim": 24,
@@ -194,8 +200,9 @@ def test_text_cut_at_the_longest_caption():
     model = build(VIT)
     _, tokens = batch(VIT)
     with torch.no_grad():
-        whole, cut = model.encode_text(tokens), model.encode_text(tokens[:, :8])
+        whole, cut = model.encode_text(tokens), model.encode_text(cut_tokens(tokens))
         short = model.encode_text(tokens[:, :7])  # cuts the second text's end token
+    assert cut_tokens(tokens).shape == (3, 8)
     torch.testing.assert_close(cut, whole, rtol=1e-12, atol=1e-12)
     assert not torch.allclose(short, whole)
 
@@ -334,23 +341,47 @@ def test_initialisation():
 
 
 @pytest.mark.parametrize("config", [VIT, RN])
-def test_grad_checkpointing_changes_no_gradient(config):
+def test_grad_checkpointing_saves_memory_and_changes_no_gradient(config, monkeypatch):
     images, tokens = batch(config)
-    results = []
+    outcome, saved, calls = {}, Counter(), Counter()
     for recompute in (False, True):
-        model = build(config).train()
+        model = build(config)
         model.grad_checkpointing = recompute
-        saved = []
-        with torch.autograd.graph.saved_tensors_hooks(
-            lambda t, saved=saved: saved.append(t.numel()) or t, lambda t: t
-        ):
+
+        def count_call(*_, recompute=recompute):
+            calls[recompute] += 1
+
+        def count_bytes(tensor, recompute=recompute):
+            saved[recompute] += tensor.nbytes
+            return tensor
+
+        for module in model.modules():
+            if isinstance(module, Bottleneck | ResidualAttentionBlock):
+                module.register_forward_pre_hook(count_call)
+        with torch.autograd.graph.saved_tensors_hooks(count_bytes, lambda tensor: tensor):
             logits, _ = model(images, tokens)
         torch.nn.functional.cross_entropy(logits, torch.arange(len(images))).backward()
-        gradients = {name: p.grad for name, p in model.named_parameters()}
-        results.append((logits.detach(), gradients, dict(model.named_buffers()), sum(saved)))
-    torch.testing.assert_close(results[0][:3], results[1][:3], rtol=1e-9, atol=1e-12)
-    assert all(g is not None for g in results[0][1].values())
-    assert results[1][3] < 0.6 * results[0][3]  # what the forward pass keeps
+        gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+        assert None not in gradients.values()
+        outcome[recompute] = logits.detach(), gradients
+    torch.testing.assert_close(outcome[True], outcome[False], rtol=1e-9, atol=1e-12)
+    assert saved[True] < 0.6 * saved[False] and calls[True] == 2 * calls[False]
+
+
+@pytest.mark.parametrize("script", [main_CLIP, main_NPC])
+def test_grad_checkpointing_is_what_the_option_turns_on(script, datasets, tmp_path, monkeypatch):
+    calls = Counter()
+
+    def count(*args, **options):
+        calls[experiment] += 1
+        return checkpoint(*args, **options)
+
+    monkeypatch.setattr(clip.model, "checkpoint", count)
+    for experiment, option in (("off", []), ("on", ["--grad_checkpointing"])):
+        script.main([*datasets["cc"].options, "--vision_model", "tiny", "--device", "cpu",
+                     "--num_workers", "0", "--batch_size", "12", "--epochs", "1", *option,
+                     "--checkpoint_path", str(tmp_path), "--experiments", experiment])
+    assert calls["off"] == 0 and calls["on"] >= 4  # two blocks in each of two towers
 
 
 def test_fp16_conversion():

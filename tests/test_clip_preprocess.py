@@ -78,39 +78,22 @@ def test_crop_and_normalize_are_the_whole():
     np.testing.assert_allclose(clip.normalize(batch, torch.float64).numpy(), exact, rtol=1e-12)
 
 
-@pytest.mark.parametrize("mode", ["I;16", "I;16B", "I;16L", "I", "F"])
+@pytest.mark.parametrize("mode", ["I;16", "I;16B", "I;16L"])
 def test_16_bit_grey_is_scaled_not_clipped(mode):
     grey = np.linspace(0, 255, 64).round().astype(np.uint8)[None].repeat(64, 0)
-    wide = grey.astype(np.uint16) * 257  # 0..65535
-    if mode == "I;16B":
-        image = Image.frombytes(mode, (64, 64), wide.astype(">u2").tobytes())
-    elif mode.startswith("I;16"):
-        image = Image.frombytes(mode, (64, 64), wide.astype("<u2").tobytes())
-    else:
-        image = Image.fromarray(wide.astype(np.int32 if mode == "I" else np.float32), mode)
-    preprocess = clip.Preprocess(32)
-    expected = preprocess.crop(Image.fromarray(grey))
-    np.testing.assert_array_equal(preprocess.crop(image), expected)
+    wide = (grey.astype(np.uint16) * 257).astype(">u2" if mode == "I;16B" else "<u2")  # 0..65535
+    crop = clip.Preprocess(32).crop(Image.frombytes(mode, (64, 64), wide.tobytes()))
+    np.testing.assert_array_equal(crop, clip.Preprocess(32).crop(Image.fromarray(grey)))
 
 
-@pytest.mark.parametrize("mode, white", [("F", 1), ("F", 255), ("I", 255), ("I", 10**6)])
-def test_white_level_of_files_that_do_not_say(mode, white):
-    grey = np.linspace(0, 255, 64).astype(np.uint8)[None].repeat(64, 0)
-    values = (grey / 255 * white).astype(np.float32 if mode == "F" else np.int32)
-    crop = clip.Preprocess(64).crop(Image.fromarray(values, mode))
-    assert np.abs(crop.astype(int) - grey).max() <= 1
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_32_bit_grey_is_refused(mode):
+    """Its white level is anybody's guess: the picture could come out black or white."""
+    with pytest.raises(ValueError, match="32 bits a pixel"):
+        clip.Preprocess(32).crop(Image.new(mode, (50, 40)))
 
 
-def test_floats_that_are_not_numbers_and_a_black_image():
-    values = np.full((40, 40), 200, np.float32)
-    values[:2] = np.nan
-    values[2:4] = np.inf
-    assert clip.Preprocess(20).crop(Image.fromarray(values))[:, 10].min() == 200
-    assert not clip.Preprocess(20).crop(Image.new("F", (30, 30))).any()
-    assert not clip.Preprocess(20).crop(Image.new("I;16", (30, 30))).any()
-
-
-@pytest.mark.parametrize("mode", ["PA", "La", "RGBa", "RGBX", "HSV", "LAB"])
+@pytest.mark.parametrize("mode", ["RGBa", "RGBX", "HSV", "LAB"])
 def test_rare_modes(mode):
     out = clip.Preprocess(32)(Image.new(mode, (50, 40)))
     assert out.shape == (3, 32, 32) and out.isfinite().all()

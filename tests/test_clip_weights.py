@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import pickle
-import sys
 import warnings
 import zipfile
 
@@ -63,6 +62,10 @@ def refused(path, match, function=clip.load):
     with pytest.raises(clip.CheckpointError, match=match) as caught:
         function(path)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def read_state_dict(path):
+    return clip.state_dict_of(clip.read_checkpoint(path), path)
 
 
 # ---------------------------------------------------------------- names and downloads
@@ -139,9 +142,9 @@ def test_damaged_file_is_downloaded_again(published, capsys):
 def test_download_with_the_wrong_hash(published):
     folders, file = published
     file.write_bytes(b"something else")
-    with pytest.raises(clip.CheckpointError, match="SHA-256"):
+    with pytest.raises(clip.CheckpointError, match="invalid hash") as caught:
         clip.load("ViT-B/32", device="cpu")
-    assert os.listdir(folders["cache"]) == []
+    assert "\n" not in str(caught.value) and os.listdir(folders["cache"]) == []
 
 
 def test_no_network(published):
@@ -190,7 +193,7 @@ def test_state_dict_and_training_checkpoint(config, tmp_path):
     assert (whole["epoch"], whole["best"], whole["step"]) == (3, 41.5, 7)
     assert isinstance(whole["best"], np.float32)
     assert whole["optimizer"]["param_groups"][0]["lr"] == 1e-4
-    assert clip.read_state_dict(tmp_path / "half.pt")["ln_final.bias"].dtype == torch.float16
+    assert read_state_dict(tmp_path / "half.pt")["ln_final.bias"].dtype == torch.float16
 
 
 @pytest.mark.parametrize("module", ["numpy.core.multiarray", "numpy._core.multiarray"])
@@ -207,24 +210,48 @@ def test_scalars_of_either_numpy(module, tmp_path):
                 data = data.replace(b"c" + own + b"\n", b"c" + module.encode() + b"\n")
             new.writestr(name, data)
     assert clip.read_checkpoint(tmp_path / "b.pt")["lr"] == 0.25
-    assert_same(model, clip.read_state_dict(tmp_path / "b.pt"))
+    assert_same(model, read_state_dict(tmp_path / "b.pt"))
 
 
 def test_damaged_files(tmp_path):
     good = tmp_path / "good.pt"
     torch.save(build().state_dict(), good)
-    for name, data in {
-        "empty.pt": b"",
-        "text.pt": b"git-lfs pointer\n" * 20,
-        "html.pt": b"<!DOCTYPE html><html></html>",
-        "cut.pt": good.read_bytes()[:5000],
-        "tail.pt": good.read_bytes()[5000:],
-        "cut.safetensors": b"\x10\x00",
-    }.items():
+    for name, data, match in (
+        ("empty.pt", b"", "it is empty"),
+        ("text.pt", b"version https://git-lfs.github.com\n", "it begins with b'version https"),
+        ("html.pt", b"<!DOCTYPE html><html></html>", "it begins with b'<!DOCTYPE html>"),
+        ("cut.pt", good.read_bytes()[:5000], "it begins with b'PK"),
+        ("tail.pt", good.read_bytes()[5000:], "Unsupported operand"),
+        ("pickle.pt", pickle.dumps({"a": 1}, protocol=4), "Unsupported operand"),
+        ("cut.safetensors", b"\x10\x00", ".*header too small"),
+    ):
         (tmp_path / name).write_bytes(data)
-        refused(tmp_path / name, "damaged or no checkpoint")
+        refused(tmp_path / name, rf"damaged or no checkpoint \({match}")
     (tmp_path / "folder").mkdir()
     refused(tmp_path / "folder", "config.json")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+def test_pipes_are_not_opened(tmp_path):
+    """Opening one waits for somebody who writes to it."""
+    folder, pipe = tmp_path / "hf", tmp_path / "x.pt"
+    clip.save_hf(build(), folder)
+    os.mkfifo(pipe)
+    refused(pipe, "not a regular file")
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).rename(tmp_path / name)
+        os.mkfifo(folder / name)
+        refused(folder, "not a regular file")
+        (tmp_path / name).replace(folder / name)
+
+
+def test_memory_is_asked_for_what_the_file_holds_alone(tmp_path):
+    good = build().state_dict()
+    table = torch.zeros(1, 64).expand(64 * 10**8, 64)  # 1.6 TB, of which a row is in the file
+    wide = torch.zeros(2, 64 * 10**4)  # 5 MB, but attention of this width would have 4.9 TB
+    for what, match in ((table, "not an ordinary tensor"), (wide, "size mismatch")):
+        torch.save(good | {"token_embedding.weight": what}, tmp_path / "x.pt")
+        refused(tmp_path / "x.pt", match)
 
 
 def test_files_that_hold_something_else(tmp_path):
@@ -245,20 +272,9 @@ def test_files_that_hold_something_else(tmp_path):
     refused(path, "Missing.*ln_final.bias")
 
 
-def test_architecture_mismatch(tmp_path):
-    model = build()
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    with pytest.raises(clip.CheckpointError) as caught:
-        clip.load_state_dict_into(model, build(RN).state_dict(), tmp_path / "rn.pt")
-    message = str(caught.value)
-    assert "rn.pt holds a CLIP model" in message and "vision_layers (1, 1, 1, 1)" in message
-    assert "the model is a CLIP model" in message and "vision_layers 2" in message
-    assert_same(model, before)
-    with torch.device("meta"):
-        rn50 = clip.CLIP(**weights.CONFIGS["RN50"])
-        b32 = clip.CLIP(**weights.CONFIGS["ViT-B/32"])
-    with pytest.raises(clip.CheckpointError, match="^x.pt holds ViT-B/32, the model is RN50$"):
-        clip.load_state_dict_into(rn50, b32.state_dict(), "x.pt")
+def test_description():
+    assert clip.describe(weights.CONFIGS["RN50"]) == "RN50"
+    assert "vision_layers (1, 1, 1, 1)" in clip.describe(RN)
 
 
 # ---------------------------------------------------------------- hostile files
@@ -334,7 +350,7 @@ def test_torchscript_archive(config, half, tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch.jit, "load", no_code)
     monkeypatch.setattr(torch._C, "import_ir_module", no_code)
-    read = clip.read_state_dict(path)
+    read = read_state_dict(path)
     assert read.keys() == expected.keys()
     for key, value in read.items():
         assert value.dtype == expected[key].dtype and torch.equal(value, expected[key]), key
@@ -374,7 +390,6 @@ def test_hf_names_round_trip():
 
 
 def test_hf_folder_and_files(tmp_path):
-    pytest.importorskip("safetensors")
     model, folder = build(), tmp_path / "hf"
     clip.save_hf(model, folder)
     for path in (folder, folder / "model.safetensors"):
@@ -391,20 +406,14 @@ def test_hf_folder_and_files(tmp_path):
         changed = config | {"text_config": config["text_config"] | {key: value}}
         (folder / "config.json").write_text(json.dumps(changed))
         refused(folder, match)
-    for damaged in ("{", "[]", '{"text_config": "x"}', '{"text_config": {"hidden_size": "a"}}'):
+    for damaged in ("{", "[]", "[" * 100_000, '{"text_config": "x"}',
+                    '{"text_config": {"hidden_size": "a"}}'):
         (folder / "config.json").write_text(damaged)
         refused(folder, "config.json is damaged")
 
 
-def test_without_safetensors(tmp_path, monkeypatch):
-    (tmp_path / "model.safetensors").write_bytes(b"x")
-    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
-    refused(tmp_path / "model.safetensors", "needs the package safetensors")
-
-
 def test_outputs_equal_transformers(tmp_path):
     transformers = pytest.importorskip("transformers")
-    pytest.importorskip("safetensors")
     model = build()
     clip.save_hf(model, tmp_path)
     theirs = transformers.CLIPModel.from_pretrained(tmp_path).eval()

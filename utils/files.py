@@ -24,9 +24,9 @@ def reading(path, what, advice):
         yield
     except InputError:
         raise
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}; {advice}") from error
     except Exception as error:  # parsers raise almost anything on broken or hostile files
+        if isinstance(error, OSError) and error.strerror:
+            raise InputError(f"cannot read {path}: {error.strerror}; {advice}") from error
         reason = " ".join(str(error).split())[:150] or type(error).__name__
         raise InputError(f"{path} is not {what} or is damaged ({reason}); {advice}") from error
 
@@ -128,10 +128,3 @@ def require_new(option, folder):
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise InputError(f"{option} {folder} exists already and is not an empty folder; give a new "
                          "one, or delete it")
-
-
-def take_name(temporary, path, replace):
-    """For utils.reading.image_cache, until it does without."""
-    os.chmod(temporary, 0o644)
-    if replace or not path.exists():
-        os.replace(temporary, path)

@@ -92,8 +92,7 @@ class Run:
     def _resume(self):
         args = self.args
         checkpoint = clip.read_checkpoint(args.resume)
-        state_dict = clip.state_dict_of(checkpoint, args.resume)
-        model, preprocess = clip.build(state_dict, args.resume, self.device)
+        model, preprocess = clip.build(checkpoint, args.resume, self.device)
         if args.vision_model is not None:
             expected = clip.architecture(args.vision_model)
             if model.config != expected:

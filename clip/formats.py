@@ -1,0 +1,339 @@
+"""Files that hold a CLIP model, whoever wrote them.  Nothing in them is executed.
+
+- Files of torch.save: a state dict, or a training checkpoint that has one as "state_dict", with
+  "module." before the names where DistributedDataParallel saved it.
+- TorchScript archives, as OpenAI publishes: a zip with a pickle, data.pkl, that describes a tree of
+  modules, the numbers of their tensors in files of their own, and code, which is left alone.
+- Hugging Face's CLIP with a Vision Transformer: model.safetensors or pytorch_model.bin with their
+  own parameter names, in a folder with config.json, or alone.
+
+A state dict here maps OpenAI's parameter names to tensors, as CLIP.state_dict() does.
+"""
+
+import json
+import pickle
+import re
+import warnings
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch.serialization import StorageType
+
+from .model import HEAD_WIDTH
+from .preprocess import MEAN, STD
+
+MAX_CODE = 2**26  # bytes that an archive may unpack to beyond its own size
+
+
+class CheckpointError(RuntimeError):
+    """Weights that cannot be had; the message is one line that names the file."""
+
+    for_people = True
+
+
+def read_checkpoint(path):
+    """The content (dict) of any file or folder named above, on the CPU: all entries of a training
+    checkpoint, the parameters by name otherwise.  Raises CheckpointError if there is nothing at
+    `path`, or what is there is damaged, none of these, or would run code."""
+    path = Path(path)
+    if path.is_dir():
+        return _read_hf_folder(path)
+    _require_file(path)
+    with open(path, "rb") as file:
+        start = file.read(40)
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                _refuse_inflation(archive, path)
+                if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+                    return _read_torchscript(archive)
+        elif not start.startswith(b"\x80"):  # as a pickle does
+            raise ValueError(f"it begins with {start!r}" if start else "it is empty")
+        with torch.serialization.safe_globals(NUMPY_SCALARS), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickles of other protocols, before the error
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
+    except Exception as error:  # whatever a damaged or hostile file provokes
+        said = " ".join(str(error).split())
+        if refused := re.search(r"GLOBAL `?([\w.]+)", said):
+            raise CheckpointError(
+                f"{path} was refused: it would run code on loading ({refused[1]})"
+            ) from None
+        reason = said.split("WeightsUnpickler error: ")[-1].split(" Check the documentation")[0]
+        reason = reason[:100] or type(error).__name__
+        raise CheckpointError(f"{path} is damaged or no checkpoint ({reason})") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, not a checkpoint")
+    return content
+
+
+def state_dict_of(content, path):
+    """The state dict in what `read_checkpoint` gave for `path`, in the dtypes of the file.  Raises
+    CheckpointError if there is none."""
+    state_dict = content.get("state_dict", content)
+    if not isinstance(state_dict, dict) or not state_dict:
+        raise CheckpointError(f"{path} holds no state dict")
+    if not all(isinstance(value, torch.Tensor) for value in state_dict.values()):
+        raise CheckpointError(f"{path} holds no state dict: not all of its values are tensors")
+    state_dict = {str(key).removeprefix("module."): value for key, value in state_dict.items()}
+    for key in list(state_dict):  # what archives hold beside the weights
+        if key in ("input_resolution", "context_length", "vocab_size") or "attn_mask" in key:
+            del state_dict[key]
+    for key, value in state_dict.items():
+        real = value.is_floating_point() or "num_batches" in key or "position_ids" in key
+        if not real or not _holds_its_numbers(value):
+            raise CheckpointError(f"{path}: '{key}' is not an ordinary tensor of real numbers")
+    if any(key.startswith("text_model.") for key in state_dict):
+        try:
+            state_dict = from_hf(state_dict)
+        except (KeyError, RuntimeError) as error:
+            raise CheckpointError(f"{path} is not CLIP as transformers saves it: {error}") from None
+    return state_dict
+
+
+def _require_file(path):
+    """Raise CheckpointError unless `path` is a file proper: a pipe would be waited for."""
+    if not path.is_file():
+        what = "not a regular file" if path.exists() else "no such file"
+        raise CheckpointError(f"{path}: {what}")
+
+
+def _holds_its_numbers(tensor):
+    """Whether a tensor has numbers and all of them were in the file: a sparse one, a view, or one
+    on no device can claim terabytes."""
+    return (tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_nested
+            and 0 < tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes())
+
+
+# ------------------------------------------------------------------------------ torch.save
+
+
+def _numpy_scalar(module):
+    """What a pickled numpy scalar calls as `module`.scalar; unlike numpy's own it takes no dtype
+    with pointers."""
+
+    def scalar(dtype, data):
+        return np.frombuffer(data, dtype)[0]
+
+    scalar.__module__, scalar.__qualname__ = module, "scalar"
+    return scalar
+
+
+NUMPY_SCALARS = [  # the authors' checkpoints hold one in the optimiser's state
+    _numpy_scalar("numpy.core.multiarray"),  # as numpy 1 names it
+    _numpy_scalar("numpy._core.multiarray"),  # as numpy 2 does
+    np.dtype,
+    *(type(np.dtype(name)) for name in ("float32", "float64", "int64")),
+]
+
+
+def _refuse_inflation(archive, path):
+    """Raise CheckpointError for an archive that unpacks to far more than it holds. In torch's, the
+    code of a TorchScript model alone is compressed."""
+    size = sum(entry.file_size for entry in archive.infolist())
+    if size > path.stat().st_size + MAX_CODE:
+        raise CheckpointError(f"{path} was refused: it unpacks to {size / 1e9:.1f} GB")
+
+
+# ------------------------------------------------------------------------------ TorchScript
+
+
+def _read_torchscript(archive):
+    """{name: tensor} of a TorchScript archive (ZipFile)."""
+    pickled = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
+    with archive.open(pickled) as file:
+        root = _TorchScriptUnpickler(file, archive, pickled.removesuffix(".pkl")).load()
+    tensors = {}
+
+    def collect(module, prefix):
+        for name, value in vars(module).items():
+            if isinstance(value, torch.Tensor):
+                tensors[prefix + name] = value
+            elif isinstance(value, _Module):
+                collect(value, f"{prefix}{name}.")
+
+    collect(root, "")
+    return tensors
+
+
+class _Module:
+    """Stands for an instance of any class that a TorchScript archive defines."""
+
+
+def _rebuild_tensor(storage, offset, size, stride, *_):
+    return storage.as_strided(size, stride, offset)  # checks the bounds
+
+
+class _TorchScriptUnpickler(pickle.Unpickler):
+    """Knows the names that TorchScript writes, and refuses all others."""
+
+    NAMES = {
+        "collections.OrderedDict": OrderedDict,
+        "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
+        "torch.jit._pickle.build_intlist": list,
+        "torch.jit._pickle.build_doublelist": list,
+        "torch.jit._pickle.build_boollist": list,
+        "torch.jit._pickle.build_tensorlist": list,
+    }
+
+    def __init__(self, file, archive, folder):
+        super().__init__(file)
+        self.archive, self.folder = archive, folder
+        self.storages = {}
+
+    def find_class(self, module, name):
+        if module == "__torch__" or module.startswith("__torch__."):
+            return _Module
+        if module == "torch" and name.endswith("Storage"):
+            return StorageType(name)
+        if f"{module}.{name}" not in self.NAMES:
+            raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")
+        return self.NAMES[f"{module}.{name}"]
+
+    def persistent_load(self, pid):
+        _, storage, key, _, _ = pid
+        if key not in self.storages:
+            data = bytearray(self.archive.read(f"{self.folder}/{key}"))
+            self.storages[key] = torch.frombuffer(data, dtype=storage.dtype)
+        return self.storages[key]
+
+
+# ------------------------------------------------------------------------------ Hugging Face
+
+HF_NAMES = {  # parts of OpenAI's names: of Hugging Face's
+    "visual.transformer.resblocks.": "vision_model.encoder.layers.",
+    "visual.class_embedding": "vision_model.embeddings.class_embedding",
+    "visual.conv1.": "vision_model.embeddings.patch_embedding.",
+    "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
+    "visual.ln_pre.": "vision_model.pre_layrnorm.",
+    "visual.ln_post.": "vision_model.post_layernorm.",
+    "visual.proj": "visual_projection.weight",
+    "transformer.resblocks.": "text_model.encoder.layers.",
+    "token_embedding.": "text_model.embeddings.token_embedding.",
+    "positional_embedding": "text_model.embeddings.position_embedding.weight",
+    "ln_final.": "text_model.final_layer_norm.",
+    "text_projection": "text_projection.weight",
+    ".ln_1.": ".layer_norm1.",
+    ".ln_2.": ".layer_norm2.",
+    ".attn.": ".self_attn.",
+    ".c_fc.": ".fc1.",
+    ".c_proj.": ".fc2.",
+}
+TRANSPOSED = ("text_projection", "visual.proj")
+
+
+def to_hf(state_dict):
+    """A state dict with OpenAI's names -> with those of transformers.CLIPModel.  Raises ValueError
+    if the image encoder is a ResNet, which transformers does not have."""
+    if "visual.proj" not in state_dict:
+        raise ValueError("transformers has CLIP with a Vision Transformer only")
+    out = {}
+    for name, value in state_dict.items():
+        value = value.T if name in TRANSPOSED else value
+        for ours, theirs in HF_NAMES.items():
+            name = name.replace(ours, theirs)
+        if "in_proj_" in name:
+            for letter, third in zip("qkv", value.chunk(3), strict=True):
+                out[name.replace("in_proj_", f"{letter}_proj.")] = third.clone()
+        else:
+            out[name] = value.contiguous()
+    return out
+
+
+def from_hf(state_dict):
+    """The inverse of to_hf.  Position ids, which older versions of transformers saved, are dropped;
+    names that transformers.CLIPModel does not have are kept.  Raises KeyError if one is missing."""
+    out = {}
+    for key, value in state_dict.items():
+        name = key
+        for ours, theirs in HF_NAMES.items():
+            name = name.replace(theirs, ours)
+        if ".q_proj." in name:
+            three = [state_dict[key.replace(".q_", f".{letter}_")] for letter in "qkv"]
+            out[name.replace("q_proj.", "in_proj_")] = torch.cat(three)
+        elif not name.endswith("position_ids") and not {"k_proj", "v_proj"} & {*name.split(".")}:
+            out[name] = value.T if name in TRANSPOSED else value
+    return out
+
+
+def _read_hf_folder(folder):
+    files = [folder / name for name in ("model.safetensors", "pytorch_model.bin")]
+    file = next((file for file in files if file.exists()), None)
+    if file is None or not (folder / "config.json").exists():
+        raise CheckpointError(
+            f"{folder} holds no Hugging Face model: config.json and model.safetensors or "
+            "pytorch_model.bin are needed"
+        )
+    _require_file(folder / "config.json")
+    # neither the activation nor the number of heads can be told from the weights
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        towers = [(config.get("text_config") or {}, 512), (config.get("vision_config") or {}, 768)]
+        settings = [(part.get("hidden_act", "quick_gelu"), int(part.get("hidden_size", width)),
+                     part.get("num_attention_heads")) for part, width in towers]
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{folder}/config.json is damaged ({error})") from None
+    for activation, width, heads in settings:
+        if activation != "quick_gelu":
+            raise CheckpointError(f"{folder}: its activation is {activation}, not QuickGELU")
+        if heads not in (None, width / HEAD_WIDTH):
+            raise CheckpointError(f"{folder}: its attention heads are not {HEAD_WIDTH} wide")
+    return read_checkpoint(file)
+
+
+def save_hf(model, folder):
+    """Write `model` as config.json, model.safetensors and preprocessor_config.json to `folder`, for
+    transformers.CLIPModel.from_pretrained.  Raises ValueError if it has a ResNet."""
+    weights = to_hf(model.state_dict())
+    config, folder = model.config, Path(folder)
+    resolution = config["image_resolution"]
+
+    def tower(width, layers):
+        return {
+            "hidden_size": width,
+            "intermediate_size": 4 * width,
+            "num_attention_heads": width // HEAD_WIDTH,
+            "num_hidden_layers": layers,
+            "hidden_act": "quick_gelu",
+            "layer_norm_eps": 1e-5,
+            "projection_dim": config["embed_dim"],
+        }
+
+    described = {
+        "architectures": ["CLIPModel"],
+        "model_type": "clip",
+        "projection_dim": config["embed_dim"],
+        "text_config": tower(config["transformer_width"], config["transformer_layers"])
+        | {
+            "vocab_size": config["vocab_size"],
+            "max_position_embeddings": config["context_length"],
+            "bos_token_id": config["vocab_size"] - 2,
+            "eos_token_id": config["vocab_size"] - 1,
+        },
+        "vision_config": tower(config["vision_width"], config["vision_layers"])
+        | {"image_size": resolution, "patch_size": config["vision_patch_size"]},
+    }
+    preprocessing = {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_resize": True,
+        "size": {"shortest_edge": resolution},
+        "resample": 3,  # bicubic
+        "do_center_crop": True,
+        "crop_size": {"height": resolution, "width": resolution},
+        "do_convert_rgb": True,
+        "do_rescale": True,
+        "do_normalize": True,
+        "image_mean": MEAN,
+        "image_std": STD,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(described, indent=2))
+    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessing, indent=2))
