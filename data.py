@@ -172,7 +172,7 @@ def training_loader(args, pairs, bank=None):
 @command
 def main(argv=None):
     args = parse_args("cache", argv)
-    preprocess = clip.Preprocess(clip.architecture(args.vision_model)["image_resolution"])
+    preprocess = clip.Preprocess.of(clip.architecture(args.vision_model))
     for split in SPLITS:
         pairs = (training_pairs(args, preprocess) if split == "train"
                  else retrieval_split(args, split, preprocess))

@@ -1,7 +1,7 @@
 """Uint8 crops of a split's images in one memory-mapped file, so that each is decoded once in life.
 
 CLIP's preprocessing ends in a uint8 crop before it normalises: the cache loses nothing. A cache is
-named by a hash of its sources (path, size and time of every file, and the resolution), so a changed
+named by a hash of its sources (path, size and time of every file, and the cut), so a changed
 data set gets a new one, and runs that share a data set share its cache. Every image carries a
 checksum, written after it: what an interrupted or crashed run left half-written is decoded again.
 """
@@ -29,8 +29,9 @@ class ImageCache:
     has no room for the whole cache, which is reserved when it is made.
     """
 
-    def __init__(self, folder, paths, resolution):
-        digest = hashlib.sha256(f"{resolution}\n".encode())
+    def __init__(self, folder, paths, resolution, resize="shortest"):
+        cut = resolution if resize == "shortest" else f"{resolution} {resize}"
+        digest = hashlib.sha256(f"{cut}\n".encode())
         for path in paths:
             stat = os.stat(path)
             digest.update(f"{os.path.abspath(path)}\t{stat.st_size}\t{stat.st_mtime_ns}\n".encode())

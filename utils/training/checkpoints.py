@@ -1,7 +1,7 @@
 """Training checkpoints: the state of a run beside the weights, whole or absent.
 
 `epoch{N}.pt` after each epoch and `step{S}.pt` in between hold `epoch` (epochs done), `step`
-(optimiser steps done), `name`, `state_dict`, `config` (the architecture), the optimisers, the
+(optimiser steps done), `name`, `state_dict`, `config` (the model's), the optimisers, the
 gradient scaler, `args` (options), `data` (a hash of what is trained on), `best_score` and
 `best_epoch` (before this epoch was scored) and `history` (see utils.training.history). The order of
 the pairs depends on seed and epoch alone and nothing else is random, so that there is no random
