@@ -2,19 +2,23 @@
 
     python data.py --cache DIR --dataset coco --dataset_root PATH
 
-decodes all images of a data set ahead into an image cache (`--image_cache` of the other commands).
+decodes all images of a data set ahead into an image cache (`--image_cache` of the other commands);
+
+    python data.py --list_items DIR --dataset coco --dataset_root PATH
+
+lists the distinct training images and captions for a judge of another kind (`--judge_features`).
 
 A *pair* i is caption line i of the training split with the image it stands beside. Pairs share
 images (five captions an image) and sometimes captions, so everything here keeps each distinct image
 and each distinct caption once and refers to it by row.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, Sampler, Subset
 from tqdm import tqdm
 
 import clip
@@ -22,6 +26,8 @@ from construct_noise import training_captions
 from params import parse_args
 from utils.distributed import rank, world
 from utils.errors import InputError, command
+from utils.method.features import write_items
+from utils.method.memorybank import clean_pairs
 from utils.method.passes import Batch, DistinctItems, cut_tokens, distinct_items
 from utils.reading.images import Images, image_loader, loader
 from utils.reading.layout import (
@@ -113,26 +119,48 @@ def retrieval_split(args, split, preprocess, log=print):
     return _pairs(args, split, ids, captions, path, preprocess, log)
 
 
+def take(pairs, chosen):
+    """The `Pairs` among `pairs` that `chosen` (n,) bool names."""
+    kept_images, image_of = np.unique(pairs.image_of[chosen], return_inverse=True)
+    kept_texts, text_of = np.unique(pairs.text_of[chosen], return_inverse=True)
+    return replace(pairs, images=Subset(pairs.images, kept_images.tolist()), image_of=image_of,
+                   image_ids=[pairs.image_ids[k] for k in kept_images], text_of=text_of,
+                   captions=[pairs.captions[i] for i in np.flatnonzero(chosen)],
+                   tokens=pairs.tokens[kept_texts],
+                   wrong=None if pairs.wrong is None else pairs.wrong[chosen])
+
+
 # ---- loading ------------------------------------------------------------------------------------
 
 
 class Batches(Dataset):
     """Item = the list of a batch's pair indices, result = the `Batch` of these pairs and, with a
-    `bank`, of their memory entries. Of several processes each reads only its own images."""
+    `bank`, of their memory entries M^I and M^T: the nearest ones, or with `random_memory` clean
+    pairs by chance, which depend on the batch and the seed alone. Of several processes each reads
+    only its own images."""
 
-    def __init__(self, pairs, bank=None):
-        self.pairs, self.bank = pairs, bank
+    def __init__(self, pairs, bank=None, random_memory=False, seed=0):
+        self.pairs, self.bank, self.seed = pairs, bank, seed
+        self.clean = clean_pairs(bank) if random_memory and bank is not None else None
         self.own = slice(rank(), None, world())
+
+    def memory(self, indices):
+        """(M^I, M^T) (B,) each of the pairs (B,) of a batch."""
+        if self.clean is None:
+            return (self.bank.image_entry[self.pairs.image_of[indices]],
+                    self.bank.caption_entry[indices])
+        rng = np.random.default_rng([self.seed, *indices])
+        twice = len(self.clean) < len(indices)
+        return [rng.choice(self.clean, len(indices), replace=twice) for _ in range(2)]
 
     def __getitem__(self, indices):
         pairs = self.pairs
         wanted = np.array([indices])
-        if self.bank is not None:  # the batch, M^I and M^T
-            wanted = np.stack([indices, self.bank.image_entry[pairs.image_of[indices]],
-                               self.bank.caption_entry[indices]])
+        if self.bank is not None:
+            wanted = np.stack([indices, *self.memory(indices)])
         images, *image_rows = distinct_items(pairs.image_of[wanted])
         texts, *text_rows = distinct_items(pairs.text_of[wanted])
-        crops = [pairs.images[k] for k in images[self.own]]
+        crops = pairs.images.__getitems__(images[self.own].tolist())
         crops = torch.stack(crops or [pairs.images[0]])[: len(crops)]  # a share may be empty
         tokens = cut_tokens(pairs.tokens[texts])[self.own]
         return Batch(torch.as_tensor(indices), DistinctItems(crops, *image_rows, len(images)),
@@ -141,38 +169,54 @@ class Batches(Dataset):
 
 class EpochSampler(Sampler):
     """Batches of shuffled indices; the order depends on seed and epoch alone, the last incomplete
-    batch is dropped. An epoch starts at batch `first`."""
+    batch is dropped. An epoch starts at batch `first`.
 
-    def __init__(self, n, batch_size, seed):
+    With `chosen` (k,) int64 it draws from these indices only, in as many batches as all n give:
+    they are shuffled anew whenever they are used up, no batch has one twice.
+    """
+
+    def __init__(self, n, batch_size, seed, chosen=None):
         self.n, self.batch_size, self.seed, self.epoch, self.first = n, batch_size, seed, 0, 0
+        self.chosen = np.arange(n) if chosen is None else chosen
 
     def __len__(self):
         return self.n // self.batch_size
 
     def __iter__(self):
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.n)
-        batches = order[: len(self) * self.batch_size].reshape(len(self), self.batch_size)
-        yield from batches[self.first :].tolist()
+        rng, left = np.random.default_rng([self.seed, self.epoch]), self.chosen[:0]
+        for index in range(len(self)):
+            if len(left) < self.batch_size:
+                again = self.chosen[rng.permutation(len(self.chosen))]
+                doubled = np.isin(again, left)
+                left = np.concatenate([left, again[~doubled], again[doubled]])
+            if index >= self.first:
+                yield left[: self.batch_size].tolist()
+            left = left[self.batch_size :]
 
 
 def require_batch(args, num_pairs):
-    """Raise InputError unless the training set fills a batch."""
+    """Raise InputError unless the pairs that are trained on fill a batch."""
     if args.batch_size > num_pairs:
         raise InputError(f"--batch_size {args.batch_size} is larger than the training set of "
                          f"{num_pairs} pairs; choose one up to {num_pairs}")
 
 
-def training_loader(args, pairs, bank=None):
-    """DataLoader of `Batch`es; set `loader.sampler.epoch` (and `first`) before each epoch."""
-    require_batch(args, len(pairs))
-    sampler = EpochSampler(len(pairs), args.batch_size, args.seed)
-    return loader(args, Batches(pairs, bank), len(sampler), sampler=sampler, batch_size=None)
+def training_loader(args, pairs, bank=None, chosen=None, random_memory=False):
+    """DataLoader of `Batch`es, of all pairs or of the `chosen` ones (k,) int64, with their memory
+    entries in a `bank`; set `loader.sampler.epoch` (and `first`) before each epoch."""
+    require_batch(args, len(pairs) if chosen is None else len(chosen))
+    sampler = EpochSampler(len(pairs), args.batch_size, args.seed, chosen)
+    batches = Batches(pairs, bank, random_memory, args.seed)
+    return loader(args, batches, len(sampler), sampler=sampler, batch_size=None)
 
 
 @command
 def main(argv=None):
     args = parse_args("cache", argv)
     preprocess = clip.Preprocess.of(clip.architecture(args.vision_model))
+    if args.list_items:
+        write_items(training_pairs(args, preprocess), Path(args.list_items))
+        return
     for split in SPLITS:
         pairs = (training_pairs(args, preprocess) if split == "train"
                  else retrieval_split(args, split, preprocess))

@@ -5,8 +5,10 @@
 """
 
 from data import retrieval_split, training_loader, training_pairs
+from get_memorybank import memory_bank
 from params import parse_args
 from utils.errors import command
+from utils.method.memorybank import clean_pairs
 from utils.method.passes import Passes
 from utils.training.loop import fit
 from utils.training.optimizer import adamw, prepare_training, update
@@ -23,7 +25,11 @@ def main(argv=None):
 
     pairs = training_pairs(args, preprocess, run.log)
     dev = retrieval_split(args, "dev", preprocess, run.log)
-    loader = training_loader(args, pairs)
+    chosen = None
+    if args.train_on == "clean":
+        bank = memory_bank(model, pairs, args, run.precision, run.log, resumed=bool(run.state))
+        chosen = clean_pairs(bank)
+    loader = training_loader(args, pairs, chosen=chosen)
     baseline = Baseline(model, run)
     fit(run, model, dev, baseline.optimizers, loader, baseline.step)
 
@@ -43,7 +49,7 @@ class Baseline:
         model, run = self.model, self.run
         passes = Passes(model, batch, run.precision, accum_steps=run.args.accum_steps)
         loss = passes.batch().mean()
-        passes.backward(run.precision.scaler.scale(loss))
+        passes.backward(loss)
         norm = update(model, self.optimizer, run, self.max_norm)
         return {"loss": loss, "grad_norm": norm, "logit_scale": model.logit_scale}
 

@@ -15,7 +15,7 @@ from data import retrieval_split, training_loader, training_pairs
 from get_memorybank import memory_bank
 from params import parse_args
 from utils.errors import command
-from utils.method.memorybank import arrays_on
+from utils.method.memorybank import arrays_on, clean_pairs
 from utils.method.passes import Passes
 from utils.method.weightings import WEIGHTINGS
 from utils.training.loop import fit
@@ -35,36 +35,42 @@ def main(argv=None):
     pairs = training_pairs(args, preprocess, run.log)
     dev = retrieval_split(args, "dev", preprocess, run.log)
     bank = memory_bank(A, pairs, args, run.precision, run.log, resumed=bool(run.state))
-    loader = training_loader(args, pairs, bank)
 
     npc = NPC(A, run, bank)
+    loader = training_loader(args, pairs, bank if npc.uses_memory else None,
+                             clean_pairs(bank) if args.train_on == "clean" else None,
+                             args.memory == "random")
     fit(run, A, dev, npc.optimizers, loader, npc.step)
 
 
 class NPC:
     """A, its siamese A' and the step that trains them. AdamW's state of A' lives on from step to
-    step, while its weights are overwritten by A's."""
+    step, while its weights are overwritten by A's. A' exists only if the weighting looks ahead."""
 
     def __init__(self, A, run, bank):
         args = run.args
-        self.A, self.siamese, self.run = A, copy.deepcopy(A).eval(), run
-        self.optimizer, self.siamese_optimizer = adamw(A, args), adamw(self.siamese, args)
-        self.optimizers = {"optimizer": self.optimizer, "siamese_optimizer": self.siamese_optimizer}
-        for model in (A, self.siamese):
-            prepare_training(model, args, run.recipe)
+        self.A, self.siamese, self.run = A, None, run
         self.weighting = WEIGHTINGS[args.weighting]
         self.of_bank = arrays_on(run.device, bank, self.weighting.of_bank)  # (n,) each
+        self.uses_memory = self.weighting.looks_ahead or args.memory_loss_weight > 0
+        self.optimizer = adamw(A, args)
+        self.optimizers = {"optimizer": self.optimizer}
+        if self.weighting.looks_ahead:
+            self.siamese = copy.deepcopy(A).eval()
+            self.siamese_optimizer = adamw(self.siamese, args)
+            self.optimizers["siamese_optimizer"] = self.siamese_optimizer
+            prepare_training(self.siamese, args, run.recipe)
+        prepare_training(A, args, run.recipe)
 
     def step(self, batch):
         """One step on a `Batch` of B pairs and their memory entries M^I (by image) and M^T (by
         caption). Returns its numbers: losses, gradient norm, and the weights w (B,)."""
         A, siamese, run = self.A, self.siamese, self.run
         args, recipe = run.args, run.recipe
-        scale = run.precision.scaler.scale  # for amp_fp16
-        trains_on_memory = recipe.trains_on_memory and args.memory_loss_weight > 0
 
         # A' := A
-        passes = Passes(A, batch, run.precision, siamese, args.accum_steps, trains_on_memory,
+        passes = Passes(A, batch, run.precision, siamese, args.accum_steps,
+                        memory_gradient=recipe.trains_on_memory and args.memory_loss_weight > 0,
                         uniform=not recipe.per_sample)
         loss = passes.batch()                     # l(batch; A)           (B,)
         memory_i, memory_t = passes.memory()      # l(M^I; A), l(M^T; A)  (B,), (B,)
@@ -73,8 +79,7 @@ class NPC:
 
         # A' takes its AdamW step on mean l(batch; A'), and shows what that does to the memory
         if self.weighting.looks_ahead:
-            siamese_loss = recipe.siamese_gradient * passes.siamese_batch().mean()
-            passes.siamese_backward(scale(siamese_loss))
+            passes.siamese_backward(recipe.siamese_gradient * passes.siamese_batch().mean())
             run.precision.step(siamese, self.siamese_optimizer)
             known["after_i"], known["after_t"] = passes.memory_after()  # l(M^I; A'), l(M^T; A')
 
@@ -85,7 +90,7 @@ class NPC:
         # A takes its AdamW step on the re-weighted batch and on the memory
         weighted = (w * loss).mean() if recipe.per_sample else w.mean() * loss.mean()
         total = weighted + args.memory_loss_weight * (memory_i.mean() + memory_t.mean())
-        passes.backward(scale(total))
+        passes.backward(total)
         norm = update(A, self.optimizer, run, args.clip_grad)
         return {"loss": total, "batch_loss": loss.mean(), "weighted_loss": weighted,
                 "memory_image_loss": memory_i.mean(), "memory_text_loss": memory_t.mean(),

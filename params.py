@@ -13,7 +13,9 @@ from utils.method.weightings import WEIGHTINGS
 from utils.reading.layout import DATASETS, SPLITS, split_folder
 from utils.training.precision import PRECISIONS
 
-SCORES = ("loss", "cosine", "osa", "npc")
+SCORES = ("judge", "loss", "cosine", "npc")
+NEIGHBOURS = 15  # of a judge that is not the paper's
+CLEAN_THRESHOLD, PAPER_CLEAN_THRESHOLD = 0.8, 0.9
 
 
 FIRST_STEPS = {
@@ -27,15 +29,25 @@ All options:           python main_NPC.py --help; how DIR must look: dataset/REA
 FIRST_STEPS["clip"] = FIRST_STEPS["npc"].replace("main_NPC.py", "main_CLIP.py")
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Options with their defaults below a description that keeps its line ends."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line, with the nearest option or choice to a mistyped one."""
 
+    def __init__(self, description):
+        super().__init__(description=description, allow_abbrev=False, formatter_class=Help)
+
     def error(self, message):
-        words = re.findall(r"[\w.@/-]+", message.split("(choose from")[0])
-        choices = list(self._option_string_actions)
-        if "(choose from" in message:
-            words, choices = words[-1:], re.findall(r"[\w.@/-]+", message.split("(choose from")[1])
-        near = [match for word in words if word not in choices
+        said, _, offered = message.partition("(choose from")
+        words, choices = re.findall(r"[\w.@/-]+", said), re.findall(r"[\w.@/-]+", offered)
+        if said.startswith("unrecognized arguments"):
+            choices = list(self._option_string_actions)
+        near = [match for word in reversed(words) if word not in choices
                 for match in difflib.get_close_matches(word, choices, 1)]
         hint = f"did you mean {near[0]}? " if near else ""
         self.exit(2, f"error: {message} ({hint}{self.prog} --help lists the options)\n")
@@ -50,16 +62,14 @@ def parse_args(command, argv=None):
     """
     if command in FIRST_STEPS and not (sys.argv[1:] if argv is None else argv):
         sys.exit(FIRST_STEPS[command].rstrip())
-    parser = Parser(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-                    description={"npc": "Train or evaluate NPC.",
-                                 "clip": "Train or evaluate the CLIP baseline.",
-                                 "memorybank": "Build the memory bank of a training set.",
-                                 "noise": "Make a noisy caption file.",
-                                 "cache": "Decode all images ahead.",
-                                 "find_noise": "Rank the training pairs by how suspicious they "
-                                               "are.",
-                                 "search": "Find images by text, or captions by image.",
-                                 "export": "Write a checkpoint for transformers."}[command])
+    parser = Parser({"npc": "Train or evaluate NPC.",
+                     "clip": "Train or evaluate the CLIP baseline.",
+                     "memorybank": "Build the memory bank of a training set.",
+                     "noise": "Make a noisy caption file.",
+                     "cache": "Decode all images ahead.",
+                     "find_noise": "Rank the training pairs by how suspicious they are.",
+                     "search": "Find images by text, or captions by image.",
+                     "export": "Write a checkpoint for transformers."}[command])
     if command == "export":
         parser.add_argument("--resume", required=True, metavar="CKPT", help="checkpoint to export")
         add_activation(parser)
@@ -75,6 +85,7 @@ def parse_args(command, argv=None):
         add_model(parser.add_argument_group("model"), training)
     if training or command in ("memorybank", "find_noise"):
         add_method(parser.add_argument_group("method"), command)
+        add_judge(parser.add_argument_group("judge"), command)
     if command == "find_noise":
         add_findings(parser.add_argument_group("findings"))
     if command == "search":
@@ -112,8 +123,12 @@ def add_data(group, command):
                        help="processes that read images; 0 reads in the main process, which is "
                             "best for very small images")
     if command == "cache":
-        group.add_argument("--cache", dest="image_cache", metavar="DIR", required=True,
-                           help="folder of the image cache: 0.15 MB an image at 224 pixels")
+        what = group.add_mutually_exclusive_group(required=True)
+        what.add_argument("--cache", dest="image_cache", metavar="DIR", default="off",
+                          help="folder of the image cache: 0.15 MB an image at 224 pixels")
+        what.add_argument("--list_items", metavar="DIR",
+                          help="list the distinct training images and captions there, for a model "
+                               "of another kind that is to judge them (--judge_features)")
         group.add_argument("--vision_model", default="ViT-B/32", metavar="NAME|PATH",
                            help="model whose resolution the images are cut to")
     else:
@@ -151,27 +166,64 @@ def add_activation(group):
 
 
 def add_method(group, command):
-    group.add_argument("--recipe", choices=RECIPES, default="paper",
-                       help="follow the paper, or what the authors' released script does (README, "
-                            "'Fidelity')")
-    if command == "clip":
-        return
+    group.add_argument("--recipe", choices=RECIPES,
+                       default="robust" if command == "find_noise" else "paper",
+                       help="follow the paper; what the authors' released script does; or robust, "
+                            "training on what a better judge finds clean (docs/fidelity.md)")
     if command == "npc":
-        group.add_argument("--weighting", choices=WEIGHTINGS, default="npc",
+        group.add_argument("--weighting", choices=WEIGHTINGS, default=None,
                            help="weight of a pair's loss: " + "; ".join(
-                               f"{name}: {w.help}" for name, w in WEIGHTINGS.items()))
-        group.add_argument("--memory_loss_weight", type=natural_float, default=1.0,
-                           help="factor of the loss on the memory entries; 0 turns it off")
+                               f"{name}: {w.help}" for name, w in WEIGHTINGS.items())
+                           + "; without it npc, or none for --recipe robust")
+        group.add_argument("--memory", choices=("nearest", "random"), default="nearest",
+                           help="memory entries of a batch: the clean pairs nearest to its images "
+                                "and captions, as in the paper, or clean pairs by chance")
+        group.add_argument("--memory_loss_weight", type=natural_float, default=None,
+                           help="factor of the loss on the memory entries; 0 turns it off; without "
+                                "it 1, or 0 for --recipe robust")
+    if command in ("npc", "clip"):
+        group.add_argument("--train_on", choices=("all", "clean"), default=None,
+                           help="draw the batches from all pairs or from the strict clean set "
+                                "alone; an epoch has as many steps either way; without it all, or "
+                                "clean for --recipe robust")
     if command == "memorybank":
         group.add_argument("--format", choices=("npz", "released"), default="npz",
                            help="npz: ours, with the losses and posteriors; released: the authors' "
                                 "two pickled dictionaries")
-    group.add_argument("--clean_threshold", type=probability, default=0.9,
+    group.add_argument("--clean_threshold", type=probability, default=None,
                        help="posterior above which a pair is in the strict clean set; raise it "
-                            "when precision is low, lower it when the set is small")
+                            "when precision is low, lower it when the set is small; without it "
+                            f"{PAPER_CLEAN_THRESHOLD} with the paper's judge, {CLEAN_THRESHOLD} "
+                            "with others")
     group.add_argument("--min_clean", type=probability, default=0.02,
                        help="smallest share of pairs in the strict clean set: when fewer pass the "
                             "threshold, it is made of the pairs of smallest loss instead")
+
+
+def add_judge(group, command):
+    group.add_argument("--judge_rounds", type=natural_int, default=None, metavar="N",
+                       help="times that the judge learns from the pairs which it finds clean, then "
+                            "judges again; 0: the initial model judges; without it 0, or 2 for "
+                            "--recipe robust")
+    group.add_argument("--judge_steps", type=positive_int, default=16, metavar="K",
+                       help="optimiser steps of a round; many more overfit")
+    group.add_argument("--judge_neighbours", type=natural_int, default=None, metavar="K",
+                       help="before the first round a pair must also agree with the K nearest "
+                            f"neighbours of its image and caption; 0: not; without it {NEIGHBOURS} "
+                            "with rounds or for --recipe robust, else 0, the paper's")
+    group.add_argument("--judge_lr", type=natural_float, default=None, metavar="LR",
+                       help="learning rate of the rounds; without it --lr where there is one, else "
+                            "that of 1e-6, 1e-5, 1e-4, 1e-3 which works best on images held out")
+    group.add_argument("--judge", default=None, metavar="NAME|PATH",
+                       help="another model that judges, as for --vision_model; without it the "
+                            "initial model")
+    group.add_argument("--judge_features", default=None, metavar="FILE",
+                       help="judge by the features in this .npz file, of a model of any kind "
+                            "(docs/finding_noise.md); there are no rounds then")
+    if command in ("memorybank", "find_noise"):  # elsewhere these are options of training
+        add_memory_savers(group)
+        group.set_defaults(lr=None, beta1=0.9, beta2=0.98, eps=1e-6, weight_decay=0.2,
+                           clip_grad=10.0)
 
 
 def add_optimisation(group):
@@ -180,7 +232,7 @@ def add_optimisation(group):
     group.add_argument("--lr", type=natural_float, default=1e-6,
                        help="peak learning rate; the authors fine-tune ViT-B/32 with 2e-7 (NPC) "
                             "and 5e-7 (CLIP) and --precision fp16; other precisions need a larger "
-                            "one (README, 'Precision')")
+                            "one (docs/precision.md)")
     group.add_argument("--warmup", type=natural_int, default=500,
                        help="optimiser steps of linear warm-up; fewer where a run has few steps")
     group.add_argument("--beta1", type=probability, default=0.9,
@@ -193,12 +245,7 @@ def add_optimisation(group):
     group.add_argument("--weight_decay", type=natural_float, default=0.2,
                        help="AdamW's decoupled weight decay, on all parameters; a step decays by "
                             "this times the learning rate: at 1e-6 it hardly matters")
-    group.add_argument("--accum_steps", type=positive_int, default=1,
-                       help="encode a batch in so many pieces and compute each again in the "
-                            "backward pass: less memory, the same gradients, slower")
-    group.add_argument("--grad_checkpointing", action="store_true",
-                       help="keep only the input of each residual block and compute the rest again "
-                            "in the backward pass: less memory, the same gradients, slower")
+    add_memory_savers(group)
     group.add_argument("--compile", action="store_true",
                        help="compile the towers with torch.compile: minutes at the start, perhaps "
                             "faster steps on a GPU, which is not measured")
@@ -207,13 +254,29 @@ def add_optimisation(group):
                             "grad_norm in the log has spikes")
 
 
+def add_memory_savers(group):
+    group.add_argument("--accum_steps", type=positive_int, default=1,
+                       help="encode a batch in so many pieces and compute each again in the "
+                            "backward pass: less memory, the same gradients, slower")
+    group.add_argument("--grad_checkpointing", action="store_true",
+                       help="keep only the input of each residual block and compute the rest again "
+                            "in the backward pass: less memory, the same gradients, slower")
+
+
 def add_findings(group):
-    group.add_argument("--score", choices=SCORES, default="loss",
-                       help="what makes a pair suspicious: a high loss among the pairs of its "
-                            "batch; a low cosine; a low One-Step Anti-noise weight; a low mean "
-                            "weight in an NPC run (--weights)")
+    group.add_argument("--score", choices=SCORES, default="judge",
+                       help="what makes a pair suspicious: what the judge says; a high loss among "
+                            "the pairs of its batch; a low cosine; a low mean weight in an NPC run "
+                            "(--weights)")
     group.add_argument("--weights", default=None, metavar="FILE",
                        help="weights.npz of an NPC run on the same captions, for --score npc")
+    group.add_argument("--labels", default=None, metavar="FILE",
+                       help="decisions.csv of the HTML page, or suspicious_pairs.csv with its "
+                            "column decision filled in: says how many pairs are wrong and how "
+                            "right each --keep_above is, and overrules what was computed")
+    group.add_argument("--wanted_precision", type=probability, default=0.95,
+                       help="with --labels: share of right pairs among those kept, for which a "
+                            "--keep_above is proposed")
     group.add_argument("--worst", type=positive_int, default=200,
                        help="pairs on the HTML page; the CSV file holds all")
     group.add_argument("--out", default="./logs/noise", metavar="DIR",
@@ -285,6 +348,9 @@ def check(parser, args):
     """Fill in what depends on other options or on the machine."""
     if "score" in args and (args.score == "npc") != (args.weights is not None):
         parser.error("--score npc and --weights RUN/weights.npz go together")
+    fill_in(parser, args)
+    if getattr(args, "resume", None) == "":
+        parser.error("--resume '' names no checkpoint")
     if args.dataset is None:
         named = (split_folder(args.dataset_root) / "image_name.txt").exists()
         args.dataset = "pairs" if named else "coco"
@@ -293,12 +359,34 @@ def check(parser, args):
     if "precision" in args:
         if args.device is None:
             args.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        if args.device.type == "cuda" and not torch.cuda.is_available():
-            parser.error("--device cuda: torch sees no CUDA device here; use --device cpu")
+        if args.device.type == "cuda" and (args.device.index or 0) >= torch.cuda.device_count():
+            parser.error(f"--device {args.device}: torch sees {torch.cuda.device_count()} CUDA "
+                         "devices here; --device cpu works everywhere")
         if args.precision is None:
             args.precision = "amp_bf16" if args.device.type == "cuda" else "fp32"
     elif "image_cache" in args:  # reading images alone
         args.device = torch.device("cpu")
+
+
+def fill_in(parser, args):
+    """Options of method and judge that depend on the recipe, where they are not given."""
+    if "judge_rounds" not in args:
+        return
+    for name in ("weighting", "memory_loss_weight", "train_on", "judge_rounds"):
+        if getattr(args, name, 0) is None:
+            setattr(args, name, getattr(RECIPES[args.recipe], name))
+    if args.judge_features:
+        if args.judge:
+            parser.error("--judge and --judge_features name two judges; give one")
+        args.judge_rounds = 0
+    if args.judge_lr is None:
+        args.judge_lr = args.lr
+    if args.judge_neighbours is None:
+        own = args.judge_rounds or RECIPES[args.recipe].judge_rounds
+        args.judge_neighbours = NEIGHBOURS if own else 0
+    if args.clean_threshold is None:
+        own = args.judge_rounds or args.judge_neighbours
+        args.clean_threshold = CLEAN_THRESHOLD if own else PAPER_CLEAN_THRESHOLD
 
 
 # ---- types: each names what it expects, argparse names the option -------------------------------

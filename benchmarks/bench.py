@@ -36,6 +36,7 @@ from get_memorybank import bank_from_features
 from main_CLIP import Baseline
 from main_NPC import NPC
 from params import parse_args
+from utils.errors import command
 from utils.method.features import embed_pairs
 from utils.method.memorybank import MemoryBank
 from utils.report.retrieval import recalls
@@ -487,6 +488,7 @@ BENCHES = {"bank": bench_bank, "eval": bench_eval, "loader": bench_loader,
            "bank_coco": bench_bank_coco}
 
 
+@command
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], epilog="Other options are "
                                      "main_NPC.py's: --batch_size, --device, --precision, ...")

@@ -23,9 +23,14 @@ from statistics import mean, pvariance, stdev
 from typing import NamedTuple
 
 from matplotlib.figure import Figure
+from tqdm import tqdm
 
 ROOT = Path(os.path.relpath(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(ROOT.resolve()))  # of the processes below as well
+
+from utils.errors import command
+from utils.report.tables import markdown
+
 # Each command is a process of its own, forked from one that has imported what they need: seconds
 os.environ["OMP_NUM_THREADS"] = "1"  # of each, as several run at a time
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -41,29 +46,29 @@ class Method(NamedTuple):
     script: str
     folder: str
     style: str
-    epochs: int = 3
-    lr: float = 3e-4
+    epochs: int
     options: tuple[str, ...] = ()
 
 
+NPC_COMPUTE = 8  # epochs of plain CLIP that cost as much time as three of NPC
 METHODS = {
-    "CLIP": Method("main_CLIP.py", "clip", "C0o-"),
-    "CLIP, tuned": Method("main_CLIP.py", "clip_tuned", "C0s--", epochs=15, lr=1e-4),
-    "NPC": Method("main_NPC.py", "npc", "C1o-"),
-    "NPC, all w = 1": Method(
-        "main_NPC.py", "npc_unweighted", "C1s--", options=("--weighting", "none")
-    ),
+    "CLIP": Method("main_CLIP.py", "clip", "C0o-", 3),
+    "CLIP, NPC's compute": Method("main_CLIP.py", "clip_long", "C0s--", NPC_COMPUTE),
+    "NPC": Method("main_NPC.py", "npc", "C1o-", 3),
+    "robust": Method("main_NPC.py", "robust", "C2o-", 5, ("--recipe", "robust")),
 }
+LR = 3e-4
 ZERO_SHOT = "zero-shot"
-CHECKPOINTS = {  # those of a run that are tested
-    "last": "after the last epoch",
-    "best": "after the epoch that is best on the clean dev set, as in the paper",
-}
 NOTE = f"""\
-Each fine-tunes the zero-shot model on 5 captions of {TARGET} images for {METHODS['NPC'].epochs} \
-epochs, lr {METHODS['NPC'].lr:g}; the tuned CLIP for {METHODS['CLIP, tuned'].epochs} epochs, lr \
-{METHODS['CLIP, tuned'].lr:g}, chosen in a small grid at 60 % noise. Without weights \
-(w = 1), NPC is CLIP that also trains on the memory bank."""
+Each fine-tunes the zero-shot model on 5 captions of {TARGET} images at lr {LR:g}: NPC and CLIP \
+for {METHODS['NPC'].epochs} epochs, CLIP at NPC's compute for {NPC_COMPUTE}, robust (plain CLIP on \
+the pairs that a better judge finds clean) for {METHODS['robust'].epochs} after judging. Seconds \
+are those of a whole run, its test included, on one core."""
+OWN_DATA = """\
+For image-caption pairs of your own (a table with image paths and captions):
+  python dataset/prepare_pairs.py --pairs pairs.csv --images photos/ --root dataset/mine
+  python find_noise.py --dataset_root dataset/mine --out logs/noise
+  python main_NPC.py --recipe robust --dataset_root dataset/mine --experiments mine --lr 1e-5"""
 
 
 class Demo:
@@ -71,23 +76,32 @@ class Demo:
 
     def __init__(self, out, seeds, jobs):
         self.out, self.seeds, self.jobs = Path(out), range(seeds), jobs
-        self.total, self.finished = seeds * (1 + len(METHODS) * len(RATIOS)), 0
+        self.bar = None
 
     def run(self):
         """Make every run that is not finished yet; the first one that fails ends it."""
-        with ThreadPoolExecutor(self.jobs) as pool:
+        self.make([(self.finetune, seed, name, ratio)
+                   for seed in self.seeds for ratio in RATIOS for name in METHODS])
+
+    def make(self, runs):
+        """Call the functions of `runs`, (function, seed, ...), once the model of the seed is
+        there."""
+        with (ThreadPoolExecutor(self.jobs) as pool,
+              tqdm(total=len(self.seeds) + len(runs), unit="run", disable=None) as self.bar):
             models = [pool.submit(self.pretrain, seed) for seed in self.seeds]
-            runs = [
-                pool.submit(self.finetune, seed, models[seed], name, ratio)
-                for seed in self.seeds for ratio in RATIOS for name in METHODS
-            ]
+            futures = [pool.submit(self.after, models[seed], function, seed, *more)
+                       for function, seed, *more in runs]
             try:
-                for future in as_completed(models + runs):
+                for future in as_completed(models + futures):
                     future.result()
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
-                print("stopping; what is under way is finished first", flush=True)
                 raise
+
+    def after(self, model, function, *args):
+        """Call function(*args) when the future `model` is done."""
+        model.result()
+        function(*args)
 
     def pretrain(self, seed):
         """Draw both domains, train a tiny model on the source, test it on the target."""
@@ -100,50 +114,49 @@ class Demo:
             testing("main_CLIP.py", seed, folder, "pretrained/best.pt", ZERO_SHOT),
         ])
 
-    def finetune(self, seed, model, name, ratio):
+    def finetune(self, seed, name, ratio):
         """Fine-tune the pre-trained model of `seed` on the target, test it there."""
-        model.result()
         folder, run, method = self.folder(seed), run_name(name, ratio), METHODS[name]
-        initial = folder / "pretrained" / "best.pt"
-        train = training(method.script, seed, folder, "target", run, initial, TARGET,
-                         method.epochs, method.lr)
-        files = {"last": f"epoch{method.epochs}.pt", "best": "best.pt"}
+        train = training(method.script, seed, folder, "target", run,
+                         folder / "pretrained" / "best.pt", TARGET, method.epochs, LR)
         self.execute(folder / run, f"seed {seed}, {ratio:.0%} noise, {name}", "last", [
             (*train, "--noise_ratio", ratio, *method.options),
-            *(testing(method.script, seed, folder, f"{run}/{files[c]}", f"{run}/{c}")
-              for c in CHECKPOINTS),
+            testing(method.script, seed, folder, f"{run}/epoch{method.epochs}.pt", f"{run}/last"),
         ])
 
-    def execute(self, folder, what, tested, commands):
+    def execute(self, folder, what, tested, commands, hook=None):
         """Run `commands`, unless exactly these are finished, and show the score in folder/tested.
 
-        What they print goes to output.txt in `folder`, which is emptied before; checkpoints in it
-        are deleted after.
+        commands.txt and output.txt in `folder` hold the commands and what they print; checkpoints
+        in it are deleted after. `hook`: see `run_script`.
         """
         start, done = time.perf_counter(), folder / "commands.txt"
         lines = "".join(f"python {ROOT / script} {shlex.join(map(str, options))}\n"
                         for script, *options in commands)
         reused = done.exists() and done.read_text() == lines
         if not reused:
-            print(f"\n{lines}", flush=True)
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
             for script, *options in commands:
-                call(script, options, folder / "output.txt")
+                call(script, options, folder / "output.txt", hook)
             for checkpoint in folder.glob("*.pt"):  # tested, and tens of megabytes each
                 checkpoint.unlink()
+            (folder / "seconds.txt").write_text(f"{time.perf_counter() - start:.2f}\n")
             done.write_text(lines)
-        self.finished += 1
         score = read_scores(folder / tested)["mean_R1"]
         how = "reused" if reused else f"{time.perf_counter() - start:.0f} s"
-        print(f"[{self.finished}/{self.total}] {what}: mean R@1 {score:.1f} ({how})", flush=True)
+        tqdm.write(f"{what}: mean R@1 {score:.1f} ({how})")
+        self.bar.update()
 
-    def results(self, checkpoint):
-        """{method: [[scores of each noise ratio] of each seed]}."""
+    def results(self):
+        """{method: [[scores of each noise ratio] of each seed]}, and the run's `seconds`."""
 
         def scores(seed, name, ratio):
-            run = ZERO_SHOT if name == ZERO_SHOT else f"{run_name(name, ratio)}/{checkpoint}"
-            return read_scores(self.folder(seed) / run)
+            folder = self.folder(seed)
+            if name == ZERO_SHOT:
+                return read_scores(folder / ZERO_SHOT)
+            folder = folder / run_name(name, ratio)
+            return {**read_scores(folder / "last"), "seconds": read_seconds(folder)}
 
         return {name: [[scores(seed, name, ratio) for ratio in RATIOS] for seed in self.seeds]
                 for name in (ZERO_SHOT, *METHODS)}
@@ -173,9 +186,9 @@ def run_name(name, ratio):
     return f"{METHODS[name].folder}_{ratio}"
 
 
-def call(script, options, log):
+def call(script, options, log, hook=None):
     """Run a script of this repository on one thread; end with its last line if it fails."""
-    process = PROCESSES.Process(target=run_script, args=(script, options, log))
+    process = PROCESSES.Process(target=run_script, args=(script, options, log, hook))
     process.start()
     process.join()
     if process.exitcode:
@@ -183,12 +196,15 @@ def call(script, options, log):
         sys.exit(f"{script}: {last}\nall that it printed: {log}")
 
 
-def run_script(script, options, log):
-    """In a process of its own, do as `python script options` does, and print to the end of log."""
+def run_script(script, options, log, hook):
+    """In a process of its own, do as `python script options` does, after hook() if there is one,
+    and print to the end of log."""
     with open(log, "a") as output:
         os.dup2(output.fileno(), sys.stdout.fileno())
         os.dup2(output.fileno(), sys.stderr.fileno())
     sys.argv = [str(ROOT / script), *map(str, options)]
+    if hook:
+        hook()
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 
@@ -196,16 +212,15 @@ def read_scores(folder):
     return json.loads((folder / "eval_test.json").read_text())
 
 
+def read_seconds(folder):
+    """Seconds that a finished run took."""
+    return float((folder / "seconds.txt").read_text())
+
+
 def spread(values, digits=1):
     """Mean ± standard deviation over the seeds; without the latter where there is one."""
     deviation = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{mean(values):.{digits}f}{deviation}"
-
-
-def markdown(head, rows):
-    """A Markdown table."""
-    lines = [head, ["---", *["--:"] * (len(head) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def over_ratios(seeds, key):
@@ -218,15 +233,16 @@ def variances(seeds):
     return [pvariance(scores["i2t_R@1"] for scores in ratios) for ratios in seeds]
 
 
-def table(results, what):
-    """A Markdown table of mean R@1 over noise ratios, and of the variance."""
+def table(results):
+    """A Markdown table of mean R@1 over noise ratios, of the variance, and of seconds."""
     seeds = len(results[ZERO_SHOT])
     over_seeds = f", mean ± standard deviation over {seeds} seeds" if seeds > 1 else ""
-    lines = markdown(
-        ["noise", *(f"{ratio:.0%}" for ratio in RATIOS), "variance of i2t R@1"],
-        [[name, *map(spread, over_ratios(runs, "mean_R1")), spread(variances(runs))]
-         for name, runs in results.items()])
-    return f"Mean R@1 on {TEST} test images {what}{over_seeds}:\n\n{lines}\n"
+    rows = [[name, *map(spread, over_ratios(runs, "mean_R1")), spread(variances(runs)),
+             "" if name == ZERO_SHOT else f"{mean(sum(over_ratios(runs, 'seconds'), [])):.0f}"]
+            for name, runs in results.items()]
+    head = ["noise", *(f"{ratio:.0%}" for ratio in RATIOS), "variance of i2t R@1", "seconds"]
+    return (f"Mean R@1 on {TEST} test images after the last epoch{over_seeds}:\n\n"
+            f"{markdown(head, rows)}\n")
 
 
 def figure(results, path):
@@ -245,6 +261,7 @@ def figure(results, path):
     fig.savefig(path, dpi=150)
 
 
+@command
 def main():
     parser = argparse.ArgumentParser(
         description="Compare CLIP and NPC on synthetic scenes with noisy captions.",
@@ -260,13 +277,14 @@ def main():
 
     start, demo = time.perf_counter(), Demo(**vars(args))
     demo.run()
-    results = {checkpoint: demo.results(checkpoint) for checkpoint in CHECKPOINTS}
-    tables = "\n".join(table(results[c], what) for c, what in CHECKPOINTS.items()) + f"\n{NOTE}\n"
+    results = demo.results()
+    text = f"{table(results)}\n{NOTE}\n"
     (demo.out / "results.json").write_text(json.dumps({"noise": RATIOS, **results}, indent=1))
-    (demo.out / "results.md").write_text(tables)
-    figure(results["last"], demo.out / "figure.png")
-    print(f"\n{tables}\n{time.perf_counter() - start:.0f} s; wrote results.md, results.json and "
-          f"figure.png to {demo.out}")
+    (demo.out / "results.md").write_text(text)
+    figure(results, demo.out / "figure.png")
+    print(f"\n{text}\n{time.perf_counter() - start:.0f} s; the picture is {demo.out}/figure.png; "
+          f"the commands of a run are in its folder, as {demo.out}/seed0/npc_0.6/commands.txt\n\n"
+          f"{OWN_DATA}")
 
 
 if __name__ == "__main__":

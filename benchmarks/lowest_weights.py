@@ -14,7 +14,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import clip
 from data import training_pairs
-from utils.errors import InputError, command
+from utils.errors import command
+from utils.files import atomic_write, reading
 from utils.report.diagnostics import LOWEST, pairs_figure
 from utils.report.pair_weights import read_weights
 
@@ -26,15 +27,15 @@ def main(argv=None):
     parser.add_argument("--out", default="lowest_weights.png", help="PNG to write")
     options = parser.parse_args(argv)
     path = options.run / "options.json"
-    if not path.is_file():
-        raise InputError(f"{path} does not exist; give the folder of a run of main_NPC.py")
-    args = argparse.Namespace(**json.loads(path.read_text(encoding="utf-8")))
-    size = clip.architecture(args.vision_model)["image_resolution"]
+    with reading(path, "the options of a run", "give the folder of a run of main_NPC.py"):
+        args = argparse.Namespace(**json.loads(path.read_text(encoding="utf-8")))
+        size = clip.architecture(args.vision_model)["image_resolution"]
     pairs = training_pairs(args, clip.Preprocess(size))
-    w = read_weights(options.run / "weights.npz")
+    w = read_weights(options.run / "weights.npz", pairs)
     w = w[np.isfinite(w).any(axis=1)][-1]  # the last epoch that is there
     lowest = np.argsort(w, kind="stable")[:LOWEST]  # pairs that were not drawn sort last
-    pairs_figure(pairs, lowest, w[lowest]).savefig(options.out, dpi=100)
+    with atomic_write(options.out, "wb") as f:
+        pairs_figure(pairs, lowest, w[lowest]).savefig(f, format="png", dpi=100)
     print(f"wrote {options.out}")
 
 

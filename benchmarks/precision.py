@@ -25,7 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import clip
 from clip.weights import CONFIGS
+from utils.errors import command
 from utils.method.losses import pair_losses
+from utils.report.tables import markdown
 from utils.training.optimizer import adamw
 from utils.training.precision import clip_gradients
 from utils.training.schedule import warmup_cosine
@@ -266,20 +268,21 @@ def measure(seed, args):
             "autocast": autocast_table(weights, gradients), "logits": logits_table(seed)}
 
 
-def markdown(keys, tables):
-    """Lines of a Markdown table from those of all seeds, with mean ± standard deviation."""
+def over_seeds(keys, tables):
+    """A Markdown table from those of all seeds, with mean ± standard deviation."""
     columns = list(next(iter(tables[0].values())))
-    yield "| " + " | ".join((*keys, *columns)) + " |"
-    yield "|" + "---|" * (len(keys) + len(columns))
+    rows = []
     for row in tables[0]:
         cells = []
         for column in columns:
             values = [table[row][column] for table in tables]
             spread = f" ± {stdev(values):.1g}" if len(values) > 1 else ""
             cells.append(f"{mean(values):.3g}{spread}")
-        yield "| " + " | ".join((*row, *cells)) + " |"
+        rows.append([*row, *cells])
+    return markdown([*keys, *columns], rows)
 
 
+@command
 def main():
     parser = argparse.ArgumentParser(description="Measure what half weights keep of a step.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -291,7 +294,7 @@ def main():
     args = parser.parse_args()
     results = [measure(seed, args) for seed in range(args.seeds)]
     for name, (keys, title) in TABLES.items():
-        print(f"\n**{title}**\n", *markdown(keys, [r[name] for r in results]), sep="\n")
+        print(f"\n**{title}**\n\n{over_seeds(keys, [r[name] for r in results])}")
     if args.json:
         plain = [{name: {" ".join(row): numbers for row, numbers in table.items()}
                   for name, table in result.items()} for result in results]

@@ -25,9 +25,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from params import Parser
 from utils.errors import InputError, command
-from utils.files import atomic_write
+from utils.files import atomic_write, reading
 from utils.reading.layout import ratio_name
 from utils.report.pair_weights import read_weights
+from utils.report.tables import markdown
 
 PUBLISHED = Path(__file__).with_name("published.csv")
 METRICS = [f"{way}_R@{k}" for way in ("i2t", "t2i") for k in (1, 5, 10)]
@@ -76,19 +77,18 @@ class Row(NamedTuple):
 
 
 def read_json(path, lines=False):
-    """Content of a .json file, or the list of that of each line of a .jsonl file."""
-    try:
+    """The object in a .json file, or the list of those in the lines of a .jsonl file."""
+    with reading(path, "what a run writes", "run it again, or leave its folder out"):
         text = path.read_text(encoding="utf-8")
-        return [json.loads(line) for line in text.splitlines()] if lines else json.loads(text)
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not JSON, or cut short"
-        raise InputError(f"cannot read {path}: {reason}") from None
+        objects = [dict(json.loads(part)) for part in (text.splitlines() if lines else [text])]
+    return objects if lines else objects[0]
 
 
 def read_run(folder):
-    """The `Run` of a folder. Raises InputError when it was not evaluated."""
+    """The `Run` of a folder. Raises InputError when it was not evaluated or a file of it is
+    broken."""
     folder = Path(folder)
-    if not (folder / "eval_test.json").is_file():
+    if not (folder / "eval_test.json").exists():
         what = shlex.join(["--resume", str(folder / "best.pt"), "--checkpoint_path",
                            str(folder.parent), "--experiments", folder.name])
         raise InputError(f"{folder} has no eval_test.json; make it with the script and the data "
@@ -152,14 +152,14 @@ def method_names(runs):
     """Name of each run's method: --name, and the options in which runs of that name differ."""
     names = []
     for run in runs:
-        alike = [other.options for other in runs if other.name == run.name and other.options]
-        keys = set.intersection(*map(set, alike)) - ROUTINE if run.options else ()
-        differ = [key for key in sorted(keys) if len({plain(o[key]) for o in alike}) > 1]
-        names.append(", ".join([run.name, *(f"{k} {plain(run.options[k])}" for k in differ)]))
+        same_name = [other.options for other in runs if other.name == run.name and other.options]
+        keys = set.intersection(*map(set, same_name)) - ROUTINE if run.options else ()
+        differ = [key for key in sorted(keys) if len({in_name(o[key]) for o in same_name}) > 1]
+        names.append(", ".join([run.name, *(f"{k} {in_name(run.options[k])}" for k in differ)]))
     return names
 
 
-def plain(value):
+def in_name(value):
     """An option's value as text; of a checkpoint its file name, as each seed may have its own."""
     text = str(value)
     return Path(text).name if Path(text).suffix in (".pt", ".pth") else text
@@ -200,22 +200,22 @@ def variances(rows):
 # ---- writing ------------------------------------------------------------------------------------
 
 
-def markdown(tables, runs):
+def document(tables, runs):
     """All tables as Markdown. tables: {title: [Row]}."""
     parts = []
     for title, rows in tables.items():
-        lines = [["noise", "method", "seeds", "i2t R@1", "R@5", "R@10", "t2i R@1", "R@5", "R@10",
-                  "rsum"]]
-        lines += [[noise_name(row), row.label, str(row.seeds or "–"),
-                   *(cell(row, column) for column in COLUMNS)] for row in rows]
-        parts += [f"### {title}", grid(lines)]
+        head = ["noise", "method", "seeds", "i2t R@1", "R@5", "R@10", "t2i R@1", "R@5", "R@10",
+                "rsum"]
+        lines = [[noise_name(row), row.label, str(row.seeds or "–"),
+                  *(cell(row, column) for column in COLUMNS)] for row in rows]
+        parts += [f"### {title}", markdown(head, lines)]
         if any("t2i_R@10" not in row.mean for row in rows):
             parts.append(STAR)
         if found := variances(rows):
-            parts.append(grid([["method", "noise ratios", "variance of i2t R@1"],
-                               *([label, ", ".join(map(percent, ratios)), f"{variance:.2f}"]
-                                 for label, ratios, variance in found)]))
-    parts += ["### Runs", grid([RUN_COLUMNS, *map(run_line, runs)])]
+            parts.append(markdown(["method", "noise ratios", "variance of i2t R@1"],
+                                  [[label, ", ".join(map(percent, ratios)), f"{variance:.2f}"]
+                                   for label, ratios, variance in found]))
+    parts += ["### Runs", markdown(RUN_COLUMNS, map(run_line, runs))]
     return "\n\n".join(parts) + "\n"
 
 
@@ -228,12 +228,6 @@ def run_line(run):
             f"{len(run.log)} of {run.options['epochs']}", str(best["epoch"]) if best else "–",
             f"{best['dev']['mean_R1']:.1f}" if best else "–",
             "–" if run.mean_weight is None else f"{run.mean_weight:.3f}"]
-
-
-def grid(lines):
-    """Lists of cells as a Markdown table; the first is the header."""
-    lines = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
-    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
 
 
 def percent(ratio):
@@ -322,7 +316,7 @@ def main(argv=None):
     rows.sort(key=lambda row: (-1 if row.noise is None else row.noise, row.seeds > 0, row.method))
     tables = {title: [row for row in rows if row.table == title] for title in titles}
 
-    text = markdown(tables, runs)
+    text = document(tables, runs)
     with atomic_write(args.out / "tables.md") as f:
         f.write(text)
     with atomic_write(args.out / "tables.csv") as f:

@@ -18,92 +18,51 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dataset.common import Parser, few, same_content
+from params import Parser
 from utils.errors import InputError, command
+from utils.reading.layout import few
 
 FOLDERS = ("images/train2014", "images/val2014", "train2014", "val2014", "images")
 ORIGINAL = re.compile(r"COCO_(?:train|val)2014_(\d{12})\.jpg")
-RENAMED = re.compile(r"COCO_2014_\d{12}\.jpg")
 IMAGES = 82783 + 40504  # train2014 and val2014
-
-
-def find_moves(root):
-    """Moves to make: a list of (source, target), sorted; and the names of files that are not ours.
-
-    Raises InputError when no folder is there.
-    """
-    folders = [root / name for name in FOLDERS if (root / name).is_dir()]
-    if not folders:
-        raise InputError(f"--root {root} has none of the folders {', '.join(FOLDERS)}; unpack "
-                         "train2014.zip and val2014.zip there")
-    moves, foreign = [], []
-    for folder in folders:
-        for name in sorted(os.listdir(folder)):
-            if match := ORIGINAL.fullmatch(name):
-                moves.append((folder / name, root / "images" / f"COCO_2014_{match[1]}.jpg"))
-            elif (folder / name).is_file() and not RENAMED.fullmatch(name):
-                foreign.append(folder / name)
-    return moves, foreign
-
-
-def plan(moves):
-    """Split moves into those to make and sources whose content is at its target already.
-
-    Raises InputError, before anything is moved, when two different images claim one target.
-    """
-    free, done, taken, claimed = [], [], [], {}
-    for source, target in tqdm(moves, desc="checking", disable=None):
-        holder = target if os.path.lexists(target) else claimed.get(target)
-        if holder is None:
-            claimed[target] = source
-            free.append((source, target))
-        elif holder.is_file() and same_content(source, holder):
-            done.append(source)
-        else:
-            taken.append(f"{source} -> {target}")
-    if taken:
-        raise InputError(f"{len(taken)} images would overwrite another one: {few(taken)}; "
-                         "nothing was moved; remove the wrong one of each")
-    return free, done
 
 
 @command
 def main(argv=None):
-    """Command line of the module. Raises SystemExit with status 2 on bad input."""
     parser = Parser(__doc__)
     parser.add_argument("--root", type=Path, required=True,
-                        help="folder of the data set, which has or gets images/ (no default)")
+                        help="folder of the data set, which has or gets images/")
     parser.add_argument("--dry_run", action="store_true",
-                        help="say what would be moved and change nothing (default: move); use it "
-                             "first when you are not sure of --root")
+                        help="say what would be moved and change nothing; use it first when you "
+                             "are not sure of --root")
     args = parser.parse_args(argv)
 
-    moves, foreign = find_moves(args.root)
-    free, done = plan(moves)
     images = args.root / "images"
-    before = sum(bool(RENAMED.fullmatch(path.name)) for path in images.glob("*.jpg"))
+    moves = [(path, images / f"COCO_2014_{match[1]}.jpg") for folder in FOLDERS
+             for path in sorted((args.root / folder).glob("*.jpg"))
+             if (match := ORIGINAL.fullmatch(path.name))]
+    before = len(list(images.glob("COCO_2014_*.jpg")))
     if not moves and not before:
-        raise InputError(f"no COCO_train2014_*.jpg or COCO_val2014_*.jpg in {args.root}; expected "
-                         f"them in one of {', '.join(FOLDERS)}")
-    try:
-        if not args.dry_run:
+        raise InputError(f"no COCO_train2014_*.jpg or COCO_val2014_*.jpg in {args.root}; unpack "
+                         f"train2014.zip and val2014.zip in it, or in one of {', '.join(FOLDERS)}")
+    moved, left = 0, []
+    for source, target in tqdm(moves, desc="moving", disable=None):
+        if os.path.lexists(target):
+            left.append(source)
+        elif args.dry_run:
+            moved += 1
+        else:
             images.mkdir(exist_ok=True)
-            for source, target in tqdm(free, desc="moving", disable=None):
-                os.rename(source, target)
-    except OSError as error:
-        raise InputError(f"cannot move {error.filename} to {images}: {error.strerror}; both must "
-                         "be on one disk and writable; then run again") from None
-
-    for source, target in free[:3] if args.dry_run else ():
+            os.rename(source, target)
+            moved += 1
+    for source, target in moves[:3] if args.dry_run else ():
         print(f"{source} -> {target}")
-    print(f"{'would move' if args.dry_run else 'moved'} {len(free)} images to {images}, "
-          f"{before} were there")
-    if done:
-        print(f"left {len(done)} files whose content is there already ({few(done)})")
-    if foreign:
-        print(f"left {len(foreign)} other files ({few(foreign)})")
-    if before + len(free) != IMAGES:
-        print(f"note: {before + len(free)} images in all; train2014 and val2014 have {IMAGES}")
+    print(f"{'would move' if args.dry_run else 'moved'} {moved} images to {images}, {before} were "
+          "there")
+    if left:
+        print(f"left {len(left)} images whose new name is taken ({few(left)})")
+    if before + moved != IMAGES:
+        print(f"note: {before + moved} images in all; train2014 and val2014 have {IMAGES}")
 
 
 if __name__ == "__main__":

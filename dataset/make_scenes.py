@@ -8,7 +8,6 @@ domain, with other colours and other words, is for fine-tuning it:
     python dataset/make_scenes.py --out scenes/target --domain target
 """
 
-import argparse
 import math
 import random
 import sys
@@ -21,8 +20,9 @@ from PIL import Image, ImageDraw
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from params import Parser, positive_int
 from utils.errors import InputError, command
-from utils.reading.layout import write_image_names, write_split
+from utils.reading.layout import split_folder, write_lines, write_split
 
 
 class Domain(NamedTuple):
@@ -256,28 +256,18 @@ def make_scenes(out: str | Path, domain: str, train: int, dev: int, test: int, s
     Writes `images/*.png` and `annotations/scan_split/`, over those of an earlier call. The ids of
     the three splits interleave. The same arguments give the same files, bit for bit.
 
-    Args:
-        out: the folder; made where it is missing.
-        domain: a key of `DOMAINS`.
-        train, dev, test: images in each split, at least 1; `MOST` in all at most.
-        seed: any integer; the two domains draw different scenes from the same seed.
-
-    Raises:
-        InputError: `domain` is unknown, a count is out of range, or `out` is not writable.
+    domain: a key of `DOMAINS`. train, dev, test: images in each split, `MOST` in all at most.
+    seed: any integer; the two domains draw different scenes from the same seed. Raises InputError
+    when there are more than `MOST` or `out` is not writable.
     """
     out, counts = Path(out), {"train": train, "dev": dev, "test": test}
     total = sum(counts.values())
-    if domain not in DOMAINS:
-        raise InputError(f"domain is {domain!r}: expected one of {', '.join(DOMAINS)}")
-    if min(counts.values()) < 1 or total > MOST:
-        raise InputError(
-            f"train, dev and test are {train}, {dev} and {test}: expected at least 1 image each "
-            f"and at most {MOST} in all"
-        )
+    if total > MOST:
+        raise InputError(f"--train, --dev and --test ask for {total} images: {MOST} at most")
 
     rng = random.Random(f"{domain} {seed}")
     names = [f"{i:06d}.png" for i in range(total)]
-    write_image_names(out, names)
+    write_lines(split_folder(out) / "image_name.txt", names)
     (out / "images").mkdir(exist_ok=True)
     captions = []
     for name, scene in zip(names, sample_scenes(total, rng), strict=True):
@@ -287,24 +277,21 @@ def make_scenes(out: str | Path, domain: str, train: int, dev: int, test: int, s
     shuffled = iter(rng.sample(range(total), total))
     for split, count in counts.items():
         ids = sorted(next(shuffled) for _ in range(count))
-        write_split(out, split, ids, [captions[i] for i in ids])
+        write_split(split_folder(out), split, ids, [captions[i] for i in ids])
 
 
 @command
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Read the command line, draw the set and say what was written."""
-    parser = argparse.ArgumentParser(
-        description="Draw a synthetic image-caption set in the layout of Flickr30K.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = Parser(__doc__)
     add = parser.add_argument
-    add("--out", metavar="DIR", required=True, default=argparse.SUPPRESS, help="folder of the set")
+    add("--out", metavar="DIR", required=True, help="folder of the set")
     add("--domain", choices=DOMAINS, default="target", help="which palette and which words")
-    add("--train", metavar="N", type=int, default=400, help="images for training")
-    add("--dev", metavar="N", type=int, default=100, help="images for validation")
-    add("--test", metavar="N", type=int, default=300, help="images for testing")
+    add("--train", metavar="N", type=positive_int, default=400, help="images for training")
+    add("--dev", metavar="N", type=positive_int, default=100, help="images for validation")
+    add("--test", metavar="N", type=positive_int, default=300, help="images for testing")
     add("--seed", metavar="S", type=int, default=0, help="the same seed gives the same files")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     make_scenes(**vars(args))
     print(
         f"{args.out}: {args.train} train, {args.dev} dev and {args.test} test images of the "

@@ -28,20 +28,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataset.common import (
     JPEG,
-    Parser,
     as_jpeg,
-    check_layout,
     clean,
-    few,
     image_format,
     inner_name,
+    new_split,
     place,
-    positive,
-    read_text,
     report,
-    write_layout,
 )
+from params import Parser, positive_int
 from utils.errors import InputError, command
+from utils.files import reading
+from utils.reading.layout import few, read_lines, read_text
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 PLAIN_KEY = re.compile(r"[\w-]+", re.ASCII)
@@ -70,20 +68,18 @@ def walk(folder, option):
         raise InputError(f"{option} {folder} is not a folder; give the one with the images")
     for parent, folders, names in os.walk(folder):
         folders.sort()
-        yield from (os.path.join(parent, name) for name in sorted(names))
+        yield from filter(os.path.isfile, (os.path.join(parent, name) for name in sorted(names)))
 
 
 def tar_members(path):
     """(name without folders, Member) of each file of a tar; InputError when it is broken."""
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                if member.isreg() and not member.issparse():
-                    yield (member.name.rsplit("/", 1)[-1],
-                           Member(path, member.offset_data, member.size))
-    except (tarfile.TarError, OSError) as error:
-        raise InputError(f"{path} is not a whole, uncompressed tar ({error}); download the shard "
-                         "again or move it away") from None
+    with (reading(path, "a whole, uncompressed tar", "download the shard again or move it away"),
+          tarfile.open(path, "r:") as tar):
+        for member in tar:
+            if member.size < 0:  # some versions of tarfile would run in circles
+                raise ValueError("a member of negative size")
+            if member.isreg() and not member.issparse():
+                yield member.name.rsplit("/", 1)[-1], Member(path, member.offset_data, member.size)
 
 
 def read_shards(folder):
@@ -138,7 +134,7 @@ def read_rows(path):
 
     The url is what follows the last tab. Raises InputError when a row has none.
     """
-    lines = read_text(path, "--tsv").replace("\r\n", "\n").removesuffix("\n").split("\n")
+    lines = read_text(path, "--tsv is Conceptual Captions' list").removesuffix("\n").split("\n")
     header = [field.strip().lower() for field in lines[0].split("\t")] == ["caption", "url"]
     rows = []
     for number, line in enumerate(lines[header:], start=1 + header):
@@ -158,13 +154,14 @@ def match_rows(rows, folder, mapping):
     images, other, absent = {}, [], []
     if mapping:
         pairs = []
-        lines = read_text(mapping, "--mapping").replace("\r\n", "\n").removesuffix("\n").split("\n")
-        for number, line in enumerate(lines, start=1):
+        for number, line in enumerate(read_lines(mapping), start=1):
             where = f"--mapping {mapping}, line {number}"
             row, tab, name = line.partition("\t")
-            if not (tab and row.isascii() and row.isdigit()):
-                raise InputError(f"{where}: expected row number<TAB>file; rows count from 0")
-            pairs.append((int(row), str(folder / inner_name(name.strip(), where)), where))
+            try:
+                pairs.append((int(row), str(folder / inner_name(name.strip())), where))
+            except ValueError as error:
+                raise InputError(f"{where}: expected row number, from 0,<TAB>file ({error})"
+                                 ) from None
     else:
         pairs = []
         for path in walk(folder, "--images"):
@@ -230,7 +227,6 @@ def draw(samples, sizes, seed, caption_of):
 
 @command
 def main(argv=None):
-    """Command line of the module. Raises SystemExit with status 2 on bad input."""
     parser = Parser(__doc__)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--shards", type=Path,
@@ -246,12 +242,12 @@ def main(argv=None):
                              "files are named by row number); give it when they are not")
     parser.add_argument("--root", type=Path, required=True,
                         help="folder of the data set to make (no default)")
-    parser.add_argument("--train", type=positive, default=118851, metavar="N",
+    parser.add_argument("--train", type=positive_int, default=118851, metavar="N",
                         help="training images (default: %(default)s, the paper's); lower it when "
                              "fewer could be downloaded")
-    parser.add_argument("--dev", type=positive, default=1000, metavar="N",
+    parser.add_argument("--dev", type=positive_int, default=1000, metavar="N",
                         help="validation images (default: %(default)s); lower it with --train")
-    parser.add_argument("--test", type=positive, default=1000, metavar="N",
+    parser.add_argument("--test", type=positive_int, default=1000, metavar="N",
                         help="test images (default: %(default)s); lower it with --train")
     parser.add_argument("--seed", type=int, default=0,
                         help="seed of the draw (default: %(default)s); change it for another split")
@@ -275,13 +271,12 @@ def main(argv=None):
         part = drawn[start:start + size]
         splits[split] = [key for key, *_ in part], [[caption] for _, _, caption, _ in part]
         start += size
-    check_layout(args.root, splits)
     placed = 0
-    for key, image, _, kind in tqdm(drawn, desc="placing", unit=" images", disable=None):
-        content = read(image) if isinstance(image, Member) else image
-        placed += place(content if kind in JPEG else as_jpeg(content),
-                        args.root / "images" / f"{key}.jpg")
-    write_layout(args.root, splits)
+    with new_split(args.root, splits):
+        for key, image, _, kind in tqdm(drawn, desc="placing", unit=" images", disable=None):
+            content = read(image) if isinstance(image, Member) else image
+            placed += place(content if kind in JPEG else as_jpeg(content),
+                            args.root / "images" / f"{key}.jpg")
 
     looked_at = len(drawn) + sum(map(len, left_out.values()))
     print(f"found {len(samples)} images, looked at {looked_at}, "

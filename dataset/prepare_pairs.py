@@ -24,19 +24,10 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dataset.common import (
-    Parser,
-    check_layout,
-    clean,
-    few,
-    image_format,
-    inner_name,
-    place,
-    read_text,
-    report,
-    write_layout,
-)
+from dataset.common import clean, image_format, inner_name, new_split, place, report
+from params import Parser
 from utils.errors import InputError, command
+from utils.reading.layout import few, read_text
 
 
 def amount(text):
@@ -52,7 +43,7 @@ amount.__name__ = "number or share below 1"  # argparse names the type in its me
 
 def read_table(path):
     """Rows of a .csv, .tsv or .jsonl with header: yields (line number, dict of column: value)."""
-    text = read_text(path, "--pairs")
+    text = read_text(path, "--pairs is the list of images and captions")
     kind = path.suffix.lower()
     if kind == ".jsonl":
         for number, line in enumerate(io.StringIO(text), start=1):
@@ -106,7 +97,10 @@ def read_pairs(path, images, image_column, caption_column):
         kept = [caption for caption in map(clean, own) if caption]
         empty += [f"line {number}"] * (len(own) - len(kept))
         if kept:
-            captions.setdefault(inner_name(name, where), []).extend(kept)
+            try:
+                captions.setdefault(inner_name(name), []).extend(kept)
+            except ValueError as error:
+                raise InputError(f"{where}: {error}") from None
     if not captions:
         raise InputError(f"--pairs {path} holds no captions")
     return captions, empty
@@ -116,7 +110,7 @@ def usable_images(names, folder):
     """Names, sorted, of the images below a folder that can be read; and {reason: other names}."""
     usable, left_out = [], {"images that do not exist": [], "images that cannot be read": []}
     for name in tqdm(sorted(names), desc="checking", unit=" images", disable=None):
-        if not (folder / name).is_file():
+        if not os.path.isfile(folder / name):
             left_out["images that do not exist"].append(name)
         elif image_format(folder / name) is None:
             left_out["images that cannot be read"].append(name)
@@ -144,7 +138,6 @@ def draw(count, dev, test, seed):
 
 @command
 def main(argv=None):
-    """Command line of the module. Raises SystemExit with status 2 on bad input."""
     parser = Parser(__doc__)
     parser.add_argument("--pairs", type=Path, required=True,
                         help="list of images and captions: .csv, .tsv or .jsonl (no default)")
@@ -183,12 +176,11 @@ def main(argv=None):
                          f"{args.images} the folder that its paths start from?")
     splits = {split: (ids, [captions[names[i]] for i in ids])
               for split, ids in draw(len(names), args.dev, args.test, args.seed).items()}
-    check_layout(args.root, splits, names)
     target, placed = args.root / "images", 0
-    if not (target.is_dir() and os.path.samefile(target, args.images)):
-        for name in tqdm(names, desc="placing", unit=" images", disable=None):
-            placed += place(args.images / name, target / name, args.link)
-    write_layout(args.root, splits, names)
+    with new_split(args.root, splits, names):
+        if not (target.is_dir() and os.path.samefile(target, args.images)):
+            for name in tqdm(names, desc="placing", unit=" images", disable=None):
+                placed += place(args.images / name, target / name, args.link)
 
     print(f"placed {placed} images in {target}, {len(names) - placed} were there")
     report(args.root, splits, left_out | {"empty captions": empty})

@@ -118,7 +118,8 @@ def run(function, argv, output, status=0, hook=None):
 
 
 def run_in_two(function, argv, output, status=0, hooks=(None, None)):
-    """The same in two processes that work together, as under torchrun; returns what each said."""
+    """The same in two processes that work together, as under torchrun; returns what each said.
+    `status` may be a pair."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -127,8 +128,9 @@ def run_in_two(function, argv, output, status=0, hooks=(None, None)):
         environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2",
                        "RANK": str(rank), "LOCAL_RANK": str(rank)}
         both.append(Started(function, argv, f"{output}.{rank}", environment, hook))
-    for one in both:
-        assert one.wait() == status, one.text()
+    for one, expected in zip(both, status if isinstance(status, tuple) else (status,) * 2,
+                             strict=True):
+        assert one.wait() == expected, one.text()
     return [one.text() for one in both]
 
 

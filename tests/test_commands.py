@@ -1,22 +1,26 @@
 """The commands on small data sets: what they write, and what equals what."""
 
+import functools
 import json
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import make_dataset, tree
+from conftest import make_dataset, tree, write_lines
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import clip
 import construct_noise
 import get_memorybank
 import main_CLIP
 import main_NPC
+from clip.model import ResidualAttentionBlock
 from params import parse_args
 from utils.method.weightings import one_step_anti_noise
 from utils.reading.layout import read_lines
+from utils.training import loop
 
 SCORES = {"i2t_R@1", "i2t_R@5", "i2t_R@10", "t2i_R@1", "t2i_R@5", "t2i_R@10", "mean_R1", "rsum"}
 COMMON = ["--vision_model", "tiny", "--device", "cpu", "--num_workers", "0", "--batch_size", "16"]
@@ -35,7 +39,7 @@ def records(folder):
 
 def weights(folder):
     with np.load(folder / "weights.npz", allow_pickle=False) as data:
-        assert data.files == ["w"]
+        assert data.files == ["w", "pairs"]
         return data["w"]
 
 
@@ -72,7 +76,8 @@ def bank(trained):
 
 
 def test_training_writes_its_files_and_no_others(trained):
-    own = {"epoch1.pt", "epoch2.pt", "best.pt", "log.txt", "log.jsonl", "options.json"}
+    own = {"epoch1.pt", "epoch2.pt", "best.pt", "log.txt", "log.jsonl", "options.json",
+           ".lock"}
     for folder, more in ((trained.clip, set()), (trained.npc, {"weights.npz"})):
         files = tree(folder)
         events = {file for file in files if file.startswith("events.out.tfevents")}
@@ -165,23 +170,6 @@ def test_log_txt_tells_the_epochs_and_the_mixture(trained):
 # ---- what equals what ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name, main", [("clip", main_CLIP.main), ("npc", main_NPC.main)])
-def test_resumed_run_equals_the_uninterrupted_one(trained, name, main):
-    whole = getattr(trained, name)
-    folder = trained.run(f"{name}_resumed", main, "--resume", whole / "epoch1.pt")
-    assert not (folder / "epoch1.pt").exists()
-    old, new = checkpoint(whole / "epoch2.pt"), checkpoint(folder / "epoch2.pt")
-    assert same_tensors(old["state_dict"], new["state_dict"])
-    for optimizer in ("optimizer", "siamese_optimizer"):
-        if optimizer in old:
-            states = old[optimizer]["state"], new[optimizer]["state"]
-            assert all(same_tensors(states[0][k], states[1][k]) for k in states[0])
-    assert records(folder) == records(whole)
-    assert (folder / "best.pt").exists() or old["best_score"] == new["best_score"]
-    if name == "npc":
-        assert np.array_equal(weights(folder), weights(whole), equal_nan=True)
-
-
 def test_npc_without_weights_and_memory_is_clip(trained):
     folder = trained.run("npc_none", main_NPC.main, "--weighting", "none",
                          "--memory_loss_weight", 0)
@@ -203,10 +191,104 @@ def test_fixed_weightings_are_the_bank_s(trained, bank):
         assert drawn.sum() == 48 and np.allclose(w[drawn], expected[drawn], atol=1e-7)
 
 
-def test_released_recipe_trains(trained):
-    folder = trained.run("released", main_NPC.main, "--recipe", "released", "--epochs", 1)
-    row = records(folder)[0]
-    assert row["lr"] == pytest.approx(1e-3, rel=0.01)  # the first stair
+def test_released_recipe_does_not_train_on_the_memory(trained):
+    """It is logged, and its rate is a staircase, here of one stair."""
+    runs = {}
+    for recipe in ("paper", "released"):
+        for weight in (1, 5):
+            folder = trained.run(f"{recipe}{weight}", main_NPC.main, "--recipe", recipe, "--epochs",
+                                 1, "--memory_loss_weight", weight)
+            runs[recipe, weight] = checkpoint(folder / "epoch1.pt")["state_dict"], records(folder)
+    assert not same_tensors(runs["paper", 1][0], runs["paper", 5][0])
+    assert same_tensors(runs["released", 1][0], runs["released", 5][0])
+    (row,), (other,) = runs["released", 1][1], runs["released", 5][1]
+    assert row["loss"] < other["loss"] and row["lr"] == pytest.approx(1e-3, rel=0.01)
+
+
+@pytest.mark.parametrize("recipe, limit", [("paper", np.log(100)), ("released", np.log(150))])
+@pytest.mark.parametrize("main", [main_CLIP.main, main_NPC.main])
+def test_paper_recipe_limits_the_logit_scale(trained, tmp_path, main, recipe, limit):
+    torch.manual_seed(0)
+    state = clip.load("tiny", "cpu")[0].state_dict()
+    state["logit_scale"].fill_(np.log(150))
+    torch.save(state, tmp_path / "warm.pt")
+    folder = trained.run(f"{main.__module__}_{recipe}", main, "--vision_model",
+                         tmp_path / "warm.pt", "--recipe", recipe, "--epochs", 1, "--lr", 1e-5)
+    assert checkpoint(folder / "epoch1.pt")["state_dict"]["logit_scale"] == pytest.approx(
+        limit, abs=1e-3)
+
+
+# ---- what saves memory and time is really on ----------------------------------------------------
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """Numbers of items in each pass through a tower or a block, by its name."""
+    sizes = {"encode_image": [], "encode_text": [], "forward": []}
+
+    def count(module, name):
+        function = getattr(module, name)
+
+        def counted(self, items):
+            sizes[name].append(len(items))
+            return function(self, items)
+
+        monkeypatch.setattr(module, name, counted)
+
+    count(clip.CLIP, "encode_image")
+    count(clip.CLIP, "encode_text")
+    count(ResidualAttentionBlock, "forward")
+    return sizes
+
+
+@pytest.fixture
+def unscored(monkeypatch):
+    """Runs do not score their epochs."""
+    nothing = {"i2t_R@1": 0, "t2i_R@1": 0, "mean_R1": 0, "rsum": 0}
+    monkeypatch.setattr(loop, "evaluate", lambda *_: nothing)
+
+
+def test_what_saves_memory_computes_everything_twice(trained, passes, unscored):
+    """--accum_steps each piece of a tower's pass, --grad_checkpointing each block; without them
+    each distinct item of a step is encoded once. The weights agree."""
+    weights, counts = [], []
+    for more in ([], ["--accum_steps", 3], ["--grad_checkpointing"]):
+        folder = trained.run(f"memory{len(counts)}", main_CLIP.main, "--epochs", 1, *more)
+        weights.append(checkpoint(folder / "epoch1.pt")["state_dict"])
+        assert all(torch.allclose(weights[0][k], weights[-1][k], atol=2e-5) for k in weights[0])
+        counts.append({name: (len(each), sum(each)) for name, each in passes.items()})
+        for each in passes.values():
+            each.clear()
+    once, pieces, blocks = counts
+    for name, (calls, items) in once.items():
+        assert pieces[name] == (6 * calls, 2 * items)
+        assert blocks[name] == ((2 * calls, 2 * items) if name == "forward" else (STEPS, items))
+
+
+def test_evaluation_encodes_each_distinct_image_and_caption_once(trained, dataset, passes,
+                                                                 tmp_path):
+    data = dataset("f30k")
+    captions = data.lines("test_caps.txt")
+    write_lines(data.split_folder / "test_caps.txt", [captions[k // 2] for k in range(30)])
+    main_CLIP.main(["--eval", "--resume", str(trained.clip / "best.pt"), *data.options, "--device",
+                    "cpu", "--num_workers", "0", "--checkpoint_path", str(tmp_path)])
+    assert sum(passes["encode_image"]) == 6 and sum(passes["encode_text"]) == 15
+
+
+def test_compiled_towers_are_used_and_train_alike(trained, unscored, tmp_path, monkeypatch):
+    """With a compiler that counts its graphs and runs them as they are."""
+    config = {**clip.architecture("tiny"), "vision_layers": 1, "transformer_layers": 1}
+    torch.save(clip.CLIP(**config).state_dict(), tmp_path / "small.pt")
+    counter, compile_ = CompileCounterWithBackend("eager"), torch.compile
+    monkeypatch.setattr(torch, "compile", functools.partial(compile_, backend=counter))
+    weights = []
+    for name, more in (("eager", []), ("compiled", ["--compile"])):
+        assert counter.frame_count == 0
+        folder = trained.run(name, main_NPC.main, "--vision_model", tmp_path / "small.pt",
+                             "--epochs", 1, *more)
+        weights.append(checkpoint(folder / "epoch1.pt")["state_dict"])
+    assert counter.frame_count >= 2  # both towers
+    assert all(torch.allclose(weights[0][k], weights[1][k], atol=2e-5) for k in weights[0])
 
 
 # ---- evaluation ---------------------------------------------------------------------------------
@@ -283,29 +365,6 @@ def test_bank_command_says_when_the_strict_clean_set_is_too_small(dataset, capsy
     assert "warning: only" in capsys.readouterr().out
     with np.load(data.root / "annotations/frozen_memory_bank/0_mbank.npz") as arrays:
         assert arrays["clean"].sum() == 12
-
-
-@pytest.mark.parametrize("module", [main_NPC, main_CLIP, get_memorybank, construct_noise])
-def test_help_names_every_option_with_its_default(module, capsys):
-    with pytest.raises(SystemExit) as caught:
-        module.main(["--help"])
-    assert caught.value.code == 0
-    text = capsys.readouterr().out
-    for option in ("--dataset", "--dataset_root", "--num_anns", "--noise_ratio", "--seed"):
-        assert option in text
-    if module is not construct_noise:
-        for option in ("--vision_model", "--resume", "--batch_size", "--num_workers", "--precision",
-                       "--eval_batch_size", "--context_length", "--recipe", "--device"):
-            assert option in text
-    if module in (main_NPC, main_CLIP):
-        for option in ("--epochs", "--lr", "--checkpoint_path", "--experiments", "--eval", "--name",
-                       "--display", "--dev_length", "--warmup", "--beta1", "--beta2", "--eps",
-                       "--weight_decay"):
-            assert option in text
-    if module is main_NPC:
-        for option in ("--weighting", "--memory_loss_weight", "--clean_threshold", "--min_clean"):
-            assert option in text
-    assert "(default: 99)" in text
 
 
 def test_the_readme_s_command_lines_parse():

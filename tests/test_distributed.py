@@ -131,7 +131,7 @@ def test_released_batch_norm_is_refused(data, tmp_path):
     argv = training(data, tmp_path, "--vision_model", data.resnet, "--recipe", "released")
     for said in run_in_two(CLIP, argv, tmp_path / "out", 2):
         errors = [line for line in said.splitlines() if "error" in line]
-        assert len(errors) == 1 and "a ResNet needs one process" in errors[0]
+        assert len(errors) == 1 and "a ResNet then needs one process" in errors[0]
         assert "Traceback" not in said
 
 
@@ -212,7 +212,9 @@ def leave_after_saving():
     """Hook: this process gets the signal, and must not leave, whereupon torchrun would end the
     other, before that one has saved."""
 
-    leave = training.leave
+    from utils.training import loop
+
+    leave = loop.end_interrupted
 
     def check(run, where):
         try:
@@ -220,7 +222,7 @@ def leave_after_saving():
         finally:
             assert list(run.folder.glob("step*.pt"))
 
-    training.leave = check
+    loop.end_interrupted = check
     signal_after(5, signal.SIGTERM)
 
 
@@ -264,7 +266,7 @@ def check_gather():
             if end > start:
                 (everything * weight[start:end]).sum().backward()
                 assert torch.equal(features.grad, weight[own])
-            low, high = distributed.own_below(start), distributed.own_below(end)
+            low, high = distributed.num_own_below(start), distributed.num_own_below(end)
             assert high - low == len(own)
 
 
@@ -305,7 +307,7 @@ def test_parts(tmp_path, check):
 def test_alone_nothing_is_gathered():
     features = torch.randn(3, 2)
     assert distributed.gather(features, 0, 3) is features
-    assert (distributed.world(), distributed.rank(), distributed.own_below(5)) == (1, 0, 5)
+    assert (distributed.world(), distributed.rank(), distributed.num_own_below(5)) == (1, 0, 5)
     value = object()
     assert distributed.from_main(value) is value
     with distributed.main_first():
@@ -360,12 +362,24 @@ def test_torchrun_trains_like_one_process(data, tmp_path):
     np.testing.assert_allclose(w1, w2, rtol=0, atol=TOLERANCE)
 
 
-def test_process_that_fails_ends_the_others(data, tmp_path):
-    """Under torchrun, which is what ends them: here the broken image is in the second's share."""
+# ---- when one of them fails ---------------------------------------------------------------------
+
+
+def test_broken_images_are_told_by_the_process_that_reads_them(data, tmp_path):
     copy = fresh(data, tmp_path / "data")
     for path in (copy.root / "images").iterdir():
         path.write_bytes(b"broken")
     said = run_in_two(BANK, arguments(copy), tmp_path / "out", 2)
-    assert all("cannot be read" in one and "Traceback" not in one for one in said)
+    assert all("cannot read" in one and "Traceback" not in one for one in said)
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_process_whose_partner_dies_says_one_line(data, tmp_path, first):
+    hook = functools.partial(signal_after, 3, signal.SIGKILL)
+    killed = -signal.SIGKILL
+    said = run_in_two(CLIP, training(fresh(data, tmp_path / "data"), tmp_path), tmp_path / "out",
+                      (killed, 2) if first else (2, killed),
+                      hooks=(hook, None) if first else (None, hook))
+    *others, last = said[first].splitlines()
+    assert last == "error: another process of this run has ended; its own line says why"
+    assert not any(word in line for line in others for word in ("Traceback", "gloo", "rror"))

@@ -1,10 +1,19 @@
-"""What a newcomer sees: no arguments, typing errors, the help."""
+"""What a newcomer sees: no arguments, typing errors, the help; and how a failing command ends."""
+
+import errno
+import json
+import re
+import threading
+from zipfile import BadZipFile
 
 import pytest
+import torch
 
 import construct_noise
+import get_memorybank
 import main_CLIP
 import main_NPC
+from utils.errors import InputError, command
 
 
 @pytest.mark.parametrize("module", [main_NPC, main_CLIP])
@@ -32,17 +41,73 @@ def test_typing_errors_suggest_the_near_word(argv, near, capsys):
     assert f"did you mean {near}?" in error
 
 
-def test_far_words_suggest_nothing(capsys):
+@pytest.mark.parametrize("argv", [["--zzzz"], ["--device", "cuda:99"], ["--lr", "seed"]])
+def test_nothing_else_suggests_a_word(argv, capsys):
     with pytest.raises(SystemExit):
-        construct_noise.main(["--zzzz"])
+        main_NPC.main(argv)
     assert "did you mean" not in capsys.readouterr().err
 
 
-def test_help_is_grouped_and_every_option_is_explained(capsys):
-    with pytest.raises(SystemExit):
-        main_NPC.main(["--help"])
+@pytest.mark.parametrize("module, groups", [
+    (main_NPC, "data model method optimisation run evaluation"), (construct_noise, "data run"),
+    (main_CLIP, "data model method optimisation run evaluation"),
+    (get_memorybank, "data model method run evaluation")])
+def test_help_is_grouped_and_every_option_is_explained(module, groups, capsys):
+    with pytest.raises(SystemExit) as caught:
+        module.main(["--help"])
+    assert caught.value.code == 0
     text = capsys.readouterr().out
-    for group in ("data:", "model:", "method:", "optimisation:", "run:", "evaluation:"):
-        assert f"\n{group}\n" in text
+    for group in groups.split():
+        assert f"\n{group}:\n" in text
     for block in text.split("\n  --")[1:]:
         assert len(" ".join(block.split()).split(" ", 1)[-1]) > 15, block
+
+
+# ---- the net under every command ----------------------------------------------------------------
+
+
+def ended(error, capsys):
+    """(status, stderr) of a command that raises `error` in a thread and in itself."""
+
+    def fail():
+        raise error
+
+    @command
+    def main():
+        thread = threading.Thread(target=fail)
+        thread.start()
+        thread.join()
+        fail()
+
+    with pytest.raises(SystemExit) as caught:
+        main()
+    return caught.value.code, capsys.readouterr().err
+
+
+MENDABLE = [
+    (InputError("x.txt, line 3: expected a number"), "x.txt, line 3: expected a number"),
+    (OSError(errno.ENOSPC, "No space left on device", "a.pt"), "a.pt: No space left .*make room"),
+    (PermissionError(errno.EACCES, "Permission denied", "a"), "a: Permission denied; choose"),
+    (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"), "not valid UTF-8"),
+    (RecursionError("maximum recursion depth exceeded"), "nested too deeply"),
+    (MemoryError(), "out of memory.*--batch_size"),
+    (torch.cuda.OutOfMemoryError("CUDA out of memory"), "out of memory.*--batch_size"),
+    (json.JSONDecodeError("Expecting value", "", 0), "damaged or of another kind"),
+    (BadZipFile("File is not a zip file"), "damaged or of another kind .*not a zip")]
+
+
+@pytest.mark.parametrize("error, line", MENDABLE, ids=lambda x: type(x).__name__)
+@pytest.mark.parametrize("debug", ["", "1"])
+def test_what_a_person_can_mend_is_one_line(error, line, debug, capsys, monkeypatch):
+    monkeypatch.setenv("NPC_DEBUG", debug)
+    monkeypatch.setattr(threading, "excepthook", threading.__excepthook__)  # not pytest's
+    status, said = ended(error, capsys)
+    assert status == 2 and re.match(f"error: .*{line}", said.splitlines()[-1])
+    assert ("Traceback" in said) == (debug == "1") and (debug or said.count("\n") == 1)
+
+
+@pytest.mark.parametrize("error", [AssertionError("x"), TypeError("x"), RuntimeError("x")])
+def test_a_bug_keeps_its_traceback_and_says_where_to_report_it(error, capsys):
+    status, said = ended(error, capsys)
+    assert status == 1 and "Traceback" in said and "def fail" not in said.splitlines()[-1]
+    assert "please report" in said.splitlines()[-1]

@@ -5,9 +5,7 @@ import io
 import os
 import pickle
 import random
-import shutil
 import struct
-import time
 import tracemalloc
 import zipfile
 import zlib
@@ -20,7 +18,7 @@ from conftest import make_dataset, options, pairs_for, write_lines
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from processes import BANK, CLIP, NPC, SMALL, VIT, run, save_small
+from processes import BANK, CLIP, NPC, SMALL, VIT, differences, run, save_small
 
 import clip
 from data import retrieval_split, training_pairs
@@ -65,56 +63,29 @@ def trained(tmp_path_factory):
     return SimpleNamespace(argv=argv, path=folder / "logs" / "ex0" / "epoch1.pt", data=data)
 
 
-def break_state(content, how, folder):
-    """Change a good checkpoint's content for the worse."""
-    if how == "payload in the options":
-        content["args"]["seed"] = Harm(folder)
-    elif how == "payload in the optimiser":
-        content["optimizer"]["state"][0]["step"] = Harm(folder)
-    elif how == "no options":
-        del content["args"]
-    elif how == "step a string":
-        content["step"] = "eight"
-    elif how == "step negative":
-        content["step"] = -3
-    elif how == "best score a list":
-        content["best_score"] = [1.0]
-    elif how == "history a list":
-        content["history"] = []
-    elif how == "history empty":
-        content["history"] = {}
-    elif how == "weights of a run a string":
-        content["history"]["weights"] = "w"
-    elif how == "sums of a run strings":
-        content["history"]["sums"] = {"loss": "1"}
-    elif how == "optimiser empty":
-        content["optimizer"] = {}
-    elif how == "optimiser a tensor":
-        content["optimizer"] = torch.zeros(3)
-    elif how == "moments of other shape":
-        content["optimizer"]["state"][3]["exp_avg"] = torch.zeros(1)
-    elif how == "moments missing":
-        content["optimizer"]["state"] = dict(list(content["optimizer"]["state"].items())[:-1])
-    elif how == "moments not tensors":
-        content["optimizer"]["state"][3]["exp_avg_sq"] = 1.0
-    elif how == "data a number":
-        content["data"] = 7
-    elif how == "model name a dictionary":
-        content["args"]["vision_model"] = {"a": 1}
-    else:
-        assert how == "option a tensor"
-        content["args"]["lr"] = torch.zeros(2)
-    return content
+STATES = {
+    "payload in the options": lambda good, harm: good["args"].update(seed=harm),
+    "payload in the optimiser": lambda good, harm: good["optimizer"]["state"][0].update(step=harm),
+    "step negative": lambda good, _: good.update(step=-3),
+    "best score a list": lambda good, _: good.update(best_score=[1.0]),
+    "history a list": lambda good, _: good.update(history=[]),
+    "history empty": lambda good, _: good.update(history={}),
+    "weights a string": lambda good, _: good["history"].update(weights="w"),
+    "sums strings": lambda good, _: good["history"].update(sums={"loss": "1"}),
+    "optimiser empty": lambda good, _: good.update(optimizer={}),
+    "optimiser a tensor": lambda good, _: good.update(optimizer=torch.zeros(3)),
+    "moments of other shape": lambda good, _: good["optimizer"]["state"][3].update(
+        exp_avg=torch.zeros(1)),
+    "moments not tensors": lambda good, _: good["optimizer"]["state"][3].update(exp_avg_sq=1.0),
+    "data a number": lambda good, _: good.update(data=7),
+}
 
 
-@pytest.mark.parametrize("how", [
-    "payload in the options", "payload in the optimiser", "step a string", "step negative",
-    "best score a list", "history a list", "history empty", "weights of a run a string",
-    "sums of a run strings", "optimiser empty", "optimiser a tensor", "moments of other shape",
-    "moments missing", "moments not tensors", "data a number"])
+@pytest.mark.parametrize("how", STATES)
 def test_training_state_that_is_not_one(trained, tmp_path, how):
     content = clip.read_checkpoint(trained.path)
-    torch.save(break_state(content, how, tmp_path), tmp_path / "bad.pt")
+    STATES[how](content, Harm(tmp_path))
+    torch.save(content, tmp_path / "bad.pt")
     argv = [*trained.argv, "--resume", str(tmp_path / "bad.pt"), "--experiments", how]
     said = run(CLIP, argv, tmp_path / "out", 2).splitlines()
     assert said[-1].startswith("error: ") and "bad.pt" in said[-1], said
@@ -122,21 +93,13 @@ def test_training_state_that_is_not_one(trained, tmp_path, how):
     assert not (tmp_path / HARM).exists()
 
 
-@pytest.mark.parametrize("how", ["model name a dictionary", "option a tensor", "no options"])
-def test_options_of_a_checkpoint_are_only_compared(trained, tmp_path, how):
+@pytest.mark.parametrize("name, value", [("vision_model", {"a": 1}), ("lr", torch.zeros(2))])
+def test_options_of_a_checkpoint_are_only_compared(trained, tmp_path, name, value):
     content = clip.read_checkpoint(trained.path)
-    torch.save(break_state(content, how, tmp_path), tmp_path / "odd.pt")
-    argv = [*trained.argv, "--resume", str(tmp_path / "odd.pt"), "--experiments", how]
+    content["args"][name] = value
+    torch.save(content, tmp_path / "odd.pt")
+    argv = [*trained.argv, "--resume", str(tmp_path / "odd.pt"), "--experiments", name]
     run(CLIP, argv, tmp_path / "out")
-
-
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
-def test_a_pipe_among_the_checkpoints_is_not_opened(trained, tmp_path):
-    (tmp_path / "ex0").mkdir()
-    shutil.copy(trained.path, tmp_path / "ex0")
-    os.mkfifo(tmp_path / "ex0" / "epoch9.pt")
-    argv = [*trained.argv[:-1], str(tmp_path), "--eval", "--resume", "auto"]
-    assert f"resuming from {tmp_path}/ex0/epoch1.pt" in run(CLIP, argv, tmp_path / "out")
 
 
 def test_the_payload_of_these_tests_works(tmp_path):
@@ -194,6 +157,7 @@ def test_good_weights_in_any_real_type(tmp_path):
 def test_damaged_checkpoints_are_refused_or_whole(trained, tmp_path, seed):
     """Random damage: a CheckpointError, a broken checksum, or a file that reads as before."""
     whole, rng, path = trained.path.read_bytes(), random.Random(seed), tmp_path / "bad.pt"
+    good = clip.read_checkpoint(trained.path)
     for _ in range(20):
         damaged = bytearray(whole[: rng.choice([len(whole), rng.randrange(len(whole))])])
         for _ in range(rng.choice([0, 1, 30])):
@@ -201,9 +165,10 @@ def test_damaged_checkpoints_are_refused_or_whole(trained, tmp_path, seed):
         path.write_bytes(damaged)
         try:
             content = clip.read_checkpoint(path)
-            checkpoints.training_state(content, path)
-        except (clip.CheckpointError, InputError) as error:
+        except clip.CheckpointError as error:
             assert "bad.pt" in str(error) and "\n" not in str(error)
+        else:
+            assert not checkpoints.intact(path) or differences(content, good) == []
 
 
 # ---- banks --------------------------------------------------------------------------------------
@@ -375,33 +340,11 @@ def test_authors_bank_with_random_damage(authors, data):
 # ---- text files ---------------------------------------------------------------------------------
 
 
-def test_line_of_fifty_megabytes(tmp_path):
-    path = tmp_path / "caps.txt"
-    path.write_bytes(b"a cat\n" + b"x" * 50_000_000 + b"\na dog\n")
-    tracemalloc.start()
-    start = time.monotonic()
-    with pytest.raises(InputError, match=r"caps.txt, line 2: longer than 10,000 bytes"):
-        layout.read_captions(path)
-    seconds = time.monotonic() - start
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert seconds < 1 and peak < 1e6
-
-
-@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
-@pytest.mark.parametrize("length", [layout.MAX_LINE - 1, layout.MAX_LINE])
-def test_longest_line(tmp_path, length, end):
-    lines = ["a", "b" * length, "c" * length, "d"]
-    (tmp_path / "caps.txt").write_bytes(end.join([*lines, ""]).encode())
-    assert layout.read_lines(tmp_path / "caps.txt") == lines
-
-
-@pytest.mark.parametrize("content, line, what", [
-    (b"a\nb\0c\n", 2, "NUL"), (b"\xff\xfe\n", 1, "UTF-8"), (b"a\nb\n\xe9t\xe9\n", 3, "UTF-8"),
-    (b"a\n\xed\xa0\x80\n", 2, "UTF-8")])
-def test_bytes_that_are_no_text(tmp_path, content, line, what):
+@pytest.mark.parametrize("content, line", [
+    (b"\xff\xfe\n", 1), (b"a\nb\n\xe9t\xe9\n", 3), (b"a\n\xed\xa0\x80\n", 2)])
+def test_bytes_that_are_no_text(tmp_path, content, line):
     (tmp_path / "caps.txt").write_bytes(content)
-    with pytest.raises(InputError, match=f"line {line}: .*{what}"):
+    with pytest.raises(InputError, match=f"line {line}: .*UTF-8"):
         layout.read_captions(tmp_path / "caps.txt")
 
 
@@ -412,7 +355,7 @@ def test_what_is_no_file(tmp_path, name):
         path.mkdir()
     elif name == "pipe":
         os.mkfifo(path)
-    with pytest.raises(InputError, match="no file"):
+    with pytest.raises(InputError, match="not a regular file"):
         layout.read_lines(path)
 
 
@@ -494,29 +437,6 @@ def test_random_bytes_in_any_text_file(copies, file, content, kind):
             path.write_bytes(before)
 
 
-@settings(max_examples=300, deadline=None,
-          suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(content=contents)
-def test_random_bytes_as_lines(tmp_path, content):
-    path = tmp_path / "lines.txt"
-    path.write_bytes(content)
-    try:
-        lines = layout.read_lines(path)
-    except InputError as error:
-        assert "lines.txt" in str(error)
-        assert b"\0" in content or not decodes(content)
-    else:
-        assert not any("\n" in line or "\r" in line or "\0" in line for line in lines)
-
-
-def decodes(content):
-    try:
-        content.decode()
-        return True
-    except UnicodeDecodeError:
-        return False
-
-
 @pytest.fixture
 def copies(dataset):
     return {kind: dataset(kind) for kind in ("f30k", "cc", "coco")}
@@ -541,7 +461,7 @@ def test_decompression_bomb(tmp_path, width, height):
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "bomb.png").write_bytes(png(width, height))
     tracemalloc.start()
-    with pytest.raises(InputError, match="bomb.png cannot be read .*decompression bomb"):
+    with pytest.raises(InputError, match="bomb.png is not an image .*decompression bomb"):
         Images(tmp_path, ["bomb.png"], PREPROCESS)[0]
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
@@ -554,7 +474,7 @@ def test_decompression_bomb(tmp_path, width, height):
 def test_files_that_are_no_images(tmp_path, content):
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "a.jpg").write_bytes(content)
-    with pytest.raises(InputError, match=r"a\.jpg cannot be read"):
+    with pytest.raises(InputError, match=r"a\.jpg is not an image"):
         Images(tmp_path, ["a.jpg"], PREPROCESS)[0]
 
 
@@ -568,7 +488,7 @@ def test_postscript_is_not_drawn(tmp_path, monkeypatch):
     (tmp_path / "images").mkdir()
     path = tmp_path / "images" / "a.jpg"
     Image.new("RGB", (9, 9)).save(path, "EPS")
-    with pytest.raises(InputError, match=r"a\.jpg cannot be read .*Ghostscript"):
+    with pytest.raises(InputError, match=r"a\.jpg is not an image .*Ghostscript"):
         Images(tmp_path, ["a.jpg"], PREPROCESS)[0]
     assert image_format(path) is None
     assert not (tmp_path / "drawn").exists()

@@ -118,18 +118,17 @@ def test_weights_are_always_finite_and_at_most_one():
 # ---- One-Step Anti-noise ------------------------------------------------------------------------
 
 
-def test_one_step_anti_noise():
-    cosine = tensor(0.9, 0.2, 0.1, -0.5, 1.0)
-    expected = [0.7**2 * 0.3, 0.0, 0.0, 0.0, 0.8**2 * 0.2]
-    w = one_step_anti_noise(cosine, 0.2)
-    assert w.tolist() == pytest.approx(expected, abs=1e-15)
-
-
-def test_one_step_anti_noise_weights_peak_at_two_thirds():
-    s = torch.linspace(0, 1, 3001, dtype=F64)
-    w = one_step_anti_noise(s, 0.0)
-    assert float(s[w.argmax()]) == pytest.approx(2 / 3, abs=1e-3)
-    assert float(w.max()) == pytest.approx(4 / 27, abs=1e-6)
+def test_one_step_anti_noise_is_the_script_s():
+    """Literally: scores of the frozen estimator, the threshold taken off, negative ones zero, over
+    the largest of the batch, s^2 (1 - s^2). The script's logits are cosines times 100."""
+    cosine, beta = tensor(0.31, 0.28, 0.05, 0.19, 0.12), 0.11
+    scores = [max(0.0, 100 * float(c) - 100 * beta) for c in cosine]
+    scores = [s / max(scores) for s in scores]
+    expected = [s * s * (1 - s * s) for s in scores]
+    w = one_step_anti_noise(cosine, tensor(*[beta] * 5))
+    assert w.tolist() == pytest.approx(expected, abs=1e-12)
+    assert w[0] == 0 and w[2] == 0 and (w[[1, 3, 4]] > 0).all()  # the best pair weighs nothing
+    assert (one_step_anti_noise(cosine, tensor(*[0.5] * 5)) == 0).all()
 
 
 # ---- the learning rate --------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import resource
 import shutil
 import signal
 import subprocess
-import time
+import sys
 import zipfile
 
 import numpy as np
@@ -22,7 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import clip
 from utils.errors import InputError
-from utils.training import checkpoints, history
+from utils.training import checkpoints, history, loop
 from utils.training.interruptions import INTERRUPTED
 
 EPOCHS, BATCH, STEPS = 3, 7, 8  # 60 pairs: 8 steps an epoch
@@ -146,19 +146,31 @@ def test_resume_by_path_continues_in_another_folder(data, whole, tmp_path):
         assert_same(logs / "x", whole["npc"], ["epoch3.pt", "best.pt"])
 
 
-def test_run_killed_between_its_checkpoint_and_best(data, whole, tmp_path):
-    """best.pt is a second name of a finished checkpoint: the resumed run gives it."""
-    hook = functools.partial(dies_at, "hard_link")
+def test_best_of_an_earlier_epoch_comes_along(data, copied, tmp_path):
+    folder = copied("clip")
+    content = clip.read_checkpoint(folder / "epoch2.pt")
+    torch.save({**content, "best_score": 99.0, "best_epoch": 1}, folder / "epoch2.pt")
+    argv = arguments(data, "clip", tmp_path, "--resume", folder / "epoch2.pt", "--experiments", "y")
+    run(CLIP, argv, tmp_path / "out")
+    assert differences(read(tmp_path / "y" / "best.pt"), read(folder / "epoch1.pt")) == []
+
+
+@pytest.mark.parametrize("function", ["loop.evaluate", "checkpoints.hard_link"])
+def test_run_killed_after_its_checkpoint(data, whole, tmp_path, function):
+    """An epoch is on disk before it is scored; the resumed run scores it and gives best.pt."""
     argv = arguments(data, "npc", tmp_path, "--resume", "auto")
-    run(NPC, argv, tmp_path / "first", -signal.SIGKILL, hook)
-    assert (tmp_path / "x" / "epoch1.pt").exists() and not (tmp_path / "x" / "best.pt").exists()
-    hook = functools.partial(signalled(9, signal.SIGKILL))
-    run(NPC, argv, tmp_path / "second", -signal.SIGKILL, hook)
+    run(NPC, argv, tmp_path / "first", -signal.SIGKILL, functools.partial(dies_at, function))
+    assert [path.name for path in (tmp_path / "x").glob("*.pt")] == ["epoch1.pt"]
+    run(NPC, argv, tmp_path / "second", -signal.SIGKILL, signalled(9, signal.SIGKILL))
     assert differences(read(tmp_path / "x" / "best.pt"), read(whole["npc"] / "epoch1.pt")) == []
+    lines = [(folder / "log.jsonl").read_text().splitlines()
+             for folder in (tmp_path / "x", whole["npc"])]
+    assert lines[0] == lines[1][:1]
 
 
 def dies_at(function):
-    setattr(checkpoints, function, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    module, name = function.split(".")
+    setattr(globals()[module], name, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
 
 
 def test_scores_of_the_reference_tell_epochs_apart(whole):
@@ -180,6 +192,8 @@ def test_finished_run_resumed_does_nothing(data, copied):
     argv = arguments(data, "npc", folder.parent, "--resume", "auto")
     said = run(NPC, argv, folder.parent / "out")
     assert "has done 3 epochs already: nothing left of --epochs 3" in said
+    said = run(NPC, [*argv, "--epochs", "2"], folder.parent / "out2", 2)
+    assert "3 epochs and 24 steps of --epochs 2 are done" in said.splitlines()[-1]
     assert [(folder / name).read_bytes() for name in names] == before
 
 
@@ -275,6 +289,7 @@ def test_force_resume_insists_and_other_options_are_listed_in_one_line(data, cop
     folder = copied()
     argv = arguments(data, "npc", folder.parent, "--resume", folder / "epoch2.pt", "--batch_size",
                      10, "--force_resume", "--weight_decay", 0.5, "--beta1", 0.8)
+    (folder / "epoch3.pt").unlink()
     said = run(NPC, argv, folder.parent / "out")
     (line,) = (line for line in said.splitlines() if line.startswith("options changed"))
     for word in ("--batch_size 7 -> 10", "--weight_decay 0.2 -> 0.5", "--beta1 0.9 -> 0.8"):
@@ -321,19 +336,22 @@ def test_keep_checkpoints(data, whole, tmp_path):
     assert_same(tmp_path / "x", whole["npc"], ["epoch3.pt", "best.pt"])
 
 
-def test_prune_keeps_the_newest(tmp_path):
-    names = ["epoch1.pt", "step5.pt", "step6.pt", "step7.pt", "epoch2.pt", "best.pt"]
+def test_checkpoints_are_ordered_by_their_steps_whatever_their_times(tmp_path):
+    steps = {"epoch1.pt": 4, "step5.pt": 5, "step6.pt": 6, "step10.pt": 10, "epoch2.pt": 12}
 
     def left(keep):
-        for age, name in enumerate(names):
-            (tmp_path / name).write_text("")
-            os.utime(tmp_path / name, (age, age))
+        for age, name in enumerate([*steps, "best.pt", "epoch3.pt"]):
+            torch.save({"step": steps.get(name)}, tmp_path / name)
+            os.utime(tmp_path / name, (9 - age, 9 - age))  # the last was written first
+        (tmp_path / "epoch3.pt").write_text("damaged")
+        assert checkpoints.newest(tmp_path, print) == tmp_path / "epoch2.pt"
         checkpoints.prune(tmp_path, keep)
-        return [name for name in names if (tmp_path / name).exists()]
+        return [name for name in steps if (tmp_path / name).exists()]
 
-    assert left(0) == ["epoch1.pt", "step6.pt", "step7.pt", "epoch2.pt", "best.pt"]
-    assert left(3) == ["step6.pt", "step7.pt", "epoch2.pt", "best.pt"]
-    assert left(1) == ["epoch2.pt", "best.pt"]
+    assert left(0) == ["epoch1.pt", "step6.pt", "step10.pt", "epoch2.pt"]
+    assert left(3) == ["step6.pt", "step10.pt", "epoch2.pt"]
+    assert left(1) == ["epoch2.pt"]
+    assert (tmp_path / "best.pt").exists() and (tmp_path / "epoch3.pt").exists()
 
 
 def test_tensorboard_keeps_what_was_before_a_resume(data, tmp_path):
@@ -356,10 +374,99 @@ def test_a_resumed_run_does_not_build_a_bank(data, copied, tmp_path):
     assert not list((tmp_path / "data").rglob("*mbank*"))
 
 
-def test_an_earlier_run_in_the_same_folder_is_told(data, copied, tmp_path):
+# ---- whose folder it is -------------------------------------------------------------------------
+
+
+def refused(argv, folder, *words):
+    """A command that ends with one line, which has the words, and changes no checkpoint."""
+    before = {path.name: path.read_bytes() for path in folder.glob("*.*")}
+    said = run(CLIP, argv, folder.parent / f"out{len(list(folder.parent.iterdir()))}", 2)
+    assert "Traceback" not in said
+    line = said.splitlines()[-1]
+    assert line.startswith("error: ") and all(word in line for word in words), line
+    for path in folder.glob("*.*"):
+        assert path.name in ("log.txt", ".lock") or path.read_bytes() == before[path.name]
+
+
+def test_what_another_run_has_earned_is_not_overwritten(data, whole, copied, tmp_path):
     folder = copied("clip")
-    said = run(CLIP, arguments(data, "clip", tmp_path, "--epochs", 1), tmp_path / "out")
-    assert f"warning: {folder} holds the checkpoints of an earlier run" in said
+    argv = arguments(data, "clip", tmp_path)
+    refused([*argv, "--lr", "5e-4"], folder, str(folder), "--lr 0.001 -> 0.0005", "--experiments")
+    refused([*argv, "--resume", str(folder / "epoch1.pt")], folder, "later checkpoints",
+            "epoch2.pt", "epoch3.pt")
+    (folder / "options.json").write_text("{")
+    refused(argv, folder, "options.json is not a run's options")
+
+
+def test_a_run_of_the_same_options_is_replaced(data, whole, tmp_path):
+    argv = arguments(data, "clip", tmp_path)
+    for stop in (13, 5):
+        run(CLIP, argv, tmp_path / f"out{stop}", INTERRUPTED, signalled(stop, signal.SIGTERM))
+    assert "an earlier run of the same options: it is replaced" in (tmp_path / "out5").read_text()
+    assert {path.name for path in (tmp_path / "x").glob("*.pt")} == {"step5.pt"}
+    run(CLIP, [*argv, "--resume", "auto"], tmp_path / "out")
+    assert_same(tmp_path / "x", whole["clip"])
+
+
+def test_one_run_an_experiment(data, tmp_path):
+    """The second says who is there; kill -9 gives the folder back."""
+    argv = arguments(data, "clip", tmp_path)
+    hook = functools.partial(after_step, 9, stop_self)
+    first = Started(CLIP, argv, tmp_path / "first", hook=hook)
+    try:
+        first.wait_for("epoch 2, step 1")
+        refused(argv, tmp_path / "x", f"is being written by process {first.pid} on ")
+    finally:
+        os.kill(first.pid, signal.SIGKILL)
+    first.wait()
+    run(CLIP, [*argv, "--resume", "auto"], tmp_path / "second")
+
+
+def stop_self():
+    print("epoch 2, step 1", flush=True)
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+# ---- what comes from outside --------------------------------------------------------------------
+
+
+def test_eval_with_nothing_to_resume_scores_nothing(data, tmp_path):
+    """`--eval` scores no model that nobody meant."""
+    for k, resume in enumerate(["auto", "", "none.pt"]):
+        argv = arguments(data, "clip", tmp_path, "--eval", "--resume", resume)
+        assert run(CLIP, argv, tmp_path / f"out{k}", 2).splitlines()[-1].startswith("error: ")
+    assert not list(tmp_path.rglob("eval_test.json"))
+
+
+def hang_up_and_close(step, buffered=False):
+    """A terminal that is lost: its signal, and from then on nothing can be written to it, or
+    flushed."""
+    def act():
+        reading, writing = os.pipe()
+        os.close(reading)
+        sys.stdout.reconfigure(write_through=not buffered)
+        os.dup2(writing, 1)
+        os.dup2(writing, 2)
+        signal_group(signal.SIGHUP)
+
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    after_step(step, act)
+
+
+def test_lost_terminal(data, whole, tmp_path):
+    """SIGHUP saves like SIGTERM. Where it is ignored, as under nohup, the run goes on, although
+    nothing can be printed any more."""
+    argv = arguments(data, "clip", tmp_path, "--resume", "auto")
+    run(CLIP, argv, tmp_path / "out", INTERRUPTED, functools.partial(hang_up_and_close, 5))
+    assert (tmp_path / "x" / "step5.pt").exists()
+    run(CLIP, argv, tmp_path / "out2", 0, functools.partial(nohup, 9))
+    assert_same(tmp_path / "x", whole["clip"])
+    assert "epoch 3: dev R@1" in (tmp_path / "x" / "log.txt").read_text()
+
+
+def nohup(step):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    hang_up_and_close(step, buffered=True)
 
 
 def test_options_are_those_of_what_was_trained(data, copied, tmp_path):
@@ -395,22 +502,28 @@ def test_killed_ten_times_at_random_moments(data, whole, tmp_path):
             "--dataset_root", str(tmp_path / "data")]
     rng, folder, steps = random.Random(0), tmp_path / "x", []
     for k in range(10):
-        started = Started(NPC, argv, tmp_path / f"out{k}")
-        if k >= 2:  # most of them while it trains, two at the start
-            started.wait_for("training: ")
-        time.sleep(rng.uniform(0, 0.12))
-        os.kill(started.pid, signal.SIGKILL)
-        status = started.wait()
-        assert status in (-signal.SIGKILL, 0), started.text()
+        operation = rng.randrange(1, 50) + 50 * (k > 1)  # two at the start, others in training
+        hook = functools.partial(killed_at, tmp_path, operation)
+        run(NPC, argv, tmp_path / f"out{k}", -signal.SIGKILL, hook)
         newest = checkpoints.newest(folder, print)
         steps.append(clip.read_checkpoint(newest)["step"] if newest else 0)
-        if status == 0:  # it was done before it could be killed
-            break
-    assert k > 2
-    assert steps == sorted(steps) and steps[0] < steps[-1], steps
+    assert steps == sorted(steps) and len(set(steps)) > 4, steps
     run(NPC, argv, tmp_path / "last")
     assert_same(folder, whole["npc"], ["epoch3.pt", "best.pt"])
-    assert [path for path in folder.iterdir() if path.name.startswith(".")] == []
+    assert [path.name for path in folder.iterdir() if path.name.startswith(".")] == [".lock"]
+
+
+def killed_at(folder, operation):
+    """Hook: die before this process opens, renames, links or removes a file below `folder` for so
+    many times."""
+    left = iter(range(operation))
+
+    def audit(event, arguments):
+        if event in ("open", "os.rename", "os.link", "os.remove"):
+            if str(arguments[0]).startswith(str(folder)) and next(left, None) is None:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(audit)
 
 
 def test_files_are_on_disk_before_they_get_their_name(tmp_path, monkeypatch):
@@ -426,7 +539,7 @@ def test_files_are_on_disk_before_they_get_their_name(tmp_path, monkeypatch):
 def test_unfinished_files_are_never_taken_and_removed_by_the_next_run(data, copied):
     """What kill -9 leaves in the middle of a write."""
     folder = copied()
-    stray = [folder / name for name in (".epoch4.pt.abc123", ".step9.pt.xyz", ".best.pt.link")]
+    stray = [folder / name for name in (".epoch4.pt.abc123.unfinished", ".best.pt.unfinished")]
     for path in stray:
         path.write_bytes((folder / "epoch3.pt").read_bytes()[:100_000])
     (folder / ".mine").write_text("not theirs")
@@ -442,7 +555,7 @@ def test_signals_before_training_end_the_run_as_usual(data, tmp_path):
 
 
 def signalled_before_training():
-    history.History = lambda *_: signal_group(signal.SIGTERM)
+    loop.History = lambda *_: signal_group(signal.SIGTERM)
 
 
 # ---- a full disk --------------------------------------------------------------------------------
@@ -466,7 +579,7 @@ def test_full_disk_ends_with_a_line_and_leaves_what_was_there(data, whole, tmp_p
     assert differences(read(folder / "epoch1.pt"), read(whole["npc"] / "epoch1.pt")) == []
     assert differences(read(folder / "best.pt"), read(whole["npc"] / "epoch1.pt")) == []
     assert not (folder / "epoch2.pt").exists()
-    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+    assert [path.name for path in folder.iterdir() if path.name.startswith(".")] == [".lock"]
     run(NPC, [*argv, "--resume", "auto"], tmp_path / "out2")
     assert_same(folder, whole["npc"])
 
@@ -482,7 +595,7 @@ def test_really_full_disk(data, whole, tmp_path, room):
         said = run(NPC, arguments(data, "npc", logs), tmp_path / "out", 2)
         assert os.strerror(errno.ENOSPC) in said.splitlines()[-1] or "disk full" in said
         assert said.splitlines()[-1].startswith("error: ")
-        assert not [p for p in (logs / "x").iterdir() if p.name.startswith(".")]
+        assert not list((logs / "x").glob(".*.unfinished"))
         kept = sorted((logs / "x").glob("epoch*.pt"))
         assert len(kept) == int(room // 3.2)
         for path in kept:
@@ -497,13 +610,13 @@ def test_really_full_disk(data, whole, tmp_path, room):
 def poison(step, what):
     """After a step, make a weight of the model NaN, or the moments of AdamW."""
     live = []
-    init = training.Saver.__init__
+    init = loop.Saver.__init__
 
     def watch(self, run, model, *rest):
         init(self, run, model, *rest)
         live.append(model)
 
-    training.Saver.__init__ = watch
+    loop.Saver.__init__ = watch
     after_step(step, lambda: live[0].state_dict()[what].flatten()[:1].fill_(math.nan))
 
 

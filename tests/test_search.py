@@ -87,7 +87,6 @@ def test_captions_for_an_image(dataset, find, checkpoint, tmp_path):
     assert tile(pixels, 7).mean() < 254  # seven results: the last is the third of the second row
 
 
-
 def test_other_splits_and_fewer_than_top(dataset, find):
     data = dataset()
     assert len(find(data, "a dog", "--split", "dev", "--top", 100)[0]) == 4
@@ -105,7 +104,7 @@ def test_layout_is_told_by_image_name_txt(dataset, find):
 
 @pytest.mark.parametrize("query, said", [
     ("", "empty"), (" \t", "empty"), ("no/such/photo.JPG", "there is none"),
-    ("broken.png", "cannot be read"),
+    ("broken.png", "broken.png: cannot identify"),
 ])
 def test_errors(dataset, find, capsys, tmp_path, monkeypatch, query, said):
     monkeypatch.chdir(tmp_path)

@@ -7,9 +7,13 @@ from statistics import mean, pvariance, stdev
 
 import numpy as np
 import pytest
+from conftest import options, write_lines
 from PIL import Image
 
-from benchmarks import table
+import clip
+from benchmarks import lowest_weights, table
+from data import training_pairs
+from utils.report.pair_weights import write_weights
 
 OPTIONS = {"dataset": "f30k", "dataset_root": "data", "noise_ratio": 0.2, "seed": 1, "lr": 1e-6,
            "weighting": "npc", "name": "NPC", "epochs": 2, "resume": None, "eval": False,
@@ -143,11 +147,13 @@ def test_figure_has_a_row_for_each_table(run, tables):
 
 @pytest.mark.parametrize("spoil, said", [
     (lambda r: (r / "eval_test.json").unlink(), "--eval --resume"),
-    (lambda r: (r / "eval_test.json").write_text('{"i2t_R@1": 3'), "not JSON"),
+    (lambda r: (r / "eval_test.json").write_text('{"i2t_R@1": 3'), "eval_test.json is not"),
+    (lambda r: (r / "eval_test.json").write_text("3"), "eval_test.json is not"),
+    (lambda r: (r / "options.json").write_text('{"name": "NPC", '), "options.json is not"),
     (lambda r: (r / "eval_test.json").write_text('{"i2t_R@1": 3}'), "lacks i2t_R@5"),
-    (lambda r: (r / "log.jsonl").write_text("{"), "log.jsonl: not JSON"),
+    (lambda r: (r / "log.jsonl").write_text("{"), "log.jsonl is not"),
     (lambda r: (r / "options.json").unlink(), "options_eval.json"),
-    (lambda r: (r / "weights.npz").write_text("none"), "weights.npz: broken"),
+    (lambda r: (r / "weights.npz").write_text("none"), "weights.npz is not"),
 ])
 def test_broken_runs(run, capsys, tmp_path, spoil, said):
     folder = run("broken", 70)
@@ -178,3 +184,34 @@ def test_scores_of_another_model_are_not_a_run_s(run, capsys, tmp_path):
             with pytest.raises(SystemExit):
                 table.main([str(folder), "--out", str(tmp_path / "out")])
             assert "pre-trained_models/npc.pt" in capsys.readouterr().err
+
+
+def test_lowest_weights_are_those_of_the_run(dataset, capsys, tmp_path):
+    data, run, out = dataset("cc"), tmp_path / "run", tmp_path / "lowest.png"
+    run.mkdir()
+    pairs = training_pairs(options(data), clip.Preprocess(32))
+
+    def draw():
+        lowest_weights.main([str(run), "--out", str(out)])
+
+    def fails(said):
+        with pytest.raises(SystemExit) as stop:
+            draw()
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and re.match("error: .*\n$", error) and said in error
+        assert not out.exists()
+
+    fails("options.json does not exist")
+    text = json.dumps(vars(options(data, "--vision_model", "tiny")), default=str)
+    (run / "options.json").write_text(text[:-9])
+    fails("options.json is not")
+    (run / "options.json").write_text(text)
+    fails("weights.npz does not exist")
+    write_weights(run / "weights.npz", np.ones((2, 12), np.float32), pairs)
+    data.split_folder.joinpath("train_caps.txt").rename(tmp_path / "captions")
+    write_lines(data.split_folder / "train_caps.txt", [*pairs.captions[:11], "another"])
+    fails("weights of other captions")
+    (tmp_path / "captions").rename(data.split_folder / "train_caps.txt")
+    draw()
+    with Image.open(out) as image:
+        assert image.size == (1100, 500)

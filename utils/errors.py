@@ -8,7 +8,8 @@ import sys
 import threading
 import traceback
 
-REPORT = "this is a bug of this program: please report the lines above and the command"
+REPORT = ("this is a bug of this program: please report the lines above and the command in the "
+          "issues of the repository that it came from")
 
 
 class InputError(Exception):

@@ -2,20 +2,16 @@
 and belong to one process at a time."""
 
 import contextlib
+import fcntl
 import os
+import secrets
 import shutil
 import socket
-import stat
-import tempfile
 from pathlib import Path
 
 from utils.errors import InputError
 
-try:
-    import fcntl
-except ImportError:  # Windows: two runs in one folder are not noticed
-    fcntl = None
-
+UNFINISHED = ".unfinished"  # how the names of files and folders end until they are whole
 LOCKS = {}  # path -> descriptor, until this process ends
 
 
@@ -28,26 +24,18 @@ def reading(path, what, advice):
         yield
     except InputError:
         raise
-    except MemoryError:
-        raise InputError(f"{path} asks for more memory than there is; {advice}") from None
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}; {advice}") from error
     except Exception as error:  # parsers raise almost anything on broken or hostile files
+        if isinstance(error, OSError) and error.strerror:
+            raise InputError(f"cannot read {path}: {error.strerror}; {advice}") from error
         reason = " ".join(str(error).split())[:150] or type(error).__name__
         raise InputError(f"{path} is not {what} or is damaged ({reason}); {advice}") from error
 
 
 def require_regular(path, advice):
     """Raise InputError unless `path` is a file proper: not absent, a folder, a pipe or a device."""
-    try:
-        mode = os.stat(path).st_mode
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist; {advice}") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read {path}: {getattr(error, 'strerror', error)}; {advice}"
-                         ) from error
-    if not stat.S_ISREG(mode):
-        raise InputError(f"{path} is not a regular file; {advice}")
+    if not os.path.isfile(path):
+        why = "is not a regular file" if os.path.exists(path) else "does not exist"
+        raise InputError(f"{path} {why}; {advice}")
 
 
 @contextlib.contextmanager
@@ -61,61 +49,43 @@ def atomic_write(path, mode="w", replace=True):
     """
     path = Path(path)
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
-    temporary = None
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{UNFINISHED}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        with os.fdopen(descriptor, mode, **text) as f:
+        with open(temporary, mode.replace("w", "x"), **text) as f:
             yield f
             f.flush()
             os.fsync(f.fileno())
-        take_name(temporary, path, replace)
+        if replace or not path.exists():
+            os.replace(temporary, path)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}; choose a folder that "
                          "you may write to and that has room") from error
     finally:
-        if temporary is not None:
-            with contextlib.suppress(OSError):  # it may have its new name
-                os.unlink(temporary)
+        with contextlib.suppress(OSError):  # mostly it has its new name
+            os.unlink(temporary)
 
 
-def take_name(temporary, path, replace):
-    """Give a finished file its name, and the rights of an ordinary new one, which those that
-    tempfile makes lack. Without `replace` a file of that name stays, where the file system has
-    hard links; else the later one does."""
-    umask = os.umask(0)
-    os.umask(umask)
-    os.chmod(temporary, 0o666 & ~umask)
-    if not replace:
-        try:
-            os.link(temporary, path)
-            return
-        except FileExistsError:
-            return
-        except OSError:
-            pass
-    os.replace(temporary, path)
-
-
-def lock(path):
-    """Hold the lock file `path` until this process ends, however it ends. Raises InputError, which
-    says who has it, when another process does."""
+def lock(path, what):
+    """Hold the lock file `path` of the folder `what` until this process ends, however it ends.
+    Raises InputError, which says who has it, when another process does."""
     path = Path(path)
-    if fcntl is None or path in LOCKS:
+    if path in LOCKS:
         return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     except OSError as error:
-        raise InputError(f"cannot write {path.parent}: {error.strerror}; choose a folder that you "
-                         "may write to") from error
-    try:  # of this process alone: its data loaders do not inherit it
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        holder = os.read(descriptor, 200).decode(errors="replace").strip() or "another process"
-        os.close(descriptor)
-        raise InputError(f"{path.parent} is being written by {holder}; wait for it, or choose "
-                         "another name") from None
+        raise InputError(f"cannot write {what}: {error.strerror}; choose a folder that you may "
+                         "write to") from error
+    with contextlib.suppress(OSError):  # of file systems without locks
+        try:  # of this process alone: its data loaders do not inherit it
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            holder = os.read(descriptor, 200).decode(errors="replace").strip()
+            os.close(descriptor)
+            raise InputError(f"{what} is being written by {holder or 'another process'}; wait for "
+                             "it, or choose another name") from None
     os.ftruncate(descriptor, 0)
     os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
     LOCKS[path] = descriptor
@@ -136,11 +106,11 @@ def new_folder(option, target):
     another process is about to make it."""
     target = Path(target)
     require_new(option, target)
-    beside = target.with_name(f".{target.name}.unfinished")
-    lock(beside.with_suffix(".lock"))
+    beside, held = (target.with_name(f".{target.name}{end}") for end in (UNFINISHED, ".lock"))
+    lock(held, target)
     try:
         shutil.rmtree(beside, ignore_errors=True)  # of a run that was killed
-        beside.mkdir(parents=True)
+        beside.mkdir()
         yield beside
         require_new(option, target)
         os.replace(beside, target)
@@ -149,7 +119,7 @@ def new_folder(option, target):
                          f"{option}") from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
-        unlock(beside.with_suffix(".lock"))
+        unlock(held)
 
 
 def require_new(option, folder):

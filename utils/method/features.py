@@ -1,5 +1,9 @@
-"""Features of a whole data set: each distinct image and caption encoded once."""
+"""Features of a whole data set: each distinct image and caption encoded once, or read from a
+file."""
 
+import math
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.data import Subset
@@ -7,8 +11,12 @@ from tqdm import tqdm
 
 from utils.distributed import gather, rank, world
 from utils.errors import InputError
+from utils.files import atomic_write, reading
+from utils.method.memorybank import fingerprint
 from utils.method.passes import cut_tokens, encoders
 from utils.reading.images import explain_deaths, image_loader
+
+RANDOM = 256  # random images, and captions, whose cosines are averaged
 
 
 @torch.inference_mode()
@@ -49,3 +57,72 @@ def embed_pairs(model, pairs, args, precision, normalise=True):
 
     texts = finish(texts, "text", len(order))[order.argsort().to(args.device)]
     return finish(images, "image", len(pairs.images)), texts
+
+
+@torch.inference_mode()
+def mean_random_cosine(model, args, precision):
+    """Mean cosine of pictures of random pixels with texts of random tokens: One-Step Anti-noise's
+    idea of what a model says where there is nothing to say."""
+    rng, size = np.random.default_rng(args.seed), model.visual.input_resolution
+    images, texts = [], []
+    with precision.autocast():
+        for part in np.array_split(np.arange(RANDOM), -(-RANDOM // args.eval_batch_size)):
+            pixels = rng.integers(0, 256, (len(part), 3, size, size), dtype=np.uint8)
+            tokens = rng.integers(1, model.vocab_size - 2, (len(part), args.context_length))
+            tokens[:, 0], tokens[:, -1] = model.vocab_size - 2, model.vocab_size - 1
+            for found, encode, items in zip((images, texts), encoders(model), (pixels, tokens),
+                                            strict=True):
+                items = torch.from_numpy(items).to(args.device)
+                found.append(F.normalize(encode(items).float(), dim=1))
+    return (torch.cat(images).mean(dim=0) @ torch.cat(texts).mean(dim=0)).item()
+
+
+# ---- features of other models -------------------------------------------------------------------
+
+
+def write_items(pairs, folder):
+    """Write what a model of any kind must encode for `--judge_features`: images.txt, the path of
+    each distinct image, captions.txt, each distinct caption, and items.sha256, the hash of both and
+    of how they are paired."""
+    caption_of = dict(zip(pairs.text_of.tolist(), pairs.captions, strict=True))
+    lines = {"images.txt": [pairs.images.folder / name for name in pairs.images.names],
+             "captions.txt": [caption_of[k] for k in range(len(caption_of))],
+             "items.sha256": [fingerprint(pairs)]}
+    for name, content in lines.items():
+        with atomic_write(folder / name) as f:
+            f.writelines(f"{line}\n" for line in content)
+
+
+def read_features(path, pairs, device):
+    """((images (u, D), texts (v, D)) fp32 on the device, log temperature) of an .npz file.
+
+    It holds `images` and `texts`, a row for each distinct item or for each pair, `items`, the hash
+    that `write_items` wrote, and perhaps `logit_scale` (else ln 100). Raises InputError when they
+    do not fit the pairs.
+    """
+    advice = "python data.py --list_items DIR writes what must be encoded, in which order"
+    with (reading(path, "a file of features", advice),
+          np.load(path, allow_pickle=False) as data):
+        arrays = {name: data[name] for name in data.files}
+        items = str(arrays["items"].reshape(-1)[0])
+        features = [arrays["images"], arrays["texts"]]
+        scale = float(arrays.get("logit_scale", math.log(100)))
+    if items.strip() != fingerprint(pairs):
+        raise InputError(f"{path} holds features of other images or captions than {pairs.source}, "
+                         f"or in another order; {advice}")
+    found = []
+    for name, values, item_of in (("images", features[0], pairs.image_of),
+                                  ("texts", features[1], pairs.text_of)):
+        count = int(item_of.max()) + 1
+        if values.ndim != 2 or len(values) not in (count, len(pairs)):
+            raise InputError(f"{path}: '{name}' has shape {values.shape}; expected a row for each "
+                             f"of {count} distinct {name} or of {len(pairs)} pairs; {advice}")
+        if values.dtype.kind != "f" or not np.isfinite(values).all():
+            raise InputError(f"{path}: '{name}' must be finite floating-point numbers")
+        if len(values) != count:
+            values = values[np.unique(item_of, return_index=True)[1]]
+        found.append(torch.from_numpy(values.astype(np.float32)).to(device))
+    if found[0].shape[1] != found[1].shape[1]:
+        raise InputError(f"{path}: images have {found[0].shape[1]} dimensions, texts "
+                         f"{found[1].shape[1]}; both must lie in one space")
+    return found, torch.tensor(scale)

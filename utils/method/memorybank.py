@@ -1,11 +1,13 @@
 """The memory bank: for each training image and caption, a clean pair that resembles it.
 
-Its file is annotations/frozen_memory_bank/{ratio}_mbank.npz: plain arrays, read without pickle. The
-authors' format is that of utils.method.released_bank.
+Its file is annotations/frozen_memory_bank/{ratio}_mbank.npz, or {ratio}_mbank_{judge}.npz where the
+judge is not the paper's: plain arrays, read without pickle. The authors' format is that of
+utils.method.released_bank.
 """
 
 import hashlib
 import json
+import re
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +20,6 @@ from utils.files import atomic_write, reading
 from utils.method.released_bank import IMAGES, read_released
 from utils.reading.layout import BANK_FOLDERS, find_by_ratio, ratio_name
 
-SUFFIX = "_mbank.npz"
 BLOCK = 2**25  # similarities that are held at a time: 128 MiB in fp32
 
 
@@ -97,10 +98,28 @@ def fingerprint(pairs):
     return digest.hexdigest()
 
 
-def bank_path(dataset_root, noise_ratio):
-    """Where we write the bank of a noise ratio."""
+def judge_name(args):
+    """What a bank's file name says of its judge; empty for the paper's."""
+    if args.judge_features:
+        parts = ["features", Path(args.judge_features).stem]
+    else:
+        parts = [Path(args.judge).name or "model"] if args.judge else []
+    if args.judge_rounds:
+        parts += [f"rounds{args.judge_rounds}x{args.judge_steps}"]
+    if args.judge_neighbours:
+        parts += [f"neighbours{args.judge_neighbours}"]
+    return re.sub(r"[^\w.-]", "-", "_".join(parts))
+
+
+def bank_path(dataset_root, noise_ratio, judge=""):
+    """Where we write the bank of a noise ratio and a judge's name."""
     folder = Path(dataset_root) / "annotations" / BANK_FOLDERS[0]
-    return folder / f"{ratio_name(noise_ratio)}{SUFFIX}"
+    return folder / f"{ratio_name(noise_ratio)}{suffix_of(judge)}"
+
+
+def suffix_of(judge):
+    """How the file name of a bank ends, behind the noise ratio."""
+    return f"_mbank_{judge}.npz" if judge else "_mbank.npz"
 
 
 def save_bank(bank, pairs, path, replace=True):
@@ -113,18 +132,19 @@ def save_bank(bank, pairs, path, replace=True):
                  info=np.frombuffer(info.encode(), np.uint8))
 
 
-def load_bank(dataset_root, noise_ratio, pairs):
-    """(bank, path) for `pairs` if one lies in the data folder, ours before the authors'; else None.
+def load_bank(dataset_root, noise_ratio, pairs, judge=""):
+    """(bank, path) for `pairs` if one of that judge lies in the data folder, ours before the
+    authors', whose judge is the paper's; else None.
 
     Raises InputError when it is broken, belongs to other captions or points outside the data.
     """
     folders = [Path(dataset_root) / "annotations" / name for name in BANK_FOLDERS]
-    for suffix in (SUFFIX, IMAGES):
+    for suffix in (suffix_of(judge), *([] if judge else [IMAGES])):
         for folder in folders:
             path = find_by_ratio(folder, suffix, noise_ratio)
             if path is not None:
-                bank = (_read(path, pairs) if suffix == SUFFIX
-                        else MemoryBank(*read_released(path, pairs)))
+                bank = (MemoryBank(*read_released(path, pairs)) if suffix == IMAGES
+                        else _read(path, pairs))
                 return _check(bank, pairs, path), path
     return None
 
@@ -138,7 +158,9 @@ def _read(path, pairs):
             arrays = {key: data[key] for key in data.files}
         info = json.loads(arrays.pop("info").tobytes())
         bank = MemoryBank(**arrays, info=info)
-        belongs_to, info["beta"] = info["fingerprint"], float(info["beta"])
+        belongs_to = info["fingerprint"]
+        if "beta" in info:
+            info["beta"] = float(info["beta"])
     if belongs_to != fingerprint(pairs):
         raise InputError(f"{path} was built for other captions than {pairs.source}; delete it or "
                          "run get_memorybank.py again")
@@ -170,6 +192,15 @@ def _check(bank, pairs, path):
     return bank
 
 
+def clean_pairs(bank):
+    """Indices (k,) int64 of the strict clean set. Raises InputError when the bank, being one of the
+    authors', does not say."""
+    if bank.clean is None:
+        raise InputError("--train_on clean and --memory random need the strict clean set, which "
+                         "the authors' banks do not hold; run get_memorybank.py first")
+    return np.flatnonzero(bank.clean)
+
+
 def arrays_on(device, bank, names):
     """Arrays of a bank, and numbers of its `info`, by name, as tensors (n,) on the device. Raises
     InputError when the bank, being one of the authors', lacks them."""
@@ -178,5 +209,6 @@ def arrays_on(device, bank, names):
              for name in names}
     if any(value is None for value in found.values()):
         raise InputError("this --weighting needs losses and cosines of the initial model, which "
-                         "the authors' banks do not hold; run get_memorybank.py first")
+                         "this bank does not hold (those of the authors do not, cosines neither "
+                         "with --judge_features); run get_memorybank.py first")
     return {name: torch.as_tensor(value, device=device).expand(n) for name, value in found.items()}

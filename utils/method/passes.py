@@ -13,7 +13,7 @@ The equalities that save passes:
 5. The text tower is causal and read at the end token: captions are cut at the longest of a step.
 6. Where all pairs of a batch count alike and the memory has no gradient, the gradient of A is that
    of A' but for one factor.
-7. Losses that nobody asks for are not computed: without memory a step is a plain CLIP step.
+7. What nobody asks for is not computed: a step without A' and memory is a plain CLIP step.
 
 BatchNorm in training mode makes a feature depend on what is encoded beside it, and so forbids 1, 3
 and 6: images are then encoded as they lie in the batch, and A' makes passes of its own.
@@ -105,10 +105,11 @@ class Passes:
     carries its gradient on to the parameters. A' := A happens here; without `siamese` there is
     A's batch alone.
 
-    precision: a utils.training.precision.Precision. accum_steps: number of pieces in which items
-    are encoded, each once more in the backward pass, so that the activations of one piece are held
-    at a time (GradCache, Gao et al. 2021). memory_gradient: whether losses on the memory have one.
-    uniform: a promise that all losses of the batch get the same gradient.
+    precision: a utils.training.precision.Precision, whose scaler scales both gradients.
+    accum_steps: number of pieces in which items are encoded, each once more in the backward pass,
+    so that the activations of one piece are held at a time (GradCache, Gao et al. 2021).
+    memory_gradient: whether losses on the memory have one. uniform: a promise that all losses of
+    the batch get the same gradient.
     """
 
     def __init__(self, A, batch, precision, siamese=None, accum_steps=1, memory_gradient=True,
@@ -139,7 +140,10 @@ class Passes:
         return self.leaves["siamese batch"]
 
     def memory(self):
-        """l(M^I; A) and l(M^T; A), (B,) each."""
+        """l(M^I; A) and l(M^T; A), (B,) each; zeros where the batch was read without a memory."""
+        if len(self.items[0].rows) == 1:
+            nothing = torch.zeros_like(self.batch())
+            return nothing, nothing
         if "M^I" not in self.leaves:
             self.siamese_batch()
             with torch.set_grad_enabled(self.memory_gradient):
@@ -158,7 +162,7 @@ class Passes:
 
     def siamese_backward(self, total):
         """Give the parameters of A' the gradient of `total`, made of `siamese_batch`."""
-        losses, seeds = self._seeds(total)
+        losses, seeds = self._seeds(self.precision.scaler.scale(total))
         parameters = list(self.model.parameters())
         gradients = torch.autograd.grad(
             losses, parameters, seeds,
@@ -172,6 +176,7 @@ class Passes:
 
     def backward(self, total):
         """Give the parameters of A the gradient of `total`, made of `batch` and `memory`."""
+        total = self.precision.scaler.scale(total)
         if self.one_gradient and not self.losses:
             seed = torch.autograd.grad(total, self.leaves["siamese batch"])[0]
             torch._foreach_mul_([p.grad for p in self.A.parameters()], seed.sum())

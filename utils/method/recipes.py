@@ -1,7 +1,8 @@
-"""`--recipe`: the paper's method, or what the authors' released script does, point by point."""
+"""`--recipe`: the paper's method, what the authors' released script does, point by point, and
+`robust`, the recipe of this repository."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,11 @@ class Recipe:
     max_logit_scale: float  # upper limit of the learned log temperature
     cosine_bank: bool  # the bank's nearest neighbour is by cosine; else only queries are normalised
     random_bank_batches: bool  # the bank's losses come from random batches; else in data order
+    # what options are unless they are given
+    weighting: str = "npc"
+    memory_loss_weight: float = 1.0
+    train_on: str = "all"
+    judge_rounds: int = 0
 
 
 RECIPES = {
@@ -27,3 +33,6 @@ RECIPES = {
                        batch_norm_trains=True, schedule_per_step=False, clips_baseline=False,
                        max_logit_scale=math.inf, cosine_bank=False, random_bank_batches=False),
 }
+# A plain CLIP step on the pairs that the better judge finds clean: no A', no w, no memory
+RECIPES["robust"] = replace(RECIPES["paper"], weighting="none", memory_loss_weight=0.0,
+                            train_on="clean", judge_rounds=2)

@@ -8,8 +8,8 @@ import torch
 
 
 class Weighting(NamedTuple):
-    """function(**known) gives w (B,); `help` says what it is. looks_ahead: A' takes its step before,
-    so after_i and after_t are known. of_bank: arrays of the `MemoryBank` that it needs."""
+    """function(**known) gives w (B,); `help` says what it is. looks_ahead: A' takes its step
+    before, so after_i and after_t are known. of_bank: arrays of the `MemoryBank` that it needs."""
 
     function: Callable
     help: str
@@ -59,9 +59,13 @@ def mixture_posterior(posterior, **_):
     return posterior
 
 
-@weighting("osa", "One-Step Anti-noise on the initial model's cosine", of_bank=("cosine", "beta"))
+@weighting("osa", "One-Step Anti-noise as its authors' script does it",
+           of_bank=("cosine", "beta"))
 def one_step_anti_noise(cosine, beta, **_):
-    """Weights of One-Step Anti-noise (Li et al. 2024) for cosines (B,) of pairs: s = cosine - beta,
-    where beta is the mean cosine of random pairs; w = 0 where s <= 0, else s^2 (1 - s)."""
+    """Weights (B,) of One-Step Anti-noise (Li et al. 2024) as its script computes them from a
+    frozen model: how far the logit lies above that of random pixels with random tokens, over the
+    batch's largest, is s; w = s^2 (1 - s^2). The best pair of a batch weighs 0. The temperature
+    cancels: cosines (B,) do, and their mean beta over random inputs."""
     s = (cosine - beta).clamp(min=0)
-    return s.square() * (1 - s)
+    s = s / s.max().clamp(min=torch.finfo(s.dtype).tiny)
+    return s.square() * (1 - s.square())

@@ -14,6 +14,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from clip.preprocess import check_usable
 from utils.errors import InputError
 from utils.files import reading
 from utils.reading.image_cache import ImageCache
@@ -34,12 +35,16 @@ class Images(Dataset):
         return len(self.names)
 
     def __getitem__(self, k):
-        crop = self.cache.get(k) if self.cache else None
-        if crop is None:
-            crop = self.decode(k)
-            if self.cache:
-                self.cache.put(k, crop)
-        return torch.from_numpy(crop)
+        return self.__getitems__([k])[0]
+
+    def __getitems__(self, ks):
+        """Images `ks` as a list. Those that the cache lacks are decoded and stored together."""
+        crops = {k: self.cache.get(k) for k in ks if self.cache and self.cache.has(k)}
+        decoded = {k: self.decode(k) for k in ks if k not in crops}
+        if self.cache and decoded:
+            self.cache.put(decoded)
+        crops |= decoded
+        return [torch.from_numpy(crops[k]) for k in ks]
 
     def decode(self, k):
         """Read and crop image k from its file: (3, R, R) uint8."""
@@ -51,10 +56,20 @@ class Images(Dataset):
         """Image k as a PIL image, of which only the header is read yet."""
         path = self.folder / self.names[k]
         with reading(path, "an image", "replace it, or leave its line out of the id and caption "
-                     "files"), warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                yield image
+                     "files"), open_image(path) as image:
+            yield image
+
+
+@contextmanager
+def open_image(file):
+    """PIL image of a path or binary file, of which only the header is read yet. Pillow's warnings
+    are off, but for that of a decompression bomb, which is an error."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with Image.open(file) as image:
+            check_usable(image)
+            yield image
 
 
 class Headers(Dataset):

@@ -13,11 +13,10 @@ import os
 from pathlib import Path, PureWindowsPath
 
 from utils.errors import InputError
-from utils.files import atomic_write
+from utils.files import atomic_write, reading
 
 SPLITS = ("train", "dev", "test")
 BANK_FOLDERS = ("frozen_memory_bank", "memory_bank")  # ours and their README's; their code's
-MAX_LINE = 10_000  # bytes
 DATASETS = {  # captions per id in train_caps.txt; None: whatever the two files add up to
     "coco": 5,  # MSCOCO
     "f30k": 5,  # Flickr30K
@@ -31,41 +30,23 @@ def split_folder(root):
     return Path(root) / "annotations" / "scan_split"
 
 
-def read_lines(path):
-    """Lines of a UTF-8 text file as a list of str, each stripped of white space at both ends.
-
-    Raises InputError when the file is absent, unreadable, not UTF-8, or holds a NUL byte or a line
-    that is too long.
-    """
-    path = Path(path)
-    data = bytearray()
-    try:
-        if path.exists() and not path.is_file():
-            raise InputError(f"{path} is no file")
-        with open(path, "rb") as f:
-            while piece := f.readline(MAX_LINE + 2):
-                if len(piece) == MAX_LINE + 2 and b"\r" not in piece:
-                    line = data.count(b"\n") + 1
-                    raise InputError(f"{path}, line {line}: longer than {MAX_LINE:,} bytes; "
-                                     "shorten it, the text tower sees 77 tokens of a caption")
-                data += piece
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist; --dataset_root must be a folder with "
-                         "annotations/scan_split/ and images/ (dataset/README.md)") from None
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
+def read_text(path, advice):
+    """Text of a UTF-8 file. Raises InputError when it is absent (with `advice`) or not UTF-8."""
+    with reading(path, "a text file", advice):
+        data = Path(path).read_bytes()
     try:
         text = data.decode("utf-8-sig")  # Windows editors begin a file with a byte order mark
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         raise InputError(f"{path}, line {line}: not valid UTF-8; re-encode the file") from None
-    if "\0" in text:
-        line = text.count("\n", 0, text.index("\0")) + 1
-        raise InputError(f"{path}, line {line}: holds a NUL byte; captions and ids are plain text")
-    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
-    if lines[-1] == "":
-        lines.pop()
-    return [line.strip() for line in lines]
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def read_lines(path):
+    """Lines of a UTF-8 text file as a list of str, each stripped of white space at both ends."""
+    text = read_text(path, "--dataset_root must be a folder with annotations/scan_split/ and "
+                           "images/ (dataset/README.md)")
+    return [line.strip() for line in text.removesuffix("\n").split("\n")] if text else []
 
 
 def read_captions(path):
@@ -147,8 +128,12 @@ def require_images(root, names):
     missing = [name for name in dict.fromkeys(names)
                if name not in here and not os.path.isfile(folder / name)]
     if missing:
-        first = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
-        raise InputError(f"{len(missing)} images are missing from {folder}: {first}")
+        raise InputError(f"{len(missing)} images are missing from {folder}: {few(missing)}")
+
+
+def few(names, most=3):
+    """The first names of a list as text: "a, b, c, ..."."""
+    return ", ".join(map(str, names[:most])) + (", ..." if len(names) > most else "")
 
 
 def find_by_ratio(folder, suffix, ratio):
@@ -170,26 +155,21 @@ def ratio_name(ratio):
     return repr(abs(float(ratio))).removesuffix(".0")
 
 
-def write_split(root, split, image_ids, captions):
-    """Write `{split}_ids.txt` and `{split}_caps.txt`.
+def write_split(folder, split, image_ids, captions):
+    """Write `{split}_ids.txt` and `{split}_caps.txt` to the folder of these files.
 
     image_ids: one id (str or int) per image. captions: per image, a list of str. Training images
     that have all the same number of captions get one id line each; otherwise, and in dev and test,
     there is one id line per caption (read back with num_anns 1).
     """
-    if len(image_ids) != len(captions):
-        raise ValueError(f"{len(image_ids)} ids but captions of {len(captions)} images")
     one_id_per_image = split == "train" and len({len(c) for c in captions}) == 1
-    repeats = [1] * len(captions) if one_id_per_image else [len(c) for c in captions]
-    folder = split_folder(root)
-    with atomic_write(folder / f"{split}_ids.txt") as f:
-        f.writelines(f"{i}\n" for i, repeat in zip(image_ids, repeats, strict=True)
-                     for _ in range(repeat))
-    with atomic_write(folder / f"{split}_caps.txt") as f:
-        f.writelines(f"{caption}\n" for own in captions for caption in own)
+    write_lines(Path(folder) / f"{split}_ids.txt",
+                [i for i, own in zip(image_ids, captions, strict=True)
+                 for _ in range(1 if one_id_per_image else len(own))])
+    write_lines(Path(folder) / f"{split}_caps.txt", [c for own in captions for c in own])
 
 
-def write_image_names(root, names):
-    """Write image_name.txt: the file name of image id i on line i (0-based)."""
-    with atomic_write(split_folder(root) / "image_name.txt") as f:
-        f.writelines(f"{name}\n" for name in names)
+def write_lines(path, lines):
+    """Write one item a line; in image_name.txt the file name of image id i is on line i, from 0."""
+    with atomic_write(path) as f:
+        f.writelines(f"{line}\n" for line in lines)

@@ -1,27 +1,41 @@
 """The page of suspicious pairs: one HTML file that needs no server and no network."""
 
 import base64
+import hashlib
 import io
+import json
 import math
 from html import escape
 from pathlib import Path
 from string import Template
 from typing import NamedTuple
 
+import matplotlib
 import numpy as np
-from matplotlib.ticker import MaxNLocator
+from matplotlib.figure import Figure
 from PIL import Image
+from scipy.stats import norm
+
+from utils.report.labels import COLUMNS
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 BINS = 60
-WIDTH, HEIGHT, BOTTOM = 1100, 230, 26  # of the histogram; BOTTOM: room for the axis
+BUTTONS = "".join(f'<button value="{answer}">{answer}</button>'
+                  for answer in ("right", "wrong", "skip"))
+BUTTONS = f'<div class="answers">{BUTTONS}</div>'
+# Colours of the histogram, by the variable of the page's style that takes their place
+COLOURS = {"soft": "#647083", "clean": "#1f8a70", "noisy": "#d1495b", "bars": "#b9c2ce"}
 
 
 class Suspect(NamedTuple):
-    """A pair as the page shows it. Images are uint8 (3, S, S), RGB; `wrong` is None if unknown."""
+    """A pair as the page shows it. Images are uint8 (3, S, S), RGB; `wrong` is None if unknown.
+    worst, sample: its place, from 1, among the most suspicious and in the random sample, None where
+    it is not. row: its cells of decisions.csv but the answer."""
 
-    rank: int
-    pair: int
+    worst: int | None
+    sample: int | None
+    row: tuple
+    answer: str
     score: float
     posterior: float
     file: str
@@ -33,19 +47,23 @@ class Suspect(NamedTuple):
     wrong: bool | None
 
 
-def noise_page(suspects, score_name, about, findings, losses, mixture, wrong):
+def noise_page(suspects, score_name, about, findings, verdict, wrong, key):
     """The page as text.
 
     suspects: `Suspect`s, worst first. about: line on data and model; findings: lines of text.
-    losses: (n,) of all pairs; mixture: (weight, mean, variance) of the clean and of the noisy
-    component; wrong: (n,) bool or None. All text is escaped.
+    verdict: the judge's `Verdict` on all n pairs; wrong: (n,) bool or None; key: what the browser
+    keeps the answers under. All text is escaped.
     """
-    low, high = bounds([suspect.score for suspect in suspects])
+    low, high = bounds([s.score for s in suspects if s.worst and math.isfinite(s.score)])
+    script = TEMPLATE.with_suffix(".js").read_text(encoding="utf-8")
     return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
-        about=escape(about), num_pairs=len(losses), score_name=escape(score_name),
-        histogram=histogram(losses, mixture, wrong),
+        about=escape(about), num_pairs=len(verdict.score), score_name=escape(score_name),
+        histogram=histogram(verdict, wrong),
         findings="\n".join(f"<p>{escape(line)}</p>" for line in findings),
-        low=low, high=high, cards="\n".join(map(card, suspects)))
+        num_worst=sum(bool(s.worst) for s in suspects), low=low, high=high, key=key,
+        num_sample=sum(bool(s.sample) for s in suspects), columns=" ".join(COLUMNS),
+        cards="\n".join(map(card, suspects)), script=script,
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode())
 
 
 def bounds(scores):
@@ -64,9 +82,11 @@ def card(suspect):
     if s.wrong is not None:
         mark = ('<span class="mark">wrong</span>' if s.wrong
                 else '<span class="mark clean">right</span>')
-    return f"""<article data-score="{s.score!r}">
-<header><b>{s.rank}</b><span>score {s.score:.4g}</span><span>posterior {s.posterior:.3f}</span>
-<span class="soft">pair {s.pair}</span>{mark}</header>
+    return f"""<article tabindex="0" data-score="{s.score!r}" data-worst="{s.worst or ''}"
+ data-sample="{s.sample or ''}" data-row="{escape(json.dumps(s.row))}" data-answer="{s.answer}">
+<header><b class="score">{s.worst or ''}</b><span class="score">score {s.score:.4g}</span>
+<span class="score">posterior {s.posterior:.3f}</span>
+<span class="soft">pair {s.row[0]}</span>{mark}</header>
 <div class="sides">
 <div class="side">{picture(s.image)}<div class="words">
 <q dir="auto">{escape(s.caption)}</q><br><small class="file">{escape(s.file)}</small></div></div>
@@ -75,7 +95,7 @@ def card(suspect):
 <q dir="auto">{escape(s.best_caption)}</q></div>
 <div>{picture(s.best_image)}<div class="words"><h2>best image for this caption</h2>
 <small class="file">{escape(s.best_file)}</small></div></div>
-</div></div></article>"""
+</div></div>{BUTTONS}</article>"""
 
 
 def picture(pixels):
@@ -86,44 +106,41 @@ def picture(pixels):
     return f'<img alt="" src="data:image/jpeg;base64,{data}">'
 
 
-def histogram(losses, mixture, wrong=None):
-    """Losses (n,) as an <svg> histogram with the components of the mixture, scaled to the bars.
+def histogram(verdict, wrong=None):
+    """The scores of a `Verdict` as an <svg> histogram, with what the judge takes for the wrong
+    pairs: the components of its mixture, or its mismatches, scaled to their share.
 
     With `wrong` (n,) bool the bars are split into right pairs and, on top, wrong ones.
     """
-    edges = np.histogram_bin_edges(losses, BINS)
-    parts = {"": np.ones(len(losses), bool)} if wrong is None else {"clean": ~wrong, "noisy": wrong}
-    counts = {name: np.histogram(losses[part], edges)[0] for name, part in parts.items()}
-    top = 1.12 * sum(counts.values()).max()
-
-    def x(loss):
-        return (loss - edges[0]) / (edges[-1] - edges[0]) * WIDTH
-
-    def y(count):
-        return (HEIGHT - BOTTOM) * (1 - np.minimum(count / top, 1))
-
-    shapes, base = [], np.zeros(BINS)
-    for name, count in counts.items():
-        path = "".join(f"M{x(left):.1f} {y(b):.1f}H{x(right) - 1:.1f}V{y(b + c):.1f}H{x(left):.1f}z"
-                       for left, right, b, c in zip(edges, edges[1:], base, count, strict=False))
-        shapes.append(f'<path class="bars {name}" d="{path}"/>')
-        base = base + count
+    scores, n = verdict.score, len(verdict.score)
+    figure = Figure(figsize=(11, 2.6), layout="constrained")
+    axes = figure.subplots()
+    if wrong is None:
+        counts, edges, _ = axes.hist(scores, BINS, color=COLOURS["bars"], rwidth=0.9)
+    else:
+        counts, edges, _ = axes.hist(
+            [scores[~wrong], scores[wrong]], BINS, stacked=True, rwidth=0.9, alpha=0.4,
+            color=[COLOURS["clean"], COLOURS["noisy"]], label=["right pairs", "wrong pairs"])
     grid = np.linspace(edges[0], edges[-1], 400)
-    for name, (weight, mean, variance) in zip(("clean", "noisy"), mixture, strict=True):
-        density = np.exp(-((grid - mean) ** 2) / (2 * variance)) / np.sqrt(2 * np.pi * variance)
-        curve = weight * density * len(losses) * (edges[1] - edges[0])
-        points = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x(grid), y(curve), strict=True))
-        shapes.append(f'<polyline class="curve {name}" points="{points}"/>')
-    shapes.append(f'<path class="axis" d="M0 {HEIGHT - BOTTOM}H{WIDTH}"/>')
-    for loss in MaxNLocator(9).tick_values(edges[0], edges[-1]):
-        if 15 < x(loss) < WIDTH - 15:  # room for half the number
-            shapes.append(f'<text x="{x(loss):.1f}" y="{HEIGHT - BOTTOM + 18}" '
-                          f'text-anchor="middle">{loss:.4g}</text>')
-    legend = ["component of low loss", "component of high loss"]
-    legend += [] if wrong is None else ["bars: right pairs, wrong pairs on top"]
-    colours = ("var(--clean)", "var(--noisy)", "var(--soft)")
-    for k, (text, colour) in enumerate(zip(legend, colours, strict=False)):
-        shapes.append(f'<text x="{WIDTH - 8}" y="{16 + 17 * k}" text-anchor="end" '
-                      f'style="fill: {colour}">{text}</text>')
-    return (f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="histogram of the losses">'
-            f'{"".join(shapes)}</svg>')
+    for (weight, center, variance), colour, side in zip(
+            verdict.components or (), ("clean", "noisy"), ("low", "high"), strict=False):
+        density = norm.pdf(grid, center, variance**0.5)
+        axes.plot(grid, weight * density * n * (edges[1] - edges[0]), color=COLOURS[colour], lw=2,
+                  label=f"component of {side} loss")
+    if verdict.mismatches is not None:
+        heights = np.histogram(verdict.mismatches, edges)[0] / len(verdict.mismatches)
+        axes.stairs(verdict.wrong_share * n * heights, edges, color=COLOURS["noisy"], lw=2,
+                    label="mismatches made of these images and captions")
+    axes.set(ylim=(0, 1.12 * np.max(counts)), yticks=[])
+    axes.margins(x=0)
+    axes.spines[["left", "top", "right"]].set_visible(False)
+    axes.spines["bottom"].set_color(COLOURS["soft"])
+    axes.tick_params(colors=COLOURS["soft"])
+    axes.legend(frameon=False, labelcolor=COLOURS["soft"])
+    text = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": ""}):
+        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
+    svg = text.getvalue()[text.getvalue().index("<svg"):]
+    for name, colour in COLOURS.items():
+        svg = svg.replace(colour, f"var(--{name})")
+    return svg

@@ -32,10 +32,8 @@ def read_weights(path, pairs=None):
     return w
 
 
-def mean_weights(path, pairs):
-    """Mean weight (n,) of each pair over the epochs of a run, NaN where it was never drawn. Raises
-    InputError as `read_weights`."""
-    w = read_weights(path, pairs)
+def mean_weights(w):
+    """Mean (n,) over the epochs of w (epochs, n), NaN where a pair was never drawn."""
     drawn = ~np.isnan(w)
     total, count = np.where(drawn, w, 0).sum(axis=0), drawn.sum(axis=0)
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)

@@ -1,30 +1,30 @@
 """Training checkpoints: the state of a run beside the weights, whole or absent.
 
 `epoch{N}.pt` after each epoch and `step{S}.pt` in between hold `epoch` (epochs done), `step`
-(optimiser steps done), `name`, `state_dict`, `config` (the model's), the optimisers, the
-gradient scaler, `args` (options), `data` (a hash of what is trained on), `best_score` and
-`best_epoch` (before this epoch was scored) and `history` (see utils.training.history). The order of
-the pairs depends on seed and epoch alone and nothing else is random, so that there is no random
-state to keep. They are read by clip.read_checkpoint, which runs no code of theirs.
+(optimiser steps done), `name`, `state_dict`, `config` (the model's), the optimisers, the gradient
+scaler, `args` (options), `data` (a hash of what is trained on), `best_score` and `best_epoch`
+(before this epoch was scored) and `history` (see utils.training.history). The order of the pairs
+depends on seed and epoch alone and nothing else is random, so that there is no random state to
+keep. They are read by clip.read_checkpoint, which runs no code of theirs.
 """
 
-import contextlib
+import math
 import os
 import shutil
 import zipfile
-from pathlib import Path
 
 import torch
 
 from utils.errors import InputError
-from utils.files import atomic_write
+from utils.files import UNFINISHED, atomic_write
 
 STEP_FILES_KEPT = 2  # the newest may turn out broken after a crash of the machine
 SAME_RUN = ("dataset", "noise_ratio", "num_anns", "context_length", "batch_size", "recipe", "seed",
             "weighting", "memory_loss_weight")  # options that make it another run
 NEVER_COMPARED = ("resume", "force_resume", "eval", "device", "vision_model")
-TEMPORARY = tuple(f".{name}" for name in ("epoch", "step", "best.pt", "log.jsonl", "weights.npz",
-                                          "options", "eval_test.json"))
+
+
+# ---- files --------------------------------------------------------------------------------------
 
 
 def save(path, checkpoint):
@@ -40,9 +40,8 @@ def save(path, checkpoint):
 def hard_link(source, target):
     """Give the finished file `source` a second name, replacing what was there; a copy where the
     file system has no links."""
-    temporary = target.with_name(f".{target.name}.link")
-    with contextlib.suppress(FileNotFoundError):
-        temporary.unlink()
+    temporary = target.with_name(f".{target.name}{UNFINISHED}")
+    temporary.unlink(missing_ok=True)
     try:
         os.link(source, temporary)
     except OSError:
@@ -51,36 +50,8 @@ def hard_link(source, target):
     temporary.unlink(missing_ok=True)  # it stays where both were the same file already
 
 
-def step_of(path):
-    """Optimiser steps that the run of a checkpoint had made, None if the file is damaged."""
-    if path.stem.removeprefix("step").isdigit():
-        return int(path.stem.removeprefix("step"))
-    try:  # of epoch{N}.pt the tensors, gigabytes, are left on disk
-        return int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["step"])
-    except Exception:  # whatever a damaged file provokes
-        return None
-
-
-def by_step(folder):
-    """The checkpoints of an experiment's folder, most steps first; damaged ones last."""
-    paths = [*Path(folder).glob("epoch*.pt"), *Path(folder).glob("step*.pt")]
-    steps = {path: step_of(path) for path in paths if path.is_file()}
-    return sorted(steps, key=lambda path: -1 if steps[path] is None else steps[path], reverse=True)
-
-
-def newest(folder, log):
-    """Path of the intact checkpoint of most steps of an experiment, None without any. Files whose
-    checksums do not fit are passed over with a warning."""
-    for path in by_step(folder):
-        if intact(path):
-            return path
-        log(f"warning: {path} is damaged; taking the one before")
-    return None
-
-
 def intact(path):
-    """Whether the checksums of all parts of a checkpoint of ours fit, which torch does not look
-    at."""
+    """Whether the checksums of all parts of a checkpoint fit, which torch does not look at."""
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.testzip() is None
@@ -88,15 +59,42 @@ def intact(path):
         return False
 
 
-def training_state(checkpoint, path):
-    """The training state in the content of the checkpoint `path`, without the weights; {} if it has
-    none, as those of the authors. Raises InputError when it is damaged."""
-    if not {"args", "history"} <= checkpoint.keys():
-        return {}
-    if not intact(path):
-        raise InputError(f"{path} is damaged: its checksums do not fit; take an older checkpoint, "
-                         "as --resume auto does")
-    return {k: v for k, v in checkpoint.items() if k != "state_dict"}
+def by_step(folder, kinds=("epoch", "step")):
+    """[(steps, path)] of the checkpoints in a folder by the optimiser steps that their runs had
+    made, most first. A damaged one counts as infinitely many."""
+    paths = [path for kind in kinds for path in folder.glob(f"{kind}*.pt") if not path.is_fifo()]
+    return sorted(((_step_of(path), path) for path in paths), reverse=True)
+
+
+def _step_of(path):
+    if path.stem.removeprefix("step").isdigit():
+        return int(path.stem.removeprefix("step"))
+    try:  # of epoch{N}.pt the tensors, gigabytes, are left on disk
+        return int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["step"])
+    except Exception:  # whatever a damaged file provokes
+        return math.inf
+
+
+def newest(folder, log):
+    """Path of the intact checkpoint of most steps in a folder, None without any."""
+    for _, path in by_step(folder):
+        if intact(path):
+            return path
+        log(f"warning: {path} is damaged; taking the one before")
+    return None
+
+
+def prune(folder, keep):
+    """Delete all but the two step files and, with `keep` > 0, all but the `keep` checkpoints of
+    most steps. best.pt and damaged ones stay."""
+    paths = [path for step, path in by_step(folder, ("epoch", "step") if keep else ("step",))
+             if step < math.inf]
+    steps = [path for path in paths if path.name.startswith("step")]
+    for path in {*steps[STEP_FILES_KEPT:], *(paths[keep:] if keep else ())}:
+        path.unlink()
+
+
+# ---- content ------------------------------------------------------------------------------------
 
 
 def load_optimizer(optimizer, saved):
@@ -104,29 +102,9 @@ def load_optimizer(optimizer, saved):
     anything when they do not fit the parameters."""
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            moments = optimizer.state[parameter]
-            if any(moments[k].shape != parameter.shape for k in ("exp_avg", "exp_avg_sq")):
-                raise ValueError("AdamW's moments have other shapes than the parameters")
-            moments["step"].item()
-
-
-def prune(folder, keep, written):
-    """Delete all but the two newest step files and, with `keep` > 0, all but the `keep` newest
-    checkpoints. best.pt and what was just `written` stay."""
-    paths = by_step(folder) if keep else sorted(Path(folder).glob("step*.pt"), key=step_of,
-                                                reverse=True)
-    steps = [path for path in paths if path.name.startswith("step")]
-    for path in {*steps[STEP_FILES_KEPT:], *(paths[keep:] if keep else ())} - {written}:
-        path.unlink(missing_ok=True)
-
-
-def remove_unfinished(folder):
-    """Delete the unfinished files of a run that was killed while it wrote."""
-    for path in Path(folder).glob(".*"):
-        if path.name.startswith(TEMPORARY):
-            path.unlink(missing_ok=True)
+    for parameter, moments in optimizer.state.items():
+        for name in ("exp_avg", "exp_avg_sq"):
+            moments[name].view_as(parameter)
 
 
 def stored_options(args):
@@ -134,21 +112,20 @@ def stored_options(args):
     return {k: v if isinstance(v, int | float | None) else str(v) for k, v in vars(args).items()}
 
 
-def changed_options(saved, args, names=None):
-    """{option: "--option old -> new"} of those (among `names`) that are not as in `saved`."""
+def changed_options(saved, args):
+    """{option: "--option old -> new"} of those that are not as in `saved`."""
     now = stored_options(args)
     return {k: f"--{k} {saved[k]} -> {now[k]}" for k in saved
-            if k in now and k not in NEVER_COMPARED and (names is None or k in names)
-            and str(saved[k]) != str(now[k])}
+            if k in now and k not in NEVER_COMPARED and str(saved[k]) != str(now[k])}
 
 
-def compare_options(saved, args, force, log):
+def compare_options(saved, args, log):
     """List the options that changed since a checkpoint was written, in one line. Raises InputError
-    when one of them makes it another run, unless `force` is given."""
+    when one of them makes it another run, unless --force_resume insists."""
     changed = changed_options(saved, args)
     if changed:
         log("options changed since the checkpoint: " + ", ".join(changed.values()))
     severe = [changed[k] for k in SAME_RUN if k in changed]
-    if severe and not force:
+    if severe and not args.force_resume:
         raise InputError(f"{args.resume} belongs to another run: {', '.join(severe)}; start from "
                          "its weights with --vision_model instead, or insist with --force_resume")

@@ -1,9 +1,8 @@
 """What comes from outside while a run trains: signals, a lost terminal."""
 
-import os
 import signal
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 
@@ -16,10 +15,12 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 @contextmanager
 def interruptions(device):
     """SIGTERM, SIGINT and SIGHUP no longer end the process: the function given says whether one
-    came. With several processes it says so to all of them, so that all end at the same step: what
-    one call asks them, the next one answers, so that no GPU is waited for. With `now` it waits."""
-    arrived = []
-    answer = Later(torch.zeros(()))
+    came. Those that are ignored, as SIGHUP is under nohup, stay so.
+
+    Several processes agree, so that all end at the same step. What one call asks them is answered
+    by the next one, a step later, so that no GPU is waited for; with `now` by the same one.
+    """
+    arrived, answer = [], Later(torch.zeros(()))
 
     def interrupted(now=False):
         nonlocal answer
@@ -29,7 +30,7 @@ def interruptions(device):
         return bool((answer if now else previous).get())
 
     before = {number: signal.signal(number, lambda number, _: arrived.append(number))
-              for number in SIGNALS}
+              for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN}
     try:
         yield interrupted
     finally:
@@ -45,30 +46,21 @@ def end_interrupted(run, where):
 
 
 class LastingStream:
-    """A terminal that may be lost (a closed pipe, a full disk behind `>`) without ending the run:
-    what cannot be written is dropped from then on; log.txt has it."""
+    """stdout or stderr that may be lost (a closed pipe or terminal, a full disk) without ending the
+    run: what cannot be written is dropped; log.txt has it."""
 
     def __init__(self, stream):
         self.stream = stream
 
     def write(self, text):
-        """Write text, or nothing once that has failed."""
-        try:
-            return self.stream.write(text)
-        except OSError:
-            self._drop()
+        """Write text, if that can be done."""
+        with suppress(OSError):
+            self.stream.write(text)
 
     def flush(self):
         """Flush, likewise."""
-        try:
+        with suppress(OSError):
             self.stream.flush()
-        except OSError:
-            self._drop()
-
-    def _drop(self):
-        nothing = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nothing, self.stream.fileno())
-        os.close(nothing)
 
     def __getattr__(self, name):
         return getattr(self.stream, name)

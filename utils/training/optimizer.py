@@ -33,8 +33,8 @@ def prepare_training(model, args, recipe):
         pieces = world() > 1 or args.accum_steps > 1 or args.grad_checkpointing
         if memory or pieces:
             raise InputError(
-                f"--recipe {args.recipe} trains BatchNorm on whole batches: a ResNet then needs one "
-                "process, --accum_steps 1, no --grad_checkpointing, and a recipe that does not "
+                f"--recipe {args.recipe} trains BatchNorm on whole batches: a ResNet then needs "
+                "one process, --accum_steps 1, no --grad_checkpointing, and a recipe that does not "
                 "train on the memory")
     model.grad_checkpointing = args.grad_checkpointing
     if args.compile:  # A' takes a gradient through the graph before A does: it must be retained

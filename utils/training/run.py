@@ -39,9 +39,10 @@ class Run:
         torch.manual_seed(args.seed)
         if folder:
             self.folder = Path(args.checkpoint_path) / args.experiments
-            if distributed.is_main() and not args.eval:
-                lock(self.folder / ".lock")
-            self.folder.mkdir(parents=True, exist_ok=True)
+            if distributed.is_main():
+                self.folder.mkdir(parents=True, exist_ok=True)
+                if not args.eval:
+                    lock(self.folder / ".lock", self.folder)
             sys.stdout, sys.stderr = LastingStream(sys.stdout), LastingStream(sys.stderr)
 
     def log(self, message):
@@ -103,10 +104,12 @@ class Run:
                     f"{args.resume} holds {clip.describe(model.config)}, but --vision_model is "
                     f"{clip.describe(expected)}; leave --vision_model out to take what the "
                     "checkpoint holds")
-        if "eval" in args and not args.eval:  # a command that trains
-            self.state = checkpoints.training_state(checkpoint, args.resume)
-        if self.state:
-            checkpoints.compare_options(self.state["args"], args, args.force_resume, self.log)
+        if "eval" in args and not args.eval and {"args", "history"} <= checkpoint.keys():
+            if not checkpoints.intact(args.resume):
+                raise InputError(f"{args.resume} is damaged: its checksums do not fit; take an "
+                                 "older checkpoint, as --resume auto does")
+            checkpoints.compare_options(checkpoint["args"], args, self.log)
+            self.state = {k: v for k, v in checkpoint.items() if k != "state_dict"}
         args.vision_model = (args.vision_model or self.state.get("args", {}).get("vision_model")
                              or args.resume)
         return model, preprocess

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from utils.distributed import is_main
 from utils.errors import InputError
-from utils.files import reading
+from utils.files import UNFINISHED, reading
 from utils.method.memorybank import fingerprint
 from utils.training import checkpoints
 
@@ -21,73 +21,73 @@ class Saver:
 
     def restore(self):
         """Take up the state of the checkpoint that the run continues; returns the steps done."""
-        run, state, args = self.run, self.run.state, self.run.args
+        state, args, steps = self.run.state, self.run.args, 0
+        if state:
+            if {name for name in state if name.endswith("optimizer")} != set(self.optimizers):
+                raise InputError(f"{args.resume} was trained by another script; start from its "
+                                 "weights with --vision_model instead")
+            if state["data"] != self.data and not args.force_resume:
+                raise InputError(f"{args.resume} was trained on other pairs or memory entries than "
+                                 "--dataset_root has now; start from its weights with "
+                                 "--vision_model, or insist with --force_resume")
+            try:
+                steps = self._take_up(state)
+            except Exception as error:  # a crafted file can provoke anything
+                reason = " ".join(f"{error or type(error).__name__}".split())[:200]
+                raise InputError(f"{args.resume} holds no usable training state ({reason}); take "
+                                 "another checkpoint, or start from its weights with "
+                                 "--vision_model") from error
+            self.run.state = {}  # frees the memory
         if is_main():
-            checkpoints.remove_unfinished(run.folder)
-            self._own_the_folder(state)
-        if not state:
-            return 0
-        if {name for name in state if name.endswith("optimizer")} != set(self.optimizers):
-            raise InputError(f"{args.resume} was trained by another script; start from its weights "
-                             "with --vision_model instead")
-        if state["data"] != self.data and not args.force_resume:
-            raise InputError(f"{args.resume} was trained on other pairs or memory entries than "
-                             "--dataset_root has now; start from its weights with --vision_model, "
-                             "or insist with --force_resume")
-        try:
-            for name, optimizer in self.optimizers.items():
-                checkpoints.load_optimizer(optimizer, state[name])
-            if state["scaler"]:
-                run.precision.scaler.load_state_dict(state["scaler"])
-            self.history.load(state["history"])
-            steps = int(state["step"])
-            if steps < 0:
-                raise ValueError("'step' is negative")
-            self._take_up_best(state)
-        except Exception as error:  # a crafted file can provoke anything
-            reason = " ".join(f"{error or type(error).__name__}".split())[:200]
-            raise InputError(f"{args.resume} holds no usable training state ({reason}); take "
-                             "another checkpoint, or start from its weights with --vision_model"
-                             ) from error
-        run.state = {}  # frees the memory
+            for path in self.run.folder.glob(f".*{UNFINISHED}"):  # of a run that was killed
+                path.unlink()
+            self._own_the_folder(steps)
+            if steps:
+                self._restore_best()
         return steps
 
-    def _own_the_folder(self, state):
-        """Raise InputError where this run would overwrite what another one has earned; remove what
-        an earlier run of the same options left."""
+    def _take_up(self, state):
+        for name, optimizer in self.optimizers.items():
+            checkpoints.load_optimizer(optimizer, state[name])
+        if state["scaler"]:
+            self.run.precision.scaler.load_state_dict(state["scaler"])
+        self.history.load(state["history"])
+        self.best, self.best_epoch = float(state["best_score"]), int(state["best_epoch"])
+        steps = int(state["step"])
+        if steps < 1 or state["epoch"] > self.run.args.epochs:
+            raise ValueError(f"{state['epoch']} epochs and {steps} steps of --epochs "
+                             f"{self.run.args.epochs} are done")
+        return steps
+
+    def _own_the_folder(self, done):
+        """Raise InputError where this run, which has `done` steps, would mix with what another one
+        has earned; remove what an earlier run of the same options left."""
         folder, args = self.run.folder, self.run.args
         there = checkpoints.by_step(folder)
-        if state:
-            later = [path.name for path in there if path.parent == Path(args.resume).parent
-                     and (checkpoints.step_of(path) or 0) > state["step"]]
+        if done and Path(args.resume).parent.samefile(folder):
+            later = [path.name for step, path in there if step > done and checkpoints.intact(path)]
             if later:
                 raise InputError(f"{folder} holds later checkpoints than {args.resume} "
                                  f"({', '.join(later)}); continue with --resume auto, give a new "
                                  "--experiments, or delete them")
-            return
-        if not there:
-            return
-        options, changed = folder / "options.json", {"": "of unknown options"}
-        if options.exists():
-            with reading(options, "a run's options", "delete it"):
-                saved = json.loads(options.read_text())
-            changed = checkpoints.changed_options(saved, args)
-        if changed:
-            raise InputError(f"{folder} holds a run of other options ({', '.join(changed.values())}"
-                             "); give this one a new --experiments, continue that one with "
-                             "--resume auto, or delete it")
-        self.run.log(f"{folder} holds an earlier run of the same options, which this one replaces")
-        for path in [*there, folder / "best.pt", folder / "log.jsonl", folder / "weights.npz"]:
-            path.unlink(missing_ok=True)
+        elif there:
+            options = folder / "options.json"
+            advice = "give this run a new --experiments, continue that one with --resume auto, or "
+            with reading(options, "a run's options", f"{advice} delete {folder}"):
+                changed = checkpoints.changed_options(json.loads(options.read_text()), args)
+            if changed:
+                raise InputError(f"{folder} holds a run of other options "
+                                 f"({', '.join(changed.values())}); {advice} delete it")
+            self.run.log(f"{folder} holds an earlier run of the same options: it is replaced")
+            for path in [*(path for _, path in there),
+                         *(folder / name for name in ("best.pt", "log.jsonl", "weights.npz"))]:
+                path.unlink(missing_ok=True)
 
-    def _take_up_best(self, state):
+    def _restore_best(self):
         """Make best.pt what it was when the checkpoint was saved: a run that was killed just then
         may not have come to it. Without that epoch's file best.pt stays, if there is one."""
-        self.best, self.best_epoch = float(state["best_score"]), int(state["best_epoch"])
-        if not is_main():
-            return
-        best, target = (Path(self.run.args.resume).with_name(f"epoch{self.best_epoch}.pt"),
-                        self.run.folder / "best.pt")
+        best = Path(self.run.args.resume).with_name(f"epoch{self.best_epoch}.pt")
+        target = self.run.folder / "best.pt"
         if best.is_file():
             checkpoints.hard_link(best, target)
         elif not target.is_file():
@@ -113,21 +113,21 @@ class Saver:
             "history": self.history.state(),
         })
         if name.startswith("step"):
-            checkpoints.prune(run.folder, run.args.keep_checkpoints, run.folder / name)
+            checkpoints.prune(run.folder, run.args.keep_checkpoints)
 
     def scored(self, epoch, score):
         """Take in the dev mean R@1 of an epoch that is saved: where none was better it becomes
         best.pt (ties go to the later epoch, as in the released code)."""
-        path = self.run.folder / f"epoch{epoch}.pt"
+        if not is_main():
+            return
+        run, path = self.run, self.run.folder / f"epoch{epoch}.pt"
         if score >= self.best:
             self.best, self.best_epoch = score, epoch
-            if is_main():
-                # a run that continues in another folder scores an epoch that lies elsewhere
-                source = path if path.is_file() else Path(self.run.args.resume)
-                checkpoints.hard_link(source, self.run.folder / "best.pt")
-                self.run.log(f"best so far: {path}, dev mean R@1 {score:.2f}")
-        if is_main():
-            checkpoints.prune(self.run.folder, self.run.args.keep_checkpoints, path)
+            # a run that continues in another folder scores an epoch that lies elsewhere
+            checkpoints.hard_link(path if path.is_file() else Path(run.args.resume),
+                                  run.folder / "best.pt")
+            run.log(f"best so far: {path}, dev mean R@1 {score:.2f}")
+        checkpoints.prune(run.folder, run.args.keep_checkpoints)
 
 
 def hash_of_data(dataset):

@@ -1,0 +1,168 @@
+"""README and docs: their commands parse, their links lead somewhere, their example trains."""
+
+import argparse
+import re
+import runpy
+import shlex
+import sys
+from pathlib import Path
+
+import numpy as np
+import processes
+import pytest
+from torch.distributed.run import get_args_parser as torchrun_parser
+
+import params
+
+ROOT = Path(__file__).resolve().parents[1]
+README, DATA = ROOT / "README.md", ROOT / "dataset" / "README.md"
+PAGES = [README, DATA, ROOT / "benchmarks" / "README.md",
+         ROOT / "pre-trained_models" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PARSED = 64
+LINE = re.compile(r"(?:\w+=\S+ )*((?:python|torchrun|make) .+)")
+
+
+def name_of(page):
+    return str(page.relative_to(ROOT))
+
+
+def blocks(text, language=""):
+    """The fenced blocks of a language in Markdown."""
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return [block for kind, block in fenced if kind == language]
+
+
+def commands(page):
+    """Command lines of a page, as words: those of its fenced blocks and those within its text."""
+    text = page.read_text(encoding="utf-8")
+    lines = "\n".join(blocks(text)).replace("\\\n", " ").splitlines()
+    lines += [" ".join(span.split()) for span in re.findall(r"(?<!`)`([^`]+)`(?!`)", text)]
+    return [shlex.split(match[1], comments=True) for match in map(LINE.fullmatch, lines) if match]
+
+
+def example():
+    """(file name, source) of the README's script."""
+    (source,) = blocks(README.read_text(encoding="utf-8"), "python")
+    return re.match(r"# (\w+\.py)", source)[1], source
+
+
+def run_script(argv):
+    """Do as `python SCRIPT OPTIONS` does."""
+    sys.argv = argv
+    sys.path[:0] = [str(Path(argv[0]).parent), str(ROOT)]
+    runpy.run_path(argv[0], run_name="__main__")
+
+
+def parse_only(argv):
+    """The same, but the process ends with status PARSED once the options are understood."""
+    under_way = []
+
+    def then_end(parse):
+        def parse_and_end(*args, **kwargs):
+            under_way.append(parse)
+            result = parse(*args, **kwargs)
+            under_way.pop()
+            return result if under_way else sys.exit(PARSED)
+        return parse_and_end
+
+    for parser, method in ((argparse.ArgumentParser, "parse_args"), (params, "parse_args"),
+                           (argparse.ArgumentParser, "parse_intermixed_args")):
+        setattr(parser, method, then_end(getattr(parser, method)))
+    run_script(argv)
+
+
+@pytest.mark.parametrize("page, words", [
+    pytest.param(page, words, id=f"{name_of(page)}: {shlex.join(words)}"[:120])
+    for page in PAGES for words in commands(page)])
+def test_command_is_understood(page, words, tmp_path):
+    program, *words = words
+    if program == "make":
+        targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        assert words[0] in targets
+    elif words[:2] == ["-m", "pytest"]:
+        (file,) = [word for word in words if word.startswith("tests/")]
+        chosen = words[words.index("-k") + 1] if "-k" in words else ""
+        assert re.search(rf"^def test_\w*{chosen}", (ROOT / file).read_text(), re.MULTILINE)
+    else:
+        if program == "torchrun":
+            torchrun = torchrun_parser().parse_args(words)
+            words = [torchrun.training_script, *torchrun.training_script_args]
+        script, *options = words
+        if script != example()[0]:  # which trains below
+            processes.run(parse_only, [str(ROOT / script), *options], tmp_path / "out", PARSED)
+
+
+def test_there_are_commands():
+    """The pages are read at all: the main ways of using the repository stand in them."""
+    assert {"make", "main_NPC.py", "main_CLIP.py", "find_noise.py", "search.py",
+            "benchmarks/table.py"} <= {word for words in commands(README) for word in words}
+    found = {word for page in PAGES for words in commands(page) for word in words}
+    assert {"benchmarks/bench.py", "dataset/prepare_cc120k.py", "--nproc_per_node"} <= found
+
+
+def test_the_readme_s_weighting_trains(datasets, tmp_path):
+    name, source = example()
+    assert len(source.splitlines()) <= 12
+    (tmp_path / name).write_text(source)
+    (options,) = [words[2:] for words in commands(README) if words[1] == name]
+    more = [*datasets["f30k"].options, "--vision_model", processes.save_small(tmp_path / "a.pt"),
+            "--context_length", processes.CONTEXT, "--batch_size", 4, "--num_workers", 0,
+            "--device", "cpu", "--epochs", 1, "--lr", 1e-4, "--checkpoint_path", tmp_path]
+    processes.run(run_script, [str(tmp_path / name), *options, *map(str, more)], tmp_path / "out")
+    w = np.load(tmp_path / "ex0" / "weights.npz")["w"]
+    assert (w == 1).sum() == (w == 0).sum() == w.size / 2  # half of each batch counts
+
+
+# ---- links ---------------------------------------------------------------------------------------
+
+
+def anchors(page):
+    """Those that GitHub gives the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_lead_somewhere(page):
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"),
+                  flags=re.MULTILINE | re.DOTALL)
+    targets = re.findall(r"\]\(([^)\s]+)\)|src=\"([^\"]+)\"", text)
+    for target in (a or b for a, b in targets):
+        if target.startswith("https://"):
+            continue
+        file, _, anchor = target.partition("#")
+        linked = (page.parent / file).resolve() if file else page
+        assert linked.exists(), target
+        assert not anchor or anchor in anchors(linked), target
+
+
+def test_pages_are_reached_from_the_readme():
+    text = README.read_text(encoding="utf-8")
+    for page in [*(ROOT / "docs").glob("*.md"), DATA, ROOT / "benchmarks" / "README.md"]:
+        assert f"]({name_of(page)}" in text
+
+
+def test_pages_that_the_code_names_exist():
+    own = [*ROOT.glob("*.py"), *(path for room in ("clip", "utils", "dataset", "benchmarks")
+                                 for path in (ROOT / room).rglob("*.py"))]
+    named = {name for path in own
+             for name in re.findall(r"\b(?:docs|dataset)/\w+\.md", path.read_text("utf-8"))}
+    assert "docs/fidelity.md" in named
+    assert not [name for name in named if not (ROOT / name).exists()]
+
+
+# ---- length, and each figure once ----------------------------------------------------------------
+
+
+def test_the_readme_is_short():
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= 130
+
+
+def test_the_demo_s_figures_stand_in_one_place():
+    """No mean ± standard deviation of the README's table stands on another page."""
+    figure = re.compile(r"\d+\.\d+ ± \d+\.\d+")
+    demo = set(figure.findall(README.read_text(encoding="utf-8")))
+    assert len(demo) > 10
+    for page in PAGES[1:]:
+        twice = demo & set(figure.findall(page.read_text(encoding="utf-8")))
+        assert not twice, f"{name_of(page)} repeats {twice}"
