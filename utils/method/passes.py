@@ -90,6 +90,11 @@ def encoders(model):
     return lambda x: model.encode_image(clip.normalize(x, model.dtype)), model.encode_text
 
 
+def trained(model):
+    """The parameters of `model` that have a gradient: all but those of a frozen tower."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
 def uses_batch_statistics(model):
     """Whether `model` has a BatchNorm layer in training mode."""
     return any(isinstance(m, torch.nn.BatchNorm2d) and m.training for m in model.modules())
@@ -160,11 +165,11 @@ class Passes:
     def siamese_backward(self, total):
         """Give the parameters of A' the gradient of `total`, made of `siamese_batch`."""
         losses, seeds = self._seeds(self.precision.scaler.scale(total))
-        parameters = list(self.model.parameters())
+        parameters = trained(self.model)
         gradients = torch.autograd.grad(
             losses, parameters, seeds,
             retain_graph=self.model is self.A and not self.one_gradient)
-        for parameter, gradient in zip(self.siamese.parameters(), gradients, strict=True):
+        for parameter, gradient in zip(trained(self.siamese), gradients, strict=True):
             parameter.grad = gradient
         if self.one_gradient:  # kept for A as that of the mean loss
             self.losses.clear()
@@ -176,7 +181,7 @@ class Passes:
         total = self.precision.scaler.scale(total)
         if self.one_gradient and not self.losses:
             seed = torch.autograd.grad(total, self.leaves["siamese batch"])[0]
-            torch._foreach_mul_([p.grad for p in self.A.parameters()], seed.sum())
+            torch._foreach_mul_([p.grad for p in trained(self.A)], seed.sum())
         else:
             torch.autograd.backward(*self._seeds(total))
 

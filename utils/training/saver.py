@@ -129,10 +129,15 @@ class Saver:
         checkpoints.prune(run.folder, run.args.keep_checkpoints)
 
 
-def hash_of_data(dataset):
-    """What a run is trained on, as a hash (hex): the pairs of `Batches` and, if it has any, their
-    memory entries."""
+def hash_of_data(loader):
+    """What a run is trained on, as a hash (hex): the pairs, those that are chosen among them, and
+    their memory entries or the pairs that these are drawn from."""
+    dataset, chosen = loader.dataset, loader.sampler.chosen
     digest = hashlib.sha256(fingerprint(dataset.pairs).encode())
-    if dataset.bank is not None:
+    if len(chosen) < len(dataset.pairs):
+        digest.update(b"chosen" + chosen.tobytes())
+    if dataset.clean is not None:
+        digest.update(b"random" + dataset.clean.tobytes())
+    elif dataset.bank is not None:
         digest.update(dataset.bank.image_entry.tobytes() + dataset.bank.caption_entry.tobytes())
     return digest.hexdigest()
