@@ -214,7 +214,7 @@ def training_loader(args, pairs, bank=None, chosen=None, random_memory=False):
 @command
 def main(argv=None):
     args = parse_args("cache", argv)
-    preprocess = clip.Preprocess(clip.architecture(args.vision_model)["image_resolution"])
+    preprocess = clip.Preprocess.of(clip.architecture(args.vision_model))
     if args.list_items:
         write_items(training_pairs(args, preprocess), Path(args.list_items))
         return

@@ -72,6 +72,11 @@ def parse_args(command, argv=None):
                      "export": "Write a checkpoint for transformers."}[command])
     if command == "export":
         parser.add_argument("--resume", required=True, metavar="CKPT", help="checkpoint to export")
+        add_activation(parser)
+        parser.add_argument("--format", choices=("transformers", "open_clip"),
+                            default="transformers",
+                            help="transformers: for CLIPModel.from_pretrained, Vision Transformers "
+                                 "only; open_clip: for create_model('local-dir:DIR')")
         parser.add_argument("--out", required=True, metavar="DIR", help="new folder to write")
         return parser.parse_args(argv)
     training = command in ("npc", "clip")
@@ -137,19 +142,27 @@ def add_model(group, training):
     group.add_argument("--vision_model", default=None, metavar="NAME|PATH",
                        help="initial model: one of OpenAI's (ViT-B/32, ViT-B/16, ViT-L/14, "
                             "ViT-L/14@336px, RN50, RN101, RN50x4, RN50x16, RN50x64), tiny (random "
-                            "weights), or a checkpoint file; without it ViT-B/32, or what --resume "
-                            "holds")
+                            "weights), a checkpoint file, or a folder of open_clip or Hugging "
+                            "Face; without it ViT-B/32, or what --resume holds")
     group.add_argument("--resume", default=None, metavar="CKPT",
                        help="checkpoint to start from; a training state of this script is "
                             "continued where it stopped; auto: the newest intact one of this "
                             "experiment, if there is any" if training else
                             "checkpoint whose weights are used")
+    add_activation(group)
     group.add_argument("--device", type=device, default=None,
                        help="cpu or cuda; without it cuda where there is one")
     group.add_argument("--precision", choices=PRECISIONS, default=None,
                        help="fp32; amp_bf16 or amp_fp16: half-precision arithmetic on fp32 "
                             "weights; fp16: weights and optimiser state in half, as the released "
                             "script runs on a GPU. Without it amp_bf16 on cuda, fp32 on cpu")
+
+
+def add_activation(group):
+    group.add_argument("--activation", choices=("quick_gelu", "gelu"), default=None,
+                       help="of the model's transformers, where a file holds nothing but weights; "
+                            "OpenAI's, MetaCLIP's and DFN's models have quick_gelu, LAION's and "
+                            "DataComp's gelu; without it quick_gelu, and the log says so")
 
 
 def add_method(group, command):

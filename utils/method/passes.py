@@ -87,7 +87,10 @@ def cut_tokens(tokens):
 
 def encoders(model):
     """Functions of uint8 images (u, 3, R, R) and of tokens (v, L) that give raw features (., D)."""
-    return lambda x: model.encode_image(clip.normalize(x, model.dtype)), model.encode_text
+    def encode_image(images):
+        return model.encode_image(
+            clip.normalize(images, model.dtype, model.image_mean, model.image_std))
+    return encode_image, model.encode_text
 
 
 def trained(model):

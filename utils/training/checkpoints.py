@@ -1,11 +1,11 @@
 """Training checkpoints: the state of a run beside the weights, whole or absent.
 
 `epoch{N}.pt` after each epoch and `step{S}.pt` in between hold `epoch` (epochs done), `step`
-(optimiser steps done), `name`, `state_dict`, the optimisers, the gradient scaler, `args` (options),
-`data` (a hash of what is trained on), `best_score` and `best_epoch` (before this epoch was scored)
-and `history` (see utils.training.history). The order of the pairs depends on seed and epoch alone
-and nothing else is random, so that there is no random state to keep. They are read by
-clip.read_checkpoint, which runs no code of theirs.
+(optimiser steps done), `name`, `state_dict`, `config` (the model's), the optimisers, the gradient
+scaler, `args` (options), `data` (a hash of what is trained on), `best_score` and `best_epoch`
+(before this epoch was scored) and `history` (see utils.training.history). The order of the pairs
+depends on seed and epoch alone and nothing else is random, so that there is no random state to
+keep. They are read by clip.read_checkpoint, which runs no code of theirs.
 """
 
 import math
@@ -63,7 +63,7 @@ def intact(path):
 def by_step(folder, kinds=("epoch", "step")):
     """[(steps, path)] of the checkpoints in a folder by the optimiser steps that their runs had
     made, most first. A damaged one counts as infinitely many."""
-    paths = [path for kind in kinds for path in folder.glob(f"{kind}*.pt")]
+    paths = [path for kind in kinds for path in folder.glob(f"{kind}*.pt") if not path.is_fifo()]
     return sorted(((_step_of(path), path) for path in paths), reverse=True)
 
 

@@ -105,6 +105,7 @@ class Saver:
         checkpoints.save(run.folder / name, {
             "epoch": epoch, "step": step, "name": run.args.name,
             "state_dict": {k: v.detach().cpu() for k, v in self.model.state_dict().items()},
+            "config": self.model.config,
             **{name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
             "scaler": run.precision.scaler.state_dict(),
             "args": checkpoints.stored_options(run.args),
