@@ -198,8 +198,8 @@ class EpochSampler(Sampler):
 def require_batch(args, num_pairs):
     """Raise InputError unless the pairs that are trained on fill a batch."""
     if args.batch_size > num_pairs:
-        raise InputError(f"--batch_size {args.batch_size} is larger than the training set of "
-                         f"{num_pairs} pairs; choose one up to {num_pairs}")
+        raise InputError(f"--batch_size {args.batch_size} is larger than the {num_pairs} pairs "
+                         f"that are trained on; choose one up to {num_pairs}")
 
 
 def training_loader(args, pairs, bank=None, chosen=None, random_memory=False):

@@ -19,6 +19,7 @@ BatchNorm in training mode makes a feature depend on what is encoded beside it, 
 and 6: images are then encoded as they lie in the batch, and A' makes passes of its own.
 """
 
+from collections import Counter
 from typing import NamedTuple
 
 import numpy as np
@@ -31,6 +32,8 @@ from utils.distributed import gather, num_own_below
 from utils.method.losses import pair_losses
 
 BATCH, MEMORY_I, MEMORY_T = range(3)  # whose pairs: rows of `DistinctItems.rows`
+TOWERS = ("images", "captions")
+ENCODED = Counter()  # items through the towers so far, of all processes: images_forward, ...
 
 
 class DistinctItems(NamedTuple):
@@ -212,21 +215,32 @@ class Passes:
         """L2-normalised features [(u, D), (v, D)] of the distinct items of a part of the step."""
         result = []
         with self.precision.autocast():
-            for encoder, distinct in zip(encoders(model), self.items, strict=True):
+            for what, encoder, distinct in zip(TOWERS, encoders(model), self.items, strict=True):
                 start, end = span(distinct, part)
                 own = distinct.items[num_own_below(start) : num_own_below(end)]
                 pieces = [encoder(piece) if self.accum_steps == 1 else
                           checkpoint(encoder, piece, use_reentrant=False, preserve_rng_state=False)
                           for piece in own.chunk(self.accum_steps)]
-                result.append(gather(F.normalize(torch.cat(pieces), dim=1), start, end))
+                features = gather(F.normalize(torch.cat(pieces), dim=1), start, end)
+                result.append(counted(features, what))
         return result
 
     def _encode_by_pair(self):
         """A's L2-normalised features [(B, D), (B, D)] of the batch, where it matters how often an
         image occurs."""
         with self.precision.autocast():
-            return [F.normalize(encoder(distinct.items[distinct.rows[BATCH]]), dim=1)
-                    for encoder, distinct in zip(encoders(self.A), self.items, strict=True)]
+            return [counted(F.normalize(encoder(distinct.items[distinct.rows[BATCH]]), dim=1), what)
+                    for what, encoder, distinct in zip(TOWERS, encoders(self.A), self.items,
+                                                       strict=True)]
+
+
+def counted(features, what):
+    """`features` (u, D), counted in ENCODED, now and whenever a gradient comes back to them. What
+    --accum_steps and --grad_checkpointing compute again is not counted."""
+    ENCODED[f"{what}_forward"] += len(features)
+    if features.requires_grad:
+        features.register_hook(lambda gradient: ENCODED.update({f"{what}_backward": len(gradient)}))
+    return features
 
 
 def span(distinct, part):
