@@ -245,6 +245,9 @@ def add_optimisation(group):
     group.add_argument("--weight_decay", type=natural_float, default=0.2,
                        help="AdamW's decoupled weight decay, on all parameters; a step decays by "
                             "this times the learning rate: at 1e-6 it hardly matters")
+    group.add_argument("--freeze", choices=("none", "image", "text"), default="none",
+                       help="tower that keeps its weights, where there are few pairs or the other "
+                            "tower alone is new; the temperature is trained in any case")
     add_memory_savers(group)
     group.add_argument("--compile", action="store_true",
                        help="compile the towers with torch.compile: minutes at the start, perhaps "

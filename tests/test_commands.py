@@ -18,7 +18,6 @@ import main_CLIP
 import main_NPC
 from clip.model import ResidualAttentionBlock
 from params import parse_args
-from utils.method.weightings import one_step_anti_noise
 from utils.reading.layout import read_lines
 from utils.training import loop
 
@@ -77,7 +76,7 @@ def bank(trained):
 
 def test_training_writes_its_files_and_no_others(trained):
     own = {"epoch1.pt", "epoch2.pt", "best.pt", "log.txt", "log.jsonl", "options.json",
-           ".lock"}
+           "cost.jsonl", ".lock"}
     for folder, more in ((trained.clip, set()), (trained.npc, {"weights.npz"})):
         files = tree(folder)
         events = {file for file in files if file.startswith("events.out.tfevents")}
@@ -182,13 +181,10 @@ def test_npc_without_weights_and_memory_is_clip(trained):
     assert (np.nan_to_num(weights(folder), nan=1) == 1).all()
 
 
-def test_fixed_weightings_are_the_bank_s(trained, bank):
-    osa = one_step_anti_noise(torch.from_numpy(bank.cosine), bank.info["beta"]).numpy()
-    for weighting, expected in (("gmm", bank.posterior), ("osa", osa)):
-        folder = trained.run(weighting, main_NPC.main, "--weighting", weighting, "--epochs", 1)
-        w = weights(folder)[0]
-        drawn = ~np.isnan(w)
-        assert drawn.sum() == 48 and np.allclose(w[drawn], expected[drawn], atol=1e-7)
+def test_posterior_weights_are_the_bank_s(trained, bank):
+    w = weights(trained.run("gmm", main_NPC.main, "--weighting", "gmm", "--epochs", 1))[0]
+    drawn = ~np.isnan(w)
+    assert drawn.sum() == 48 and np.allclose(w[drawn], bank.posterior[drawn], atol=1e-7)
 
 
 def test_released_recipe_does_not_train_on_the_memory(trained):
@@ -246,6 +242,23 @@ def unscored(monkeypatch):
     """Runs do not score their epochs."""
     nothing = {"i2t_R@1": 0, "t2i_R@1": 0, "mean_R1": 0, "rsum": 0}
     monkeypatch.setattr(loop, "evaluate", lambda *_: nothing)
+
+
+def test_cost_is_what_the_towers_encode_and_take_back(trained, passes, unscored):
+    """A CLIP step encodes each item once and takes its gradient back once, through a frozen tower
+    it does not; a run and the one that continues it add up."""
+    trained.run("cost", main_CLIP.main, "--epochs", 1)
+    for name, *more in (["cost", "--resume", "auto"], ["frozen", "--freeze", "text"]):
+        folder = trained.run(name, main_CLIP.main, *more)
+        cost = json.loads((folder / "cost.jsonl").read_text().splitlines()[-1])
+        images, texts = (sum(passes[tower]) for tower in ("encode_image", "encode_text"))
+        back = {"images_backward": images, **({} if name == "frozen" else
+                                              {"captions_backward": texts})}
+        assert cost.pop("step") == 2 * STEPS and cost.pop("seconds") > 0
+        assert cost == {"images_forward": images, "captions_forward": texts, **back}
+        assert f"encoded {images} images and {texts} captions" in (folder / "log.txt").read_text()
+        for each in passes.values():
+            each.clear()
 
 
 def test_what_saves_memory_computes_everything_twice(trained, passes, unscored):

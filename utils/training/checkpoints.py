@@ -20,7 +20,8 @@ from utils.files import UNFINISHED, atomic_write
 
 STEP_FILES_KEPT = 2  # the newest may turn out broken after a crash of the machine
 SAME_RUN = ("dataset", "noise_ratio", "num_anns", "context_length", "batch_size", "recipe", "seed",
-            "weighting", "memory_loss_weight")  # options that make it another run
+            "weighting", "memory", "memory_loss_weight", "train_on",
+            "freeze")  # options that make it another run
 NEVER_COMPARED = ("resume", "force_resume", "eval", "device", "vision_model")
 
 
