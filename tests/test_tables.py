@@ -32,7 +32,7 @@ def write_csv(folder):
     text = "image,price,caption,note\n" + "".join(
         ",".join('"' + str(value).replace('"', '""') + '"' for value in row.values()) + "\n"
         for row in rows_of(folder))
-    return put(folder / "t.csv", text)
+    return put(folder / "t.CSV", text)
 
 
 def write_tsv(folder):

@@ -61,7 +61,7 @@ def read_rows(path, columns):
                     raise InputError(f"{file} has no column '{absent[0]}', only {', '.join(row)}; "
                                      "give --image_column and --caption_column")
                 first = False
-                row = (f"no '{absent[0]}'" if absent else {name: row[name] for name in columns})
+                row = f"no '{absent[0]}'" if absent else {name: row[name] for name in columns}
             yield row
 
 
@@ -70,7 +70,7 @@ def copy_rows(source, target, keep):
     the file `target` in the same format; of shards, a .csv of shard and key. Text stays as it is,
     byte for byte. `copy_suffix(source)` is how the name of `target` must end."""
     keep, parts = set(map(int, keep)), files(source)
-    if parts[0].suffix == ".parquet":
+    if _kind(parts[0]) == ".parquet":
         return _copy_parquet(parts, target, keep)
     number, begun = 0, False
     with atomic_write(target) as f:
@@ -84,8 +84,8 @@ def copy_rows(source, target, keep):
 
 def copy_suffix(source):
     """How the name of a copy of a table ends: ".csv", ".tsv", ".jsonl" or ".parquet"."""
-    suffix = files(source)[0].suffix
-    return suffix if suffix in KINDS[:-1] else ".csv"
+    kind = _kind(files(source)[0])
+    return kind if kind in KINDS[:-1] else ".csv"
 
 
 def source_of(root, split="train"):
@@ -112,7 +112,7 @@ def files(path):
         found = [path] if path.exists() else sorted(map(Path, glob.glob(str(path), recursive=True)))
     for file in found or [path]:
         require_regular(file, "give a table of images and captions")
-    if len({file.suffix for file in found}) > 1 or found[0].suffix not in KINDS:
+    if len({_kind(file) for file in found}) > 1 or _kind(found[0]) not in KINDS:
         raise InputError(f"{path} must end in one of {', '.join(KINDS)}, which says how it is "
                          "read, or be a folder of .tar files")
     return found
@@ -121,16 +121,20 @@ def files(path):
 def _rows(file, columns=None):
     """Rows of one file: yields (text as in the file, dict or what is wrong with the row); first the
     header, if there is one, with None."""
-    if file.is_dir() or file.suffix == ".tar":
+    if file.is_dir() or _kind(file) == ".tar":
         return _shard(file)
-    if file.suffix == ".parquet":
+    if _kind(file) == ".parquet":
         return (("", row) for row in _parquet(file, columns))
-    return _jsonl(file) if file.suffix == ".jsonl" else _delimited(file)
+    return _jsonl(file) if _kind(file) == ".jsonl" else _delimited(file)
+
+
+def _kind(file):
+    return file.suffix.lower()
 
 
 def _delimited(file):
     advice = "put fields with commas, quotes or line ends in double quotes, and save it as UTF-8"
-    with reading(file, f"a {file.suffix} table", advice), open(file, encoding="utf-8",
+    with reading(file, f"a {_kind(file)} table", advice), open(file, encoding="utf-8",
                                                                newline="") as f:
         raw = []
 
@@ -139,7 +143,7 @@ def _delimited(file):
                 raw.append(line)
                 yield line.removeprefix("\ufeff")  # Excel's mark of UTF-8
 
-        table = csv.reader(lines(), **DIALECTS[file.suffix])
+        table = csv.reader(lines(), **DIALECTS[_kind(file)])
         header = None
         try:
             for fields in table:
