@@ -160,7 +160,8 @@ class Batches(Dataset):
             wanted = np.stack([indices, *self.memory(indices)])
         images, *image_rows = distinct_items(pairs.image_of[wanted])
         texts, *text_rows = distinct_items(pairs.text_of[wanted])
-        crops = pairs.images.__getitems__(images[self.own].tolist())
+        own = images[self.own].tolist()
+        crops = Subset(pairs.images, own).__getitems__(range(len(own)))  # together, where it can
         crops = torch.stack(crops or [pairs.images[0]])[: len(crops)]  # a share may be empty
         tokens = cut_tokens(pairs.tokens[texts])[self.own]
         return Batch(torch.as_tensor(indices), DistinctItems(crops, *image_rows, len(images)),
@@ -197,8 +198,8 @@ class EpochSampler(Sampler):
 def require_batch(args, num_pairs):
     """Raise InputError unless the pairs that are trained on fill a batch."""
     if args.batch_size > num_pairs:
-        raise InputError(f"--batch_size {args.batch_size} is larger than the training set of "
-                         f"{num_pairs} pairs; choose one up to {num_pairs}")
+        raise InputError(f"--batch_size {args.batch_size} is larger than the {num_pairs} pairs "
+                         f"that are trained on; choose one up to {num_pairs}")
 
 
 def training_loader(args, pairs, bank=None, chosen=None, random_memory=False):
@@ -213,7 +214,7 @@ def training_loader(args, pairs, bank=None, chosen=None, random_memory=False):
 @command
 def main(argv=None):
     args = parse_args("cache", argv)
-    preprocess = clip.Preprocess(clip.architecture(args.vision_model)["image_resolution"])
+    preprocess = clip.Preprocess.of(clip.architecture(args.vision_model))
     if args.list_items:
         write_items(training_pairs(args, preprocess), Path(args.list_items))
         return

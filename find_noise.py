@@ -2,16 +2,18 @@
 
     python find_noise.py --dataset pairs --dataset_root PATH --out logs/noise
     python find_noise.py --dataset pairs --dataset_root PATH --out logs/noise \\
-        --write_clean dataset/mine_cleaned
+        --labels decisions.csv --write_clean dataset/mine_cleaned
 
 Ranks all pairs from most to least suspicious: suspicious_pairs.csv lists them, and
-suspicious_pairs.html shows the worst beside what the model would rather pair them with.
+suspicious_pairs.html shows the worst beside what the model would rather pair them with, and a
+random sample. The answers that are given there, as --labels, tell how many pairs are wrong.
 """
 
 import csv
 import os
 import shlex
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,18 +24,31 @@ from get_memorybank import judge_pairs, unit
 from params import parse_args
 from utils.errors import InputError, command
 from utils.files import atomic_write, new_folder, require_new
-from utils.method.memorybank import nearest, nearest_clean
+from utils.method.memorybank import fingerprint, nearest, nearest_clean
 from utils.reading.images import Images
 from utils.reading.layout import split_folder, write_split
 from utils.report.diagnostics import noise_measures
+from utils.report.labels import NAMES, cells, label_findings, no_labels, read_labels
 from utils.report.noise_page import Suspect, noise_page
 from utils.report.pair_weights import mean_weights, read_weights
-from utils.report.tables import text_cell
+from utils.report.survey import draw_sample
 from utils.training.run import Run
 
 THUMBNAIL = 160  # pixels
 COLUMNS = ("rank", "pair", "score", "posterior", "image", "caption", "clean_pair", "clean_image",
-           "clean_caption")
+           "clean_caption", "stratum", "stratum_size", "decision")
+
+
+class Ranking(NamedTuple):
+    """order (n,): all pairs from most to least suspicious, `worst` those of the page; score (n,),
+    NaN where there is none; answer (n,): 1 where a person says wrong, -1 right, 0 nothing; sample:
+    random pairs, as `draw_sample` gives them."""
+
+    order: np.ndarray
+    worst: list
+    score: np.ndarray
+    answer: np.ndarray
+    sample: dict
 
 
 @command
@@ -44,6 +59,7 @@ def main(argv=None):
         require_new("--write_clean", args.write_clean)
     model, preprocess = run.load_model()
     pairs = training_pairs(args, preprocess, run.log)
+    labels = read_labels(args.labels, pairs) if args.labels else no_labels(len(pairs))
 
     # What the judge says, and the order of the pairs by --score
     verdict, features, _ = judge_pairs(model, pairs, args, run.precision, run.log)
@@ -51,32 +67,46 @@ def main(argv=None):
     score, suspicion = scores(args, verdict, pairs)
     order = np.lexsort((-verdict.loss, -suspicion))  # equal ones by loss; without a score: last
     scored = order[: np.isfinite(suspicion).sum()]
+
+    # What is known of all pairs
     share = verdict.wrong_share
-    findings = [f"Estimated noise share: {share:.1%} of the pairs."]
+    findings = [f"Estimated noise share: {share:.1%} of the pairs, the judge's guess; labels of "
+                "the random sample measure it (--labels)."]
     if missing := len(order) - len(scored):
         findings.append(f"{missing} of {len(pairs)} pairs have no weight in {args.weights}, as "
                         "training never drew them; they come last.")
     if pairs.wrong is not None:
         findings.append(against_truth(suspicion[scored], pairs.wrong[scored], share))
-    for line in findings:
-        run.log(line)
+    thresholds = ""
+    if args.labels:
+        lines, thresholds = label_findings(labels, verdict.posterior, args.keep_above,
+                                           args.wanted_precision)
+        findings += lines
+    run.log("\n".join([*findings, thresholds]).rstrip())
+
+    # What a person has labelled is known: wrong ones come first, right ones last
+    order = order[np.argsort(-labels.answer[order], kind="stable")]
+    answered = labels.answer[order] != 0
+    worst = [*order[np.isfinite(suspicion[order]) | answered][: args.worst], *order[answered]]
+    ranking = Ranking(order, list(dict.fromkeys(worst)), score, labels.answer,
+                      labels.sample or draw_sample(scored, args.seed))
 
     out = Path(args.out)
     nearest_pair = nearest_clean(images, pairs.image_of, verdict.clean)[pairs.image_of]
     nearest_pair[verdict.clean] = np.flatnonzero(verdict.clean)  # a clean pair is its own
     with atomic_write(out / "suspicious_pairs.csv") as f:
-        write_table(f, pairs, verdict, order, score, nearest_pair)
-    worst = scored[: args.worst]
-    about = (f"The {len(worst)} most suspicious of {len(pairs)} pairs by {args.score}, from "
-             f"{pairs.source}; model {args.vision_model}")
-    page = noise_page(suspects(args, pairs, verdict, worst, score, images, texts), args.score,
-                      about, findings, verdict, pairs.wrong)
+        write_table(f, pairs, verdict, ranking, nearest_pair)
+    about = f"{len(pairs)} pairs by {args.score}, from {pairs.source}; model {args.vision_model}"
+    page = noise_page(suspects(args, pairs, verdict, ranking, images, texts), args.score, about,
+                      findings, verdict, pairs.wrong, fingerprint(pairs))
     with atomic_write(out / "suspicious_pairs.html") as f:
         f.write(page)
     run.log(f"wrote {out}/suspicious_pairs.csv, all {len(pairs)} pairs, and "
-            f"{out}/suspicious_pairs.html, the worst {len(worst)}")
+            f"{out}/suspicious_pairs.html, the worst {len(ranking.worst)} and a random "
+            f"{len(ranking.sample)}")
     if args.write_clean:
-        write_clean(args, pairs, verdict.posterior >= args.keep_above, run.log)
+        keep = np.where(labels.answer == 0, verdict.posterior >= args.keep_above, labels.answer < 0)
+        write_clean(args, pairs, keep, run.log)
 
 
 def scores(args, verdict, pairs):
@@ -105,35 +135,37 @@ def against_truth(suspicion, wrong, share):
             f"{taken} most suspicious {wrong[:taken].mean():.3f}.")
 
 
-def write_table(f, pairs, verdict, order, score, nearest_pair):
-    """Write the CSV of all pairs in `order`, each with the strict-clean pair nearest_pair (n,)."""
+def write_table(f, pairs, verdict, ranking, nearest_pair):
+    """Write the CSV of all pairs in order, each with the strict-clean pair nearest_pair (n,)."""
     table = csv.writer(f, lineterminator="\n")
     table.writerow(COLUMNS)
-    for rank, i in enumerate(order, 1):
-        j = nearest_pair[i]
-        table.writerow((rank, i, "" if np.isnan(score[i]) else f"{score[i]:.6g}",
-                        f"{verdict.posterior[i]:.6g}", *words(pairs, i), j, *words(pairs, j)))
+    for rank, i in enumerate(ranking.order.tolist(), 1):
+        score, j = ranking.score[i], nearest_pair[i]
+        table.writerow((rank, i, "" if np.isnan(score) else f"{score:.6g}",
+                        f"{verdict.posterior[i]:.6g}", *cells(pairs, i), j, *cells(pairs, j),
+                        *ranking.sample.get(i, ("", "")), NAMES[ranking.answer[i]]))
 
 
-def words(pairs, i):
-    """File name and caption of pair i as cells of a CSV file."""
-    return text_cell(pairs.images.names[pairs.image_of[i]]), text_cell(pairs.captions[i])
-
-
-def suspects(args, pairs, verdict, worst, score, images, texts):
-    """`Suspect`s of the pairs `worst` (k,), each with the model's best caption and best image among
-    all distinct ones. images (u, D), texts (v, D): normalised features."""
-    image_of, text_of = pairs.image_of[worst], pairs.text_of[worst]
+def suspects(args, pairs, verdict, ranking, images, texts):
+    """`Suspect`s of the worst pairs and of the sample, each with the model's best caption and best
+    image among all distinct ones. images (u, D), texts (v, D): normalised features."""
+    places = [{pair: place for place, pair in enumerate(group, 1)}
+              for group in (ranking.worst, ranking.sample)]
+    chosen = np.array(list(places[0] | places[1]))
+    image_of, text_of = pairs.image_of[chosen], pairs.text_of[chosen]
     caption_of_text = dict(zip(pairs.text_of, pairs.captions, strict=True))
     best_text = nearest(images[torch.from_numpy(image_of).to(images.device)], texts).tolist()
     best_image = nearest(texts[torch.from_numpy(text_of).to(texts.device)], images).tolist()
     names = pairs.images.names
     thumbnails = Images(args.dataset_root, names, clip.Preprocess(THUMBNAIL))
-    return [Suspect(rank, i, float(score[i]), verdict.posterior[i], names[k], thumbnails[k].numpy(),
-                    pairs.captions[i], caption_of_text[text], thumbnails[image].numpy(),
-                    names[image], None if pairs.wrong is None else pairs.wrong[i])
-            for rank, (i, k, text, image)
-            in enumerate(zip(worst, image_of, best_text, best_image, strict=True), 1)]
+    return [Suspect(*(place.get(i) for place in places),
+                    (i, *cells(pairs, i), *ranking.sample.get(i, ("", ""))),
+                    NAMES[ranking.answer[i]], float(ranking.score[i]), verdict.posterior[i],
+                    names[k], thumbnails[k].numpy(), pairs.captions[i], caption_of_text[text],
+                    thumbnails[image].numpy(), names[image],
+                    None if pairs.wrong is None else pairs.wrong[i])
+            for i, k, text, image
+            in zip(chosen.tolist(), image_of, best_text, best_image, strict=True)]
 
 
 # ---- the cleaned data set -----------------------------------------------------------------------
@@ -146,8 +178,9 @@ def write_clean(args, pairs, keep, log):
                          "lower it")
     with new_folder("--write_clean", args.write_clean) as folder:
         counts = write_subset(pairs, keep, args.dataset_root, folder)
-    log(f"wrote {args.write_clean}: the {keep.sum()} of {len(keep)} pairs with a posterior from "
-        f"{args.keep_above}, on {len(counts)} of {len(pairs.image_ids)} images; train on it with:\n"
+    log(f"wrote {args.write_clean}: the {keep.sum()} of {len(keep)} pairs that --keep_above "
+        f"{args.keep_above} and the labels keep, on {len(counts)} of {len(pairs.image_ids)} "
+        "images; train on it with:\n"
         f"  python main_CLIP.py --dataset {args.dataset} --dataset_root "
         f"{shlex.quote(args.write_clean)} --num_anns "
         f"{counts[0] if len(set(counts)) == 1 else 1}")

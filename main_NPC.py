@@ -53,14 +53,14 @@ class NPC:
         self.weighting = WEIGHTINGS[args.weighting]
         self.of_bank = arrays_on(run.device, bank, self.weighting.of_bank)  # (n,) each
         self.uses_memory = self.weighting.looks_ahead or args.memory_loss_weight > 0
+        prepare_training(A, args, run.recipe)
         self.optimizer = adamw(A, args)
         self.optimizers = {"optimizer": self.optimizer}
         if self.weighting.looks_ahead:
             self.siamese = copy.deepcopy(A).eval()
+            prepare_training(self.siamese, args, run.recipe)
             self.siamese_optimizer = adamw(self.siamese, args)
             self.optimizers["siamese_optimizer"] = self.siamese_optimizer
-            prepare_training(self.siamese, args, run.recipe)
-        prepare_training(A, args, run.recipe)
 
     def step(self, batch):
         """One step on a `Batch` of B pairs and their memory entries M^I (by image) and M^T (by

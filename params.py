@@ -72,6 +72,11 @@ def parse_args(command, argv=None):
                      "export": "Write a checkpoint for transformers."}[command])
     if command == "export":
         parser.add_argument("--resume", required=True, metavar="CKPT", help="checkpoint to export")
+        add_activation(parser)
+        parser.add_argument("--format", choices=("transformers", "open_clip"),
+                            default="transformers",
+                            help="transformers: for CLIPModel.from_pretrained, Vision Transformers "
+                                 "only; open_clip: for create_model('local-dir:DIR')")
         parser.add_argument("--out", required=True, metavar="DIR", help="new folder to write")
         return parser.parse_args(argv)
     training = command in ("npc", "clip")
@@ -137,19 +142,27 @@ def add_model(group, training):
     group.add_argument("--vision_model", default=None, metavar="NAME|PATH",
                        help="initial model: one of OpenAI's (ViT-B/32, ViT-B/16, ViT-L/14, "
                             "ViT-L/14@336px, RN50, RN101, RN50x4, RN50x16, RN50x64), tiny (random "
-                            "weights), or a checkpoint file; without it ViT-B/32, or what --resume "
-                            "holds")
+                            "weights), a checkpoint file, or a folder of open_clip or Hugging "
+                            "Face; without it ViT-B/32, or what --resume holds")
     group.add_argument("--resume", default=None, metavar="CKPT",
                        help="checkpoint to start from; a training state of this script is "
                             "continued where it stopped; auto: the newest intact one of this "
                             "experiment, if there is any" if training else
                             "checkpoint whose weights are used")
+    add_activation(group)
     group.add_argument("--device", type=device, default=None,
                        help="cpu or cuda; without it cuda where there is one")
     group.add_argument("--precision", choices=PRECISIONS, default=None,
                        help="fp32; amp_bf16 or amp_fp16: half-precision arithmetic on fp32 "
                             "weights; fp16: weights and optimiser state in half, as the released "
                             "script runs on a GPU. Without it amp_bf16 on cuda, fp32 on cpu")
+
+
+def add_activation(group):
+    group.add_argument("--activation", choices=("quick_gelu", "gelu"), default=None,
+                       help="of the model's transformers, where a file holds nothing but weights; "
+                            "OpenAI's, MetaCLIP's and DFN's models have quick_gelu, LAION's and "
+                            "DataComp's gelu; without it quick_gelu, and the log says so")
 
 
 def add_method(group, command):
@@ -232,6 +245,9 @@ def add_optimisation(group):
     group.add_argument("--weight_decay", type=natural_float, default=0.2,
                        help="AdamW's decoupled weight decay, on all parameters; a step decays by "
                             "this times the learning rate: at 1e-6 it hardly matters")
+    group.add_argument("--freeze", choices=("none", "image", "text"), default="none",
+                       help="tower that keeps its weights, where there are few pairs or the other "
+                            "tower alone is new; the temperature is trained in any case")
     add_memory_savers(group)
     group.add_argument("--compile", action="store_true",
                        help="compile the towers with torch.compile: minutes at the start, perhaps "
@@ -257,6 +273,13 @@ def add_findings(group):
                             "(--weights)")
     group.add_argument("--weights", default=None, metavar="FILE",
                        help="weights.npz of an NPC run on the same captions, for --score npc")
+    group.add_argument("--labels", default=None, metavar="FILE",
+                       help="decisions.csv of the HTML page, or suspicious_pairs.csv with its "
+                            "column decision filled in: says how many pairs are wrong and how "
+                            "right each --keep_above is, and overrules what was computed")
+    group.add_argument("--wanted_precision", type=probability, default=0.95,
+                       help="with --labels: share of right pairs among those kept, for which a "
+                            "--keep_above is proposed")
     group.add_argument("--worst", type=positive_int, default=200,
                        help="pairs on the HTML page; the CSV file holds all")
     group.add_argument("--out", default="./logs/noise", metavar="DIR",

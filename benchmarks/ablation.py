@@ -1,16 +1,21 @@
-"""What each part of the method brings, on the demo's data: one table over all noise ratios.
+"""What each part of the method brings, and what simpler things do, on the demo's data.
 
     python benchmarks/ablation.py [--seeds 3]
 
-Every row fine-tunes the demo's pre-trained model as the demo does. Runs of the demo are reused.
+Every row fine-tunes the demo's pre-trained models at each noise ratio, for about the time that
+three epochs of NPC take where it says so. Its learning rate is that of a grid, the same for all
+rows, with the best dev score on seed 0 at 40 % noise. Runs that are finished are reused.
 """
 
 import argparse
 import json
+import os
+import shutil
 import sys
 import time
 from pathlib import Path
 from statistics import mean
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,8 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import demo
 from construct_noise import SUFFIX
 from data import first_seen, wrong_pairs
-from demo import spread
-from find_noise import write_subset
+from demo import NPC_COMPUTE, spread
 from utils.errors import command
 from utils.method.memorybank import bank_path
 from utils.reading.layout import find_by_ratio, read_captions, read_ids, split_folder
@@ -28,140 +32,240 @@ from utils.report.diagnostics import noise_measures
 from utils.report.pair_weights import mean_weights, read_weights
 from utils.report.tables import markdown
 
-WEIGHTS_ONLY = ("--memory_loss_weight", "0")
-ROWS = {  # in the order of the table; those without options are the demo's
-    demo.ZERO_SHOT: None,
-    "CLIP": None,
-    "CLIP, tuned": None,
-    "NPC": None,
-    "NPC, released recipe": ("npc_released", ("--recipe", "released")),
-    "weights w only": ("w_only", WEIGHTS_ONLY),
-    "NPC, all w = 1": None,
-    "mixture posterior as weight": ("gmm_only", ("--weighting", "gmm", *WEIGHTS_ONLY)),
-    "One-Step Anti-noise weight": ("osa_only", ("--weighting", "osa", *WEIGHTS_ONLY)),
-    "mixture posterior + memory": ("gmm", ("--weighting", "gmm")),
-    "One-Step Anti-noise + memory": ("osa", ("--weighting", "osa")),
-    "strict clean set only": ("strict", ()),
-    "oracle: truly right pairs only": ("oracle", ()),
+RATES = (1e-4, 3e-4, 1e-3)
+GRID_SEED, GRID_RATIO = 0, 0.4
+JUDGE = ("--judge_rounds", "2", "--judge_lr", "3e-4")
+NO_MEMORY = ("--memory_loss_weight", "0")
+BANKS = {"initial model, mixture (paper)": "", "better judge": "rounds2x16_neighbours15"}
+
+
+# ---- controls that no option offers; each changes the process that runs a command ---------------
+
+
+def oracle(*fields):
+    """The judge knows the truth, in these fields of its verdict."""
+    import get_memorybank
+
+    judge_pairs = get_memorybank.judge_pairs
+
+    def told(model, pairs, *more):
+        verdict, features, info = judge_pairs(model, pairs, *more)
+        right = np.ones(len(pairs), bool) if pairs.wrong is None else ~pairs.wrong
+        truth = {"clean": right, "posterior": right.astype(float)}
+        return verdict._replace(**{name: truth[name] for name in fields}), features, info
+
+    get_memorybank.judge_pairs = told
+
+
+def oracle_pairs():
+    oracle("clean", "posterior")
+
+
+def oracle_weights():
+    oracle("posterior")
+
+
+def draw_by_posterior():
+    """--train_on clean draws any pair, with the posterior as probability."""
+    import data
+    from utils.method import memorybank
+
+    class Sampler(data.EpochSampler):
+        probability = None
+
+        def __iter__(self):
+            if self.probability is None:  # a round of the judge
+                yield from super().__iter__()
+                return
+            rng = np.random.default_rng([self.seed, self.epoch])
+            for _ in range(len(self)):
+                yield rng.choice(self.n, self.batch_size, False, self.probability).tolist()
+
+    def all_pairs(bank):
+        Sampler.probability = bank.posterior.astype(float) / bank.posterior.sum(dtype=float)
+        return np.arange(len(bank.posterior))
+
+    data.EpochSampler, memorybank.clean_pairs = Sampler, all_pairs
+
+
+class Row(NamedTuple):
+    """How a row trains. lr_factor: its learning rate over that of the grid; root: the data folder,
+    as a hook needs banks of its own."""
+
+    folder: str
+    script: str = "main_NPC.py"
+    epochs: int = 3
+    options: tuple = ()
+    hook: object = None
+    root: str = "target"
+    lr_factor: float = 1.0
+
+
+ROWS = {
+    "CLIP": Row("clip", "main_CLIP.py"),
+    "CLIP as the authors train it: lr x 2.5, not clipped":
+        Row("clip_authors", "main_CLIP.py", options=("--clip_grad", 0), lr_factor=2.5),
+    "CLIP, NPC's compute": Row("clip_long", "main_CLIP.py", NPC_COMPUTE),
+    "CLIP on the paper's clean set, NPC's compute":
+        Row("clip_clean", "main_CLIP.py", NPC_COMPUTE, ("--train_on", "clean")),
+    "CLIP on the judge's clean set, NPC's compute (robust)":
+        Row("robust", epochs=NPC_COMPUTE, options=("--recipe", "robust", *JUDGE)),
+    "CLIP on the truly right pairs, NPC's compute":
+        Row("oracle_pairs", "main_CLIP.py", NPC_COMPUTE, ("--train_on", "clean"), oracle_pairs,
+            "oracle_pairs"),
+    "CLIP, mixture's posterior as weight, NPC's compute":
+        Row("mixture_weights", epochs=NPC_COMPUTE, options=("--weighting", "gmm", *NO_MEMORY)),
+    "CLIP, judge's posterior as weight, NPC's compute":
+        Row("judge_weights", epochs=NPC_COMPUTE,
+            options=("--weighting", "gmm", *NO_MEMORY, *JUDGE)),
+    "CLIP, pairs drawn by the judge's posterior, NPC's compute":
+        Row("judge_draws", "main_CLIP.py", NPC_COMPUTE, ("--train_on", "clean", *JUDGE),
+            draw_by_posterior),
+    "NPC": Row("npc"),
+    "NPC, released recipe": Row("npc_released", options=("--recipe", "released")),
+    "NPC, w = 1": Row("npc_ones", options=("--weighting", "none")),
+    "NPC, w = 1, random memory":
+        Row("npc_random", options=("--weighting", "none", "--memory", "random")),
+    "NPC, w = 1, memory of truly right pairs":
+        Row("oracle_memory", options=("--weighting", "none"), hook=oracle_pairs,
+            root="oracle_pairs"),
+    "NPC, w = mixture's posterior": Row("npc_mixture", options=("--weighting", "gmm")),
+    "NPC, w = judge's posterior, random memory":
+        Row("npc_judge", options=("--weighting", "gmm", "--memory", "random", *JUDGE)),
+    "NPC, w = 1 for truly right pairs, else 0":
+        Row("oracle_weights", options=("--weighting", "gmm"), hook=oracle_weights,
+            root="oracle_weights"),
+    "NPC, w of One-Step Anti-noise": Row("npc_osa", options=("--weighting", "osa")),
 }
-SUBSETS = ("strict", "oracle")
+OF_WEIGHTS = ("NPC", "NPC, released recipe", "NPC, w of One-Step Anti-noise")
 
 
 class Ablation(demo.Demo):
-    """The demo's runs and those of the other rows."""
+    """The runs of all rows, below the folders of the demo's seeds."""
 
-    def subset(self, seed, kind, ratio):
-        """The data set of the pairs in the strict clean set, or of the truly right ones, beside the
-        target; returns (its name, number of pairs)."""
-        pairs, bank, wrong = self.truth(seed, ratio)
-        keep = bank["clean"] if kind == "strict" else ~wrong
-        name = f"{kind}_{ratio}_data"
-        if not (self.folder(seed) / name).exists():
-            write_subset(pairs, keep, self.folder(seed) / "target", self.folder(seed) / name)
-        return name, int(keep.sum())
+    rates = {}  # of each row, once it is chosen
 
-    def truth(self, seed, ratio):
-        """(pairs, bank's arrays, which pairs are wrong) of the target at a noise ratio."""
+    def run(self):
+        self.make([(self.train, GRID_SEED, row, rate, GRID_RATIO)
+                   for row in ROWS for rate in RATES])
+        for row in ROWS:
+            self.rates[row] = max(RATES, key=lambda rate, row=row: self.dev(row, rate))
+        self.make([(self.train, seed, row, self.rates[row], ratio)
+                   for seed in self.seeds for ratio in demo.RATIOS for row in ROWS])
+
+    def train(self, seed, name, rate, ratio):
+        """Fine-tune and test the pre-trained model of `seed` as a row says."""
+        row, folder, run = ROWS[name], self.folder(seed), self.run_of(name, rate, ratio)
+        if row.root != "target":
+            self.link_data(folder / "target", folder / row.root)
+        train = demo.training(row.script, seed, folder, row.root, run,
+                              folder / "pretrained" / "best.pt", demo.TARGET, row.epochs,
+                              rate * row.lr_factor)
+        self.execute(folder / run, f"seed {seed}, {ratio:.0%} noise, lr {rate:g}, {name}", "last", [
+            (*train, "--noise_ratio", ratio, *row.options),
+            demo.testing(row.script, seed, folder, f"{run}/epoch{row.epochs}.pt", f"{run}/last"),
+        ], row.hook)
+
+    @staticmethod
+    def link_data(source, target):
+        """A data folder of its own for banks, with the images and captions of another."""
+        if not target.exists():
+            shutil.copytree(split_folder(source), split_folder(target), dirs_exist_ok=True)
+            os.symlink(os.path.realpath(source / "images"), target / "images")
+
+    @staticmethod
+    def run_of(name, rate, ratio):
+        """Folder of a run, below that of its seed."""
+        return f"ablation/{ROWS[name].folder}_{rate:g}_{ratio}"
+
+    def found(self, seed, name, ratio):
+        """Folder of a row's run at its chosen rate."""
+        return self.folder(seed) / self.run_of(name, self.rates[name], ratio)
+
+    def dev(self, name, rate):
+        """Dev score after the last epoch, by which the rate is chosen."""
+        folder = self.folder(GRID_SEED) / self.run_of(name, rate, GRID_RATIO)
+        return json.loads((folder / "log.jsonl").read_text().splitlines()[-1])["dev"]["mean_R1"]
+
+    def score(self, seed, name, ratio):
+        """Mean R@1 after the last epoch."""
+        return demo.read_scores(self.found(seed, name, ratio) / "last")["mean_R1"]
+
+    def truth(self, seed, ratio, judge=""):
+        """(bank's arrays, which pairs are wrong (n,) bool) of the target at a noise ratio."""
         root = self.folder(seed) / "target"
         clean = read_captions(split_folder(root) / "train_caps.txt")
         path = find_by_ratio(split_folder(root), SUFFIX, ratio) if ratio else None
         captions = read_captions(path) if path else clean
-        ids, image_of = first_seen(read_ids(root, "train", len(clean), 5, "train_caps.txt"))
-        pairs = argparse.Namespace(image_ids=ids, image_of=image_of, captions=captions)
-        with np.load(bank_path(root, ratio), allow_pickle=False) as bank:
-            return pairs, dict(bank), wrong_pairs(clean, captions, image_of)
+        _, image_of = first_seen(read_ids(root, "train", len(clean), 5, "train_caps.txt"))
+        with np.load(bank_path(root, ratio, judge), allow_pickle=False) as bank:
+            return dict(bank), wrong_pairs(clean, captions, image_of)
 
-    def finetune_row(self, seed, row, ratio):
-        """Fine-tune and test the pre-trained model of `seed` as a row says that the demo lacks."""
-        name, options = ROWS[row]
-        folder, run = self.folder(seed), f"{name}_{ratio}"
-        initial = folder / "pretrained" / "best.pt"
-        script, data, images, epochs = "main_NPC.py", "target", demo.TARGET, 3
-        if name in SUBSETS:  # as many steps as the others, on fewer pairs
-            script = "main_CLIP.py"
-            data, n = self.subset(seed, name, ratio)
-            images = n / 5
-            epochs = round(3 * (5 * demo.TARGET // demo.BATCH) / (n // demo.BATCH))
-            lines = [len(read_captions(split_folder(folder / data) / f"train_{what}.txt"))
-                     for what in ("ids", "caps")]
-            options = ("--num_anns", lines[1] // lines[0])
-        else:
-            options = ("--noise_ratio", ratio, *options)
-        train = demo.training(script, seed, folder, data, run, initial, images, epochs, 3e-4)
-        self.execute(folder / run, f"seed {seed}, {ratio:.0%} noise, {row}", "last", [
-            (*train, *options),
-            demo.testing(script, seed, folder, f"{run}/epoch{epochs}.pt", f"{run}/last")])
+    def of_loss(self, seed, judge, ratio):
+        """`noise_measures` of a judge's losses."""
+        bank, wrong = self.truth(seed, ratio, judge)
+        return noise_measures(bank["loss"], wrong)
 
-    def run_of(self, row, ratio):
-        """Folder of a row's run, below that of its seed."""
-        return f"{ROWS[row][0]}_{ratio}" if ROWS[row] else demo.run_name(row, ratio)
-
-    def score(self, seed, row, ratio):
-        """Mean R@1 after the last epoch."""
-        run = row if row == demo.ZERO_SHOT else f"{self.run_of(row, ratio)}/last"
-        return demo.read_scores(self.folder(seed) / run)["mean_R1"]
-
-    def measures(self, seed, row, ratio):
-        """`noise_measures` of a row's weights, of the initial model's losses for row None."""
-        _, bank, wrong = self.truth(seed, ratio)
-        if row is None:
-            return noise_measures(bank["loss"], wrong)
-        run = self.folder(seed) / self.run_of(row, ratio)
-        w = mean_weights(read_weights(run / "weights.npz"))
+    def of_w(self, seed, name, ratio):
+        """`noise_measures` of the weights w of a row."""
+        w = mean_weights(read_weights(self.found(seed, name, ratio) / "weights.npz"))
         drawn = np.isfinite(w)
-        return noise_measures(-w[drawn], wrong[drawn])
+        return noise_measures(-w[drawn], self.truth(seed, ratio)[1][drawn])
 
-    def clean_set(self, seed, ratio):
-        """Precision, recall and share of the strict clean set, in percent."""
-        _, bank, wrong = self.truth(seed, ratio)
+    def clean_set(self, seed, judge, ratio):
+        """Precision, recall and estimated share of wrong pairs, in percent."""
+        bank, wrong = self.truth(seed, ratio, judge)
         hits = (bank["clean"] & ~wrong).sum()
+        info = json.loads(bank["info"].tobytes())
         return [100 * hits / bank["clean"].sum(), 100 * hits / (~wrong).sum(),
-                100 * bank["clean"].mean()]
+                100 * info["wrong_share"]]
 
 
 def report(ablation):
-    """The three tables."""
+    """The tables as text."""
     seeds, noisy = ablation.seeds, [ratio for ratio in demo.RATIOS if ratio]
     percent = [f"{ratio:.0%}" for ratio in demo.RATIOS]
-    scores = markdown(["mean R@1, last epoch", *percent], [
-        [row, *(spread([ablation.score(seed, row, ratio) for seed in seeds])
-                for ratio in demo.RATIOS)] for row in ROWS])
     rows = []
-    for row in (None, "NPC", "NPC, released recipe", "weights w only",
-                "mixture posterior as weight", "One-Step Anti-noise weight"):
-        found = {ratio: [ablation.measures(seed, row, ratio) for seed in seeds] for ratio in noisy}
-        optimum = mean(m["optimum"] for m in found[noisy[-1]])
-        rows.append([row or "initial model's loss",
-                     *(spread([m["auc"] for m in found[ratio]], 3) for ratio in noisy),
-                     spread([m["mean_noise_rank"] for m in found[noisy[-1]]], 0),
-                     f"{optimum:.0f}"])
-    auc = markdown(["AUC against the injected noise", *percent[1:],
-                    f"mean noise rank at {percent[-1]}", "its optimum"], rows)
-    clean = {ratio: [ablation.clean_set(seed, ratio) for seed in seeds] for ratio in demo.RATIOS}
+    for row in ROWS:
+        seconds = mean(demo.read_seconds(ablation.found(seed, row, ratio))
+                       for seed in seeds for ratio in demo.RATIOS)
+        rows.append([row, *(spread([ablation.score(seed, row, ratio) for seed in seeds])
+                            for ratio in demo.RATIOS),
+                     f"{ablation.rates[row] * ROWS[row].lr_factor:g}", f"{seconds:.0f}"])
+    scores = markdown(["mean R@1, last epoch", *percent, "lr", "seconds"], rows)
+    best = "CLIP on the judge's clean set, NPC's compute (robust)"
+    paired = markdown([f"{best.split(',')[0]}, less", *percent], [
+        [row, *(spread([ablation.score(seed, best, ratio) - ablation.score(seed, row, ratio)
+                        for seed in seeds]) for ratio in demo.RATIOS)]
+        for row in ROWS if row != best])
+    rows = []
+    for name, measure, which in [
+            *((f"loss: {name}", ablation.of_loss, judge) for name, judge in BANKS.items()),
+            *((f"w: {row}", ablation.of_w, row) for row in OF_WEIGHTS)]:
+        found = {ratio: [measure(seed, which, ratio) for seed in seeds] for ratio in noisy}
+        rows.append([name, *(spread([m[key] for m in found[ratio]], 3)
+                             for key in ("auc", "average_precision") for ratio in noisy)])
+    auc = markdown(["against the injected noise", *(f"{key}, {share}" for key in ("AUC", "AP")
+                                                    for share in percent[1:])], rows)
     sets = markdown(["strict clean set, %", *percent], [
-        [name, *(spread([values[k] for values in clean[ratio]]) for ratio in demo.RATIOS)]
-        for k, name in enumerate(("precision", "recall", "share of all pairs"))])
-    return f"{scores}\n\n{auc}\n\n{sets}\n"
+        [f"{what}: {name}", *(spread([ablation.clean_set(seed, judge, ratio)[k] for seed in seeds])
+                              for ratio in demo.RATIOS)]
+        for name, judge in BANKS.items()
+        for k, what in enumerate(("precision", "recall", "estimated share of wrong pairs"))])
+    return f"{scores}\n\n{paired}\n\n{auc}\n\n{sets}\n"
 
 
 @command
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--out", default="demo", help="folder of the demo, whose runs are reused")
+    parser.add_argument("--out", default="demo", help="folder of the demo, whose models are reused")
     parser.add_argument("--seeds", type=int, default=3, help="repetitions")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, a thread each")
     args = parser.parse_args()
 
     start, ablation = time.perf_counter(), Ablation(**vars(args))
     ablation.run()
-    extra = [row for row in ROWS if ROWS[row]]
-    ablation.total += len(ablation.seeds) * len(extra) * len(demo.RATIOS)
-    with demo.ThreadPoolExecutor(args.jobs) as pool:
-        jobs = [pool.submit(ablation.finetune_row, seed, row, ratio)
-                for seed in ablation.seeds for row in extra for ratio in demo.RATIOS]
-        for job in jobs:
-            job.result()
     tables = report(ablation)
     (ablation.out / "ablation.md").write_text(tables)
     (ablation.out / "ablation.json").write_text(json.dumps(

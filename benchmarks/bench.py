@@ -1,7 +1,7 @@
 """How fast, against what: our code and the released procedure, interleaved in one process.
 
     python benchmarks/bench.py [--only step bank eval loader] [--against nothing] [--json FILE]
-    python benchmarks/bench.py --only bank_coco
+    python benchmarks/bench.py --only features [--num_pairs 1000000]
 
 The released side is a literal transcription: every model pass for itself, captions padded to 77
 tokens, each image once per caption, the state dict copied entry by entry, ranks by two argsorts.
@@ -32,12 +32,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import clip
 import data
-from get_memorybank import bank_from_features
+from get_memorybank import bank_of, build_bank, unit
 from main_CLIP import Baseline
 from main_NPC import NPC
 from params import parse_args
 from utils.errors import command
-from utils.method.features import embed_pairs
+from utils.method.judge import judge
 from utils.method.memorybank import MemoryBank
 from utils.report.retrieval import recalls
 from utils.training.run import Run
@@ -359,8 +359,7 @@ def bench_bank(options):
     pairs = make_pairs(options.bank_images, model.visual.input_resolution, rng)
 
     def ours():
-        features = embed_pairs(model, pairs, args, run.precision, normalise=False)
-        bank_from_features(*features, model.logit_scale, pairs, args, log=lambda message: None)
+        build_bank(model, pairs, args, run.precision, log=lambda message: None)
 
     def released():
         for _ in range(2):
@@ -445,24 +444,36 @@ def bench_loader(options):
     return results
 
 
-def bench_bank_coco(options):
-    """Memory of a bank of MSCOCO's size from features at random, where half of the captions are of
-    other images; timed once, as the search for entries takes long without a GPU."""
-    args = options.run
-    num_images, generator = 113_287, torch.Generator(args.device).manual_seed(args.seed)
-    n = num_images * CAPTIONS
+def bench_features(options):
+    """What follows from the features of --num_pairs pairs, five captions an image, half of them of
+    other images: time and memory of each part, once, as the searches take long without a GPU."""
+    args, n = options.run, options.num_pairs
+    generator = torch.Generator(args.device).manual_seed(args.seed)
     image_of = np.arange(n) // CAPTIONS
+    num_images = int(image_of[-1]) + 1
     pairs = data.Pairs(None, None, image_of, [""] * n, np.arange(n), None, Path("-"))
-    with Peak(args.device) as peak:
-        images = torch.randn(num_images, 512, device=args.device, generator=generator)
-        texts = torch.randn(n, 512, device=args.device, generator=generator)
-        for rows in torch.arange(0, n, 2).split(2**16):
-            texts[rows] += 0.5 * images[image_of[rows]]
-        seconds = clock(lambda: bank_from_features(images, texts, torch.tensor(4.6), pairs, args),
-                        args.device)
-    print(f"\n### Memory bank of {n:,} pairs from their features\n\n{seconds:.0f} s, peak "
-          f"{peak.value:.0f} MB, {(n + num_images) * 512 * 4 / 1e6:.0f} of them the features.")
-    return {"seconds": seconds, "memory": peak.value}
+    images = torch.randn(num_images, 512, device=args.device, generator=generator)
+    texts = torch.randn(n, 512, device=args.device, generator=generator)
+    for rows in torch.arange(0, n, 2).split(2**16):
+        texts[rows] += 0.5 * images[image_of[rows]]
+    images, texts, found = unit(images), unit(texts), {}
+
+    def judged(neighbours):
+        own = argparse.Namespace(**{**vars(args), "judge_neighbours": neighbours})
+        found["verdict"] = judge(images, texts, torch.tensor(4.6), pairs, own)
+
+    parts = {"the paper's judge": lambda: judged(0),
+             "memory entries": lambda: bank_of(found["verdict"], images, texts, pairs, args, {}),
+             "the judge before its rounds, 15 neighbours": lambda: judged(15)}
+    print(f"\n### {n:,} pairs from their features, {(n + num_images) * 512 * 4 / 1e6:.0f} MB\n\n"
+          "| | s | peak MB beyond them |\n|---|--:|--:|")
+    results = {}
+    for name, part in parts.items():
+        with Peak(args.device) as peak:
+            seconds = clock(part, args.device)
+        results[name] = {"seconds": seconds, "memory": peak.value}
+        print(f"| {name} | {seconds:.0f} | {peak.value:.0f} |", flush=True)
+    return results
 
 
 def tower_cost(model, args, length):
@@ -485,7 +496,7 @@ def new_model(args):
 
 
 BENCHES = {"bank": bench_bank, "eval": bench_eval, "loader": bench_loader,
-           "bank_coco": bench_bank_coco}
+           "features": bench_features}
 
 
 @command
@@ -502,6 +513,8 @@ def main():
     parser.add_argument("--bank_images", type=int, default=60,
                         help="images of the bank, 5 pairs each")
     parser.add_argument("--loader_images", type=int, default=600, help="images of the loader")
+    parser.add_argument("--num_pairs", type=int, default=566_435,
+                        help="pairs of --only features; MSCOCO's")
     parser.add_argument("--json", help="write the results to this file")
     options, words = parser.parse_known_args()
     options.words = ["--vision_model", "ViT-B/32", "--lr", "2e-7", *words]

@@ -61,9 +61,9 @@ LR = 3e-4
 ZERO_SHOT = "zero-shot"
 NOTE = f"""\
 Each fine-tunes the zero-shot model on 5 captions of {TARGET} images at lr {LR:g}: NPC and CLIP \
-for {METHODS['NPC'].epochs} epochs, CLIP at NPC's compute for {NPC_COMPUTE}, robust (plain CLIP on the \
-pairs that a better judge finds clean) for {METHODS['robust'].epochs} after judging. Seconds are \
-those of a whole run, its test included, on one core."""
+for {METHODS['NPC'].epochs} epochs, CLIP at NPC's compute for {NPC_COMPUTE}, robust (plain CLIP on \
+the pairs that a better judge finds clean) for {METHODS['robust'].epochs} after judging. Seconds \
+are those of a whole run, its test included, on one core."""
 OWN_DATA = """\
 For image-caption pairs of your own (a table with image paths and captions):
   python dataset/prepare_pairs.py --pairs pairs.csv --images photos/ --root dataset/mine

@@ -1,6 +1,14 @@
 """CLIP (Radford et al., 2021): the model, its tokenizer, its preprocessing and its weights."""
 
-from .formats import CheckpointError, from_hf, read_checkpoint, save_hf, state_dict_of, to_hf
+from .formats import (
+    CheckpointError,
+    from_hf,
+    read_checkpoint,
+    save_hf,
+    save_open_clip,
+    state_dict_of,
+    to_hf,
+)
 from .model import CLIP, convert_weights_to_fp16, infer_config
 from .preprocess import Preprocess, normalize
 from .tokenizer import SimpleTokenizer, tokenize, tokenize_with_lengths
@@ -22,6 +30,7 @@ __all__ = [
     "normalize",
     "read_checkpoint",
     "save_hf",
+    "save_open_clip",
     "state_dict_of",
     "to_hf",
     "tokenize",

@@ -1,16 +1,20 @@
 """Files that hold a CLIP model, whoever wrote them.  Nothing in them is executed.
 
 - Files of torch.save: a state dict, or a training checkpoint that has one as "state_dict", with
-  "module." before the names where DistributedDataParallel saved it.
+  "module." before the names where DistributedDataParallel saved it, and perhaps the `config` of the
+  model.
 - TorchScript archives, as OpenAI publishes: a zip with a pickle, data.pkl, that describes a tree of
   modules, the numbers of their tensors in files of their own, and code, which is left alone.
 - Hugging Face's CLIP with a Vision Transformer: model.safetensors or pytorch_model.bin with their
-  own parameter names, in a folder with config.json, or alone.
+  own parameter names, in a folder with config.json and perhaps preprocessor_config.json, or alone.
+- open_clip's CLIP: open_clip_model.safetensors or open_clip_pytorch_model.bin with OpenAI's names,
+  in a folder with open_clip_config.json, or alone.
 
 A state dict here maps OpenAI's parameter names to tensors, as CLIP.state_dict() does.
 """
 
 import json
+import math
 import pickle
 import re
 import warnings
@@ -23,10 +27,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.serialization import StorageType
 
-from .model import HEAD_WIDTH
+from .model import POOLING, SETTINGS
 from .preprocess import MEAN, STD
 
 MAX_CODE = 2**26  # bytes that an archive may unpack to beyond its own size
+OTHER_MODELS = {  # beginning of a parameter's name: whose it is
+    "logit_bias": "SigLIP",
+    "text_decoder.": "CoCa",
+    "visual.trunk.": "a model with an image tower of timm",
+    "text.": "a model with a text tower of its own kind",
+}
 
 
 class CheckpointError(RuntimeError):
@@ -37,11 +47,12 @@ class CheckpointError(RuntimeError):
 
 def read_checkpoint(path):
     """The content (dict) of any file or folder named above, on the CPU: all entries of a training
-    checkpoint, the parameters by name otherwise.  Raises CheckpointError if there is nothing at
-    `path`, or what is there is damaged, none of these, or would run code."""
+    checkpoint, "state_dict" and "config" of a folder, the parameters by name otherwise.  Raises
+    CheckpointError if there is nothing at `path`, or what is there is damaged, none of these, or
+    would run code."""
     path = Path(path)
     if path.is_dir():
-        return _read_hf_folder(path)
+        return _read_folder(path)
     _require_file(path)
     with open(path, "rb") as file:
         start = file.read(40)
@@ -86,6 +97,9 @@ def state_dict_of(content, path):
     for key in list(state_dict):  # what archives hold beside the weights
         if key in ("input_resolution", "context_length", "vocab_size") or "attn_mask" in key:
             del state_dict[key]
+    for start, what in OTHER_MODELS.items():
+        if any(key.startswith(start) for key in state_dict):
+            _refuse_other_model(path, what)
     for key, value in state_dict.items():
         real = value.is_floating_point() or "num_batches" in key or "position_ids" in key
         if not real or not _holds_its_numbers(value):
@@ -96,6 +110,17 @@ def state_dict_of(content, path):
         except (KeyError, RuntimeError) as error:
             raise CheckpointError(f"{path} is not CLIP as transformers saves it: {error}") from None
     return state_dict
+
+
+def settings_of(content):
+    """What a checkpoint's `config` (dict) says of the model beyond the shapes of its weights."""
+    config = content.get("config")
+    return {k: config[k] for k in SETTINGS if k in config} if isinstance(config, dict) else {}
+
+
+def _refuse_other_model(path, what):
+    raise CheckpointError(f"{path} holds {what}, not CLIP in OpenAI's architecture, and cannot be "
+                          "trained here; --judge_features takes its features of the pairs")
 
 
 def _require_file(path):
@@ -263,45 +288,47 @@ def from_hf(state_dict):
     return out
 
 
-def _read_hf_folder(folder):
-    files = [folder / name for name in ("model.safetensors", "pytorch_model.bin")]
-    file = next((file for file in files if file.exists()), None)
-    if file is None or not (folder / "config.json").exists():
-        raise CheckpointError(
-            f"{folder} holds no Hugging Face model: config.json and model.safetensors or "
-            "pytorch_model.bin are needed"
-        )
-    _require_file(folder / "config.json")
-    # neither the activation nor the number of heads can be told from the weights
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        towers = [(config.get("text_config") or {}, 512), (config.get("vision_config") or {}, 768)]
-        settings = [(part.get("hidden_act", "quick_gelu"), int(part.get("hidden_size", width)),
-                     part.get("num_attention_heads")) for part, width in towers]
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{folder}/config.json is damaged ({error})") from None
-    for activation, width, heads in settings:
-        if activation != "quick_gelu":
-            raise CheckpointError(f"{folder}: its activation is {activation}, not QuickGELU")
-        if heads not in (None, width / HEAD_WIDTH):
-            raise CheckpointError(f"{folder}: its attention heads are not {HEAD_WIDTH} wide")
-    return read_checkpoint(file)
+def _hf_settings(folder):
+    """What config.json and preprocessor_config.json, if it is there, say of `SETTINGS`."""
+    config, beside = _read_json(folder / "config.json"), folder / "preprocessor_config.json"
+    preprocessing = _read_json(beside) if beside.exists() else {}
+    if config["model_type"] != "clip":
+        _refuse_other_model(folder, f"a model of type {config['model_type']}")
+    text, vision = config["text_config"], config["vision_config"]
+    activation = vision.get("hidden_act", "quick_gelu")
+    size = preprocessing.get("size")
+    for part, key, usual in (
+        (text, "hidden_act", activation),
+        (text, "layer_norm_eps", 1e-5),
+        (vision, "layer_norm_eps", 1e-5),
+        (preprocessing, "resample", 3),  # bicubic
+    ):
+        if part.get(key, usual) != usual:
+            _refuse_other_model(folder, f"a model with {key} {part[key]}")
+    return {
+        "activation": activation,
+        "vision_heads": vision.get("num_attention_heads", 12),
+        "transformer_heads": text.get("num_attention_heads", 8),
+        "image_resolution": vision.get("image_size", 224),
+        "image_mean": preprocessing.get("image_mean", MEAN),
+        "image_std": preprocessing.get("image_std", STD),
+        "image_resize": "squash" if isinstance(size, dict) and "height" in size else "shortest",
+    }
 
 
 def save_hf(model, folder):
     """Write `model` as config.json, model.safetensors and preprocessor_config.json to `folder`, for
     transformers.CLIPModel.from_pretrained.  Raises ValueError if it has a ResNet."""
-    weights = to_hf(model.state_dict())
-    config, folder = model.config, Path(folder)
-    resolution = config["image_resolution"]
+    weights, config = to_hf(model.state_dict()), model.config
+    resolution, squash = config["image_resolution"], config["image_resize"] == "squash"
 
-    def tower(width, layers):
+    def tower(name):
         return {
-            "hidden_size": width,
-            "intermediate_size": 4 * width,
-            "num_attention_heads": width // HEAD_WIDTH,
-            "num_hidden_layers": layers,
-            "hidden_act": "quick_gelu",
+            "hidden_size": config[f"{name}_width"],
+            "intermediate_size": config[f"{name}_mlp_width"],
+            "num_attention_heads": config[f"{name}_heads"],
+            "num_hidden_layers": config[f"{name}_layers"],
+            "hidden_act": config["activation"],
             "layer_norm_eps": 1e-5,
             "projection_dim": config["embed_dim"],
         }
@@ -310,30 +337,158 @@ def save_hf(model, folder):
         "architectures": ["CLIPModel"],
         "model_type": "clip",
         "projection_dim": config["embed_dim"],
-        "text_config": tower(config["transformer_width"], config["transformer_layers"])
+        "text_config": tower("transformer")
         | {
             "vocab_size": config["vocab_size"],
             "max_position_embeddings": config["context_length"],
             "bos_token_id": config["vocab_size"] - 2,
             "eos_token_id": config["vocab_size"] - 1,
         },
-        "vision_config": tower(config["vision_width"], config["vision_layers"])
+        "vision_config": tower("vision")
         | {"image_size": resolution, "patch_size": config["vision_patch_size"]},
     }
+    square = {"height": resolution, "width": resolution}
     preprocessing = {
         "image_processor_type": "CLIPImageProcessor",
         "do_resize": True,
-        "size": {"shortest_edge": resolution},
+        "size": square if squash else {"shortest_edge": resolution},
         "resample": 3,  # bicubic
-        "do_center_crop": True,
-        "crop_size": {"height": resolution, "width": resolution},
+        "do_center_crop": not squash,
+        "crop_size": square,
         "do_convert_rgb": True,
         "do_rescale": True,
         "do_normalize": True,
-        "image_mean": MEAN,
-        "image_std": STD,
+        "image_mean": config["image_mean"],
+        "image_std": config["image_std"],
     }
+    _write_folder(folder, {"model.safetensors": weights, "config.json": described,
+                           "preprocessor_config.json": preprocessing})
+
+
+# ------------------------------------------------------------------------------ open_clip
+
+OPEN_CLIP_OTHERS = {  # in model_cfg: what has it
+    "init_logit_bias": "SigLIP",
+    "multimodal_cfg": "CoCa",
+    "custom_text": "a model with a text tower of its own kind",
+}
+OPEN_CLIP_READ = {  # what may be in a tower's part: read, told by the weights, or without effect
+    "vision_cfg": ("layers", "width", "head_width", "mlp_ratio", "patch_size", "image_size",
+                   "patch_dropout"),
+    "text_cfg": ("context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio", "pad_id",
+                 "eos_id"),
+}
+OPEN_CLIP_USUAL = ("tok", "argmax", "learnable", "linear", "default")  # values of other keys
+
+
+def _open_clip_settings(folder):
+    """What open_clip_config.json says of `SETTINGS`."""
+    config = _read_json(folder / "open_clip_config.json")
+    model, images = config["model_cfg"], config.get("preprocess_cfg") or {}
+    vision, text = model["vision_cfg"], model["text_cfg"]
+    for key, what in OPEN_CLIP_OTHERS.items():
+        if model.get(key):
+            _refuse_other_model(folder, what)
+    for part, read in OPEN_CLIP_READ.items():
+        for key, value in model[part].items():
+            if key not in read and value and value not in OPEN_CLIP_USUAL:
+                _refuse_other_model(folder, f"a model with {key} {value} in its {part}")
+    if images.get("interpolation", "bicubic") not in ("bicubic", "random"):
+        _refuse_other_model(folder, f"a model with {images['interpolation']} interpolation")
+    width = vision.get("width", 768) * (POOLING if isinstance(vision.get("layers"), list) else 1)
+    return {
+        "activation": "quick_gelu" if model.get("quick_gelu") else "gelu",
+        "vision_heads": width // vision.get("head_width", 64),
+        "transformer_heads": text.get("heads", 8),
+        "image_resolution": vision.get("image_size", 224),
+        "image_mean": images.get("mean", MEAN),
+        "image_std": images.get("std", STD),
+        "image_resize": images.get("resize_mode", "shortest"),
+    }
+
+
+def save_open_clip(model, folder):
+    """Write `model` as open_clip_config.json and open_clip_model.safetensors to `folder`, for
+    open_clip.create_model_and_transforms("local-dir:FOLDER")."""
+    config = model.config
+    width, vit = config["vision_width"], config["vision_patch_size"] is not None
+
+    def mlp_ratio(name):
+        ratio = config[f"{name}_mlp_width"] / config[f"{name}_width"]
+        exact = int(config[f"{name}_width"] * ratio) == config[f"{name}_mlp_width"]
+        return ratio if exact else math.nextafter(ratio, math.inf)
+
+    described = {
+        "model_cfg": {
+            "embed_dim": config["embed_dim"],
+            "quick_gelu": config["activation"] == "quick_gelu",
+            "vision_cfg": {
+                "image_size": config["image_resolution"],
+                "layers": config["vision_layers"],
+                "width": width,
+                "head_width": width * (1 if vit else POOLING) // config["vision_heads"],
+                "patch_size": config["vision_patch_size"],
+            }
+            | ({"mlp_ratio": mlp_ratio("vision")} if vit else {}),
+            "text_cfg": {
+                "context_length": config["context_length"],
+                "vocab_size": config["vocab_size"],
+                "width": config["transformer_width"],
+                "heads": config["transformer_heads"],
+                "layers": config["transformer_layers"],
+                "mlp_ratio": mlp_ratio("transformer"),
+            },
+        },
+        "preprocess_cfg": {
+            "mean": config["image_mean"],
+            "std": config["image_std"],
+            "interpolation": "bicubic",
+            "resize_mode": config["image_resize"],
+        },
+    }
+    weights = {key: value.contiguous() for key, value in model.state_dict().items()}
+    _write_folder(folder, {"open_clip_model.safetensors": weights,
+                           "open_clip_config.json": described})
+
+
+# ------------------------------------------------------------------------------ folders
+
+FOLDERS = (  # open_clip's first: where a folder is of both, either will do
+    (_open_clip_settings, "open_clip_config.json",
+     ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")),
+    (_hf_settings, "config.json", ("model.safetensors", "pytorch_model.bin")),
+)
+
+
+def _read_folder(folder):
+    """{"state_dict", "config"} of a folder of open_clip or Hugging Face."""
+    for settings, described, names in FOLDERS:
+        file = next((folder / name for name in names if (folder / name).exists()), None)
+        if file is None or not (folder / described).exists():
+            continue
+        try:
+            config = settings(folder)
+        except CheckpointError:
+            raise
+        except Exception as error:  # whatever values of other types than expected provoke
+            raise CheckpointError(f"{folder / described} or a file that goes with it is damaged "
+                                  f"({error!r:.100})") from None
+        return {"state_dict": state_dict_of(read_checkpoint(file), file), "config": config}
+    needed = ", or ".join(f"{described} and {' or '.join(names)}"
+                          for _, described, names in FOLDERS)
+    raise CheckpointError(f"{folder} holds no model: needed are {needed}")
+
+
+def _read_json(path):
+    _require_file(path)
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _write_folder(folder, files):
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(described, indent=2))
-    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessing, indent=2))
+    for name, content in files.items():
+        if name.endswith(".json"):
+            (folder / name).write_text(json.dumps(content, indent=2))
+        else:
+            save_file(content, folder / name, metadata={"format": "pt"})

@@ -17,7 +17,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-HEAD_WIDTH = 64  # every released model uses heads of 64 dimensions, in both towers
+from .preprocess import MEAN, RESIZES, STD
+
+HEAD_WIDTH = 64  # in every model of OpenAI's, in both towers
+POOLING = 32  # width and stride of a ResNet's attention pooling, in those of its stem's input
+WIDE_HEADS = {1280: 80, 1408: 88, 1664: 104, 1792: 112}  # by width: ViT-H, g, bigG and e
 
 
 class LayerNorm(nn.LayerNorm):
@@ -34,6 +38,9 @@ class QuickGELU(nn.Module):
 
     def forward(self, x):
         return F.silu(1.702 * x).div_(1.702)  # keeps one tensor for the backward pass, not two
+
+
+ACTIVATIONS = {"quick_gelu": QuickGELU, "gelu": nn.GELU}
 
 
 def attend(q, k, v, heads, causal=False):
@@ -63,18 +70,18 @@ class SelfAttention(nn.Module):
 
 
 class ResidualAttentionBlock(nn.Module):
-    """Pre-norm transformer block: attention, then a two-layer perceptron four times as wide."""
+    """Pre-norm transformer block: attention, then a two-layer perceptron."""
 
-    def __init__(self, width, heads, causal):
+    def __init__(self, width, heads, mlp_width, activation, causal):
         super().__init__()
         self.ln_1 = LayerNorm(width)
         self.attn = SelfAttention(width, heads, causal)
         self.ln_2 = LayerNorm(width)
         self.mlp = nn.Sequential(
             OrderedDict(
-                c_fc=nn.Linear(width, 4 * width),
-                gelu=QuickGELU(),
-                c_proj=nn.Linear(4 * width, width),
+                c_fc=nn.Linear(width, mlp_width),
+                gelu=ACTIVATIONS[activation](),
+                c_proj=nn.Linear(mlp_width, width),
             )
         )
 
@@ -86,11 +93,12 @@ class ResidualAttentionBlock(nn.Module):
 class Transformer(nn.Module):
     """A stack of residual attention blocks: (n, L, d) -> (n, L, d)."""
 
-    def __init__(self, width, layers, heads, causal=False):
+    def __init__(self, width, layers, heads, mlp_width, activation, causal=False):
         super().__init__()
-        self.resblocks = nn.Sequential(
-            *(ResidualAttentionBlock(width, heads, causal) for _ in range(layers))
-        )
+        self.resblocks = nn.Sequential(*(
+            ResidualAttentionBlock(width, heads, mlp_width, activation, causal)
+            for _ in range(layers)
+        ))
 
     def forward(self, x, recompute=False):
         return run_blocks(self.resblocks, x, recompute)
@@ -100,7 +108,8 @@ class VisionTransformer(nn.Module):
     """ViT (Dosovitskiy et al., 2021) with a layer norm before the blocks as well: (n, 3, R, R) ->
     (n, D), the projected class token."""
 
-    def __init__(self, input_resolution, patch_size, width, layers, heads, output_dim):
+    def __init__(self, input_resolution, patch_size, width, layers, heads, mlp_width, activation,
+                 output_dim):
         super().__init__()
         self.input_resolution = input_resolution
         scale = width**-0.5
@@ -109,7 +118,7 @@ class VisionTransformer(nn.Module):
         self.class_embedding = nn.Parameter(scale * torch.randn(width))
         self.positional_embedding = nn.Parameter(scale * torch.randn(patches + 1, width))
         self.ln_pre = LayerNorm(width)
-        self.transformer = Transformer(width, layers, heads)
+        self.transformer = Transformer(width, layers, heads, mlp_width, activation)
         self.ln_post = LayerNorm(width)
         self.proj = nn.Parameter(scale * torch.randn(width, output_dim))
 
@@ -191,7 +200,9 @@ class ModifiedResNet(nn.Module):
         self.layer2 = self._stage(4 * width, 2 * width, layers[1], stride=2)
         self.layer3 = self._stage(8 * width, 4 * width, layers[2], stride=2)
         self.layer4 = self._stage(16 * width, 8 * width, layers[3], stride=2)
-        self.attnpool = AttentionPool2d(input_resolution // 32, 32 * width, heads, output_dim)
+        self.attnpool = AttentionPool2d(
+            input_resolution // POOLING, POOLING * width, heads, output_dim
+        )
 
     @staticmethod
     def _stage(inplanes, planes, blocks, stride):
@@ -211,59 +222,36 @@ class ModifiedResNet(nn.Module):
 class CLIP(nn.Module):
     """The two encoders and the temperature.
 
-    `config` holds the arguments: CLIP(**model.config) is the same architecture.  `vision_layers` is
-    an int for a Vision Transformer, four ints for a ResNet (`vision_patch_size` is None then).
-    Initialisation is that of OpenAI's release.  With `grad_checkpointing = True`, training keeps
-    only the input of each residual block and recomputes the rest in the backward pass.
+    `config` holds the arguments of `complete_config`: CLIP(**model.config) is the same
+    architecture.  Initialisation is that of OpenAI's release.  With `grad_checkpointing = True`,
+    training keeps only the input of each residual block and recomputes the rest in the backward
+    pass.
     """
 
-    def __init__(
-        self,
-        embed_dim,
-        image_resolution,
-        vision_layers,
-        vision_width,
-        vision_patch_size,
-        context_length,
-        vocab_size,
-        transformer_width,
-        transformer_heads,
-        transformer_layers,
-    ):
+    def __init__(self, **config):
         super().__init__()
-        is_vit = isinstance(vision_layers, int)
-        self.config = {
-            "embed_dim": embed_dim,
-            "image_resolution": image_resolution,
-            "vision_layers": vision_layers if is_vit else tuple(vision_layers),
-            "vision_width": vision_width,
-            "vision_patch_size": vision_patch_size,
-            "context_length": context_length,
-            "vocab_size": vocab_size,
-            "transformer_width": transformer_width,
-            "transformer_heads": transformer_heads,
-            "transformer_layers": transformer_layers,
-        }
-        self.embed_dim = embed_dim
-        self.context_length = context_length
-        self.vocab_size = vocab_size
+        self.config = config = complete_config(**config)
+        self.embed_dim, resolution = config["embed_dim"], config["image_resolution"]
+        self.context_length, self.vocab_size = config["context_length"], config["vocab_size"]
+        self.image_mean, self.image_std = config["image_mean"], config["image_std"]
         self.grad_checkpointing = False
-        if is_vit:
-            heads = vision_width // HEAD_WIDTH
+        tower = config["vision_width"], config["vision_layers"], config["vision_heads"]
+        if config["vision_patch_size"]:
             self.visual = VisionTransformer(
-                image_resolution, vision_patch_size, vision_width, vision_layers, heads, embed_dim
+                resolution, config["vision_patch_size"], *tower, config["vision_mlp_width"],
+                config["activation"], self.embed_dim
             )
         else:
-            heads = vision_width * 32 // HEAD_WIDTH
-            self.visual = ModifiedResNet(
-                image_resolution, vision_width, vision_layers, heads, embed_dim
-            )
-        width = transformer_width
-        self.transformer = Transformer(width, transformer_layers, transformer_heads, causal=True)
-        self.token_embedding = nn.Embedding(vocab_size, width)
-        self.positional_embedding = nn.Parameter(torch.empty(context_length, width))
+            self.visual = ModifiedResNet(resolution, *tower, self.embed_dim)
+        width = config["transformer_width"]
+        self.transformer = Transformer(
+            width, config["transformer_layers"], config["transformer_heads"],
+            config["transformer_mlp_width"], config["activation"], causal=True
+        )
+        self.token_embedding = nn.Embedding(self.vocab_size, width)
+        self.positional_embedding = nn.Parameter(torch.empty(self.context_length, width))
         self.ln_final = LayerNorm(width)
-        self.text_projection = nn.Parameter(torch.empty(width, embed_dim))
+        self.text_projection = nn.Parameter(torch.empty(width, self.embed_dim))
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         self._init_text()
 
@@ -285,8 +273,8 @@ class CLIP(nn.Module):
         return self.visual.conv1.weight.dtype
 
     def encode_image(self, images):
-        """Floating-point images (n, 3, R, R), normalised as by `clip.normalize`, R =
-        visual.input_resolution -> embeddings (n, D), not normalised."""
+        """Floating-point images (n, 3, R, R), normalised as by `clip.normalize` with `image_mean`
+        and `image_std`, R = visual.input_resolution -> embeddings (n, D), not normalised."""
         return self.visual(images.to(self.dtype), self.grad_checkpointing)
 
     def encode_text(self, tokens):
@@ -343,9 +331,58 @@ def convert_weights_to_fp16(model):
     return model
 
 
-def infer_config(state_dict):
-    """The `config` of the CLIP model that `state_dict` (with OpenAI's names) belongs to, from the
-    shapes of its tensors.  Raises ValueError if these are not a CLIP model's."""
+def complete_config(
+    embed_dim,
+    image_resolution,
+    vision_layers,
+    vision_width,
+    vision_patch_size,
+    context_length,
+    vocab_size,
+    transformer_width,
+    transformer_layers,
+    transformer_heads=None,
+    transformer_mlp_width=None,
+    vision_heads=None,
+    vision_mlp_width=None,
+    activation="quick_gelu",
+    image_mean=MEAN,
+    image_std=STD,
+    image_resize="shortest",
+):
+    """What describes a CLIP model, as a dict with all of these names.
+
+    vision_layers is an int for a Vision Transformer, four ints for a ResNet, whose patch size and
+    MLP width are None.  Heads are as wide as in the published models and MLPs four times as wide as
+    their tower, unless given.  activation: of the transformers, "quick_gelu" or "gelu" (the exact
+    one).  image_mean, image_std: of red, green, blue in [0, 1]; image_resize: as for `Preprocess`.
+    """
+    config = dict(locals())
+    if isinstance(vision_layers, int):
+        config["vision_mlp_width"] = vision_mlp_width or 4 * vision_width
+        head_width = WIDE_HEADS.get(vision_width, HEAD_WIDTH)
+        config["vision_heads"] = vision_heads or _quotient(vision_width, head_width)
+    else:
+        config["vision_layers"] = tuple(vision_layers)
+        config["vision_heads"] = vision_heads or _quotient(vision_width * POOLING, HEAD_WIDTH)
+    config["transformer_heads"] = transformer_heads or _quotient(transformer_width, HEAD_WIDTH)
+    config["transformer_mlp_width"] = transformer_mlp_width or 4 * transformer_width
+    return config
+
+
+def _quotient(width, head_width):
+    return width // head_width if width % head_width == 0 else None
+
+
+# what the shapes of the weights do not tell
+SETTINGS = ("activation", "vision_heads", "transformer_heads", "image_resolution", "image_mean",
+            "image_std", "image_resize")
+
+
+def infer_config(state_dict, settings):
+    """The `config` of the CLIP model that `state_dict` (with OpenAI's names) belongs to: from the
+    shapes of its tensors and, for what these do not tell, from those of `SETTINGS` that the dict
+    `settings` has.  Raises ValueError if these are not a CLIP model's."""
     shape = {key: tuple(value.shape) for key, value in state_dict.items()}
 
     def count(prefix):
@@ -354,30 +391,60 @@ def infer_config(state_dict):
     try:
         vocab_size, width = shape["token_embedding.weight"]
         if "visual.proj" in shape:
-            vision_width, _, patch, _ = shape["visual.conv1.weight"]
-            side = math.isqrt(shape["visual.positional_embedding"][0] - 1)
-            resolution = side * patch
+            vision_width, _, stride, _ = shape["visual.conv1.weight"]
+            positions = shape["visual.positional_embedding"][0]
             layers = count("visual.transformer.resblocks.")
+            mlp_width = shape["visual.transformer.resblocks.0.mlp.c_fc.bias"][0]
         else:
-            vision_width, patch = shape["visual.layer1.0.conv1.weight"][0], None
-            resolution = math.isqrt(shape["visual.attnpool.positional_embedding"][0] - 1) * 32
+            vision_width, stride = shape["visual.layer1.0.conv1.weight"][0], POOLING
+            positions = shape["visual.attnpool.positional_embedding"][0]
             layers = tuple(count(f"visual.layer{stage}.") for stage in (1, 2, 3, 4))
-        config = {
-            "embed_dim": shape["text_projection"][1],
-            "image_resolution": resolution,
-            "vision_layers": layers,
-            "vision_width": vision_width,
-            "vision_patch_size": patch,
-            "context_length": shape["positional_embedding"][0],
-            "vocab_size": vocab_size,
-            "transformer_width": width,
-            "transformer_heads": width // HEAD_WIDTH,
-            "transformer_layers": count("transformer.resblocks."),
-        }
+            mlp_width = None
+        side = math.isqrt(positions - 1)
+        config = complete_config(
+            embed_dim=shape["text_projection"][1],
+            image_resolution=side * stride,
+            vision_layers=layers,
+            vision_width=vision_width,
+            vision_patch_size=stride if "visual.proj" in shape else None,
+            vision_mlp_width=mlp_width,
+            context_length=shape["positional_embedding"][0],
+            vocab_size=vocab_size,
+            transformer_width=width,
+            transformer_layers=count("transformer.resblocks."),
+            transformer_mlp_width=shape["transformer.resblocks.0.mlp.c_fc.bias"][0],
+        )
     except KeyError as error:
         raise ValueError(f"not the weights of a CLIP model: no {error}") from None
     except (IndexError, ValueError):
         raise ValueError("not the weights of a CLIP model: unexpected shapes") from None
-    if width % HEAD_WIDTH or (patch and vision_width % HEAD_WIDTH):
-        raise ValueError(f"the width of a tower is not a multiple of {HEAD_WIDTH}")
+    for key in SETTINGS:
+        if key in settings:
+            value = settings[key]
+            config[key] = tuple(value) if isinstance(value, list) else value
+    vision_width *= 1 if config["vision_patch_size"] else POOLING
+    resolution = config["image_resolution"]
+    fits = {
+        "activation": str(config["activation"]) in ACTIVATIONS,
+        "vision_heads": _divides(config["vision_heads"], vision_width),
+        "transformer_heads": _divides(config["transformer_heads"], width),
+        "image_resolution": isinstance(resolution, int) and resolution // stride == side,
+        "image_mean": _three_above(-math.inf, config["image_mean"]),
+        "image_std": _three_above(0, config["image_std"]),
+        "image_resize": str(config["image_resize"]) in RESIZES,
+    }
+    for key, good in fits.items():
+        if not good:
+            raise ValueError(
+                f"{key} {config[key]} is unknown here, or does not go with the weights"
+            )
     return config
+
+
+def _divides(heads, width):
+    return isinstance(heads, int) and heads > 0 and width % heads == 0
+
+
+def _three_above(low, value):
+    return (isinstance(value, tuple) and len(value) == 3
+            and all(isinstance(x, int | float) and low < x < math.inf for x in value))

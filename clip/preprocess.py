@@ -1,5 +1,5 @@
 """CLIP's image preprocessing: bicubic resize of the shorter side, centre crop, RGB, scaling to
-[0, 1] and normalisation with the mean and standard deviation of CLIP's training images.
+[0, 1] and normalisation with the mean and standard deviation of the model's training images.
 
 The resize happens in the image's own mode and the conversion to RGB after it, as in OpenAI's
 release.  EXIF rotation is not applied, as there.  Of an animation, the current frame is used (the
@@ -14,15 +14,16 @@ from torchvision.transforms import functional as TF
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # red, green, blue, in [0, 1]
 STD = (0.26862954, 0.26130258, 0.27577711)
+RESIZES = ("shortest", "squash")
 MAX_ASPECT = 1000  # long side over short side; resized, a thinner image would fill the memory
 
 
-def normalize(images, dtype=torch.float32):
-    """uint8 images (..., 3, H, W), on any device -> the same scaled to [0, 1], less the mean, over
-    the standard deviation, as `dtype`; computed in at least float32."""
+def normalize(images, dtype=torch.float32, mean=MEAN, std=STD):
+    """uint8 images (..., 3, H, W), on any device -> the same scaled to [0, 1], less the mean (of
+    red, green, blue), over the standard deviation, as `dtype`; computed in at least float32."""
     wide = torch.promote_types(dtype, torch.float32)
-    mean = torch.tensor(MEAN, dtype=wide, device=images.device).view(3, 1, 1)
-    std = torch.tensor(STD, dtype=wide, device=images.device).view(3, 1, 1)
+    mean, std = (torch.tensor(x, dtype=wide, device=images.device).view(3, 1, 1)
+                 for x in (mean, std))
     return images.to(wide).div_(255).sub_(mean).div_(std).to(dtype)
 
 
@@ -46,23 +47,32 @@ def to_8_bit(image):
 
 
 class Preprocess:
-    """PIL image of any mode and size -> what a CLIP model of `resolution` R takes.
+    """PIL image of any mode and size -> what a CLIP model takes.
 
     preprocess(image): float32 tensor (3, R, R), normalised.
     preprocess.crop(image): uint8 array (3, R, R), RGB, everything but the normalisation; then
-    normalize(torch.from_numpy(crop)) is preprocess(image) exactly.
+    normalize(torch.from_numpy(crop), mean=..., std=...) is preprocess(image) exactly.
+
+    resize: "shortest": of the shorter side to R, then the centre is cropped, as OpenAI does;
+    "squash": of both sides, whatever shape that gives, as the makers of DFN's largest models do.
     """
 
-    def __init__(self, resolution):
-        self.resolution = resolution
+    def __init__(self, resolution, resize="shortest", mean=MEAN, std=STD):
+        self.resolution, self.resize, self.mean, self.std = resolution, resize, mean, std
+
+    @classmethod
+    def of(cls, config):
+        """What belongs to the model of a `config`."""
+        return cls(*(config[f"image_{key}"] for key in ("resolution", "resize", "mean", "std")))
 
     def crop(self, image):
         """See the class.  Raises ValueError for an image that `check_usable` does not let pass."""
         check_usable(image)
         image = to_8_bit(image)
-        image = TF.resize(image, self.resolution, InterpolationMode.BICUBIC)
+        size = self.resolution if self.resize == "shortest" else [self.resolution] * 2
+        image = TF.resize(image, size, InterpolationMode.BICUBIC)
         image = TF.center_crop(image, self.resolution).convert("RGB")
         return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
     def __call__(self, image):
-        return normalize(torch.from_numpy(self.crop(image)))
+        return normalize(torch.from_numpy(self.crop(image)), mean=self.mean, std=self.std)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from .formats import CheckpointError, read_checkpoint, state_dict_of
-from .model import CLIP, HEAD_WIDTH, infer_config
+from .formats import CheckpointError, read_checkpoint, settings_of, state_dict_of
+from .model import CLIP, complete_config, infer_config
 from .preprocess import Preprocess
 
 URL = "https://openaipublic.azureedge.net/clip/models/{sha256}/{file}"
@@ -27,18 +27,8 @@ CACHE = Path("~/.cache/clip").expanduser()
 
 
 def _config(embed, resolution, vision_layers, vision_width, patch, width, layers=12, context=77):
-    return {
-        "embed_dim": embed,
-        "image_resolution": resolution,
-        "vision_layers": vision_layers,
-        "vision_width": vision_width,
-        "vision_patch_size": patch,
-        "context_length": context,
-        "vocab_size": 49408,
-        "transformer_width": width,
-        "transformer_heads": width // HEAD_WIDTH,
-        "transformer_layers": layers,
-    }
+    return complete_config(embed, resolution, vision_layers, vision_width, patch, context, 49408,
+                           width, layers)
 
 
 CONFIGS = {
@@ -61,48 +51,58 @@ def available_models():
 
 
 def describe(config):
-    """A config in words: the model's name if it has one, its numbers otherwise."""
+    """A config in words: the model's name if it has one, else its numbers, without those that are
+    as in OpenAI's models of this size."""
     for name, known in CONFIGS.items():
         if config == known:
             return name
-    numbers = ", ".join(f"{key} {value}" for key, value in config.items())
-    return f"a CLIP model with {numbers}"
+    size = dict(list(config.items())[:9])  # what has no usual value
+    usual = complete_config(**size)
+    numbers = (f"{key} {value}" for key, value in config.items()
+               if key in size or value != usual[key])
+    return f"a CLIP model with {', '.join(numbers)}"
 
 
-def architecture(name_or_path):
+def architecture(name_or_path, activation=None):
     """The `config` of the model that `load` would give, without its weights for a known name.
     Raises CheckpointError."""
     if name_or_path in CONFIGS:
         return CONFIGS[name_or_path]
-    return _infer(state_dict_of(_read(name_or_path), name_or_path), name_or_path)
+    return _understand(_read(name_or_path), name_or_path, activation)[1]
 
 
-def load(name_or_path, device=None, jit=False, download_root=None):
+def load(name_or_path, device=None, jit=False, download_root=None, activation=None, log=print):
     """A model and the preprocessing that belongs to it: (CLIP, Preprocess).
 
     `name_or_path` is one of available_models(); "tiny", a small architecture with random weights
     (from torch's global generator) for tests; or a file or folder that read_checkpoint knows.  The
     model is in float32, in evaluation mode, on `device` (default: "cuda" if available, else "cpu").
     A name is looked up in `download_root` (if given), pre-trained_models/ and ~/.cache/clip, and
-    otherwise downloaded to the first or last of these.  Raises CheckpointError; ValueError for
-    jit=True, which would run code from the file.
+    otherwise downloaded to the first or last of these.  activation, log: as for `build`.  Raises
+    CheckpointError; ValueError for jit=True, which would run code from the file.
     """
     if jit:
         raise ValueError("jit=True is not supported: it would execute code stored with the weights")
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if name_or_path == "tiny":
-        model = CLIP(**CONFIGS["tiny"])
-        return model.eval().to(device), Preprocess(model.visual.input_resolution)
-    path = _find(name_or_path, download_root) if name_or_path in SHA256 else name_or_path
-    return build(_read(path), path, device)
+        model = CLIP(**CONFIGS["tiny"] | ({"activation": activation} if activation else {}))
+        return model.eval().to(device), Preprocess.of(model.config)
+    if name_or_path not in SHA256:
+        return build(_read(name_or_path), name_or_path, device, activation, log)
+    path = _find(name_or_path, download_root)
+    checkpoint = {"state_dict": read_checkpoint(path), "config": {"activation": "quick_gelu"}}
+    return build(checkpoint, path, device, activation, log)
 
 
-def build(checkpoint, source, device="cpu"):
+def build(checkpoint, source, device="cpu", activation=None, log=print):
     """(CLIP, Preprocess), as `load`, from what `read_checkpoint` gives; `source` names it in
-    errors.  Raises CheckpointError."""
-    state_dict = state_dict_of(checkpoint, source)
-    config = _infer(state_dict, source)
+    errors.
+
+    activation: "quick_gelu" or "gelu", where the checkpoint does not say it; `log` is told, in a
+    line, when nobody does.  Raises CheckpointError, also when the checkpoint says another.
+    """
+    state_dict, config = _understand(checkpoint, source, activation, log)
     try:
         with torch.device("meta"):  # neither spends time on an initialisation nor draws from it
             model = CLIP(**config)
@@ -113,7 +113,22 @@ def build(checkpoint, source, device="cpu"):
     for tensor in (*model.parameters(), *model.buffers()):
         dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
         tensor.data = tensor.data.to(dtype, copy=True, memory_format=torch.contiguous_format)
-    return model.eval().to(device), Preprocess(model.visual.input_resolution)
+    return model.eval().to(device), Preprocess.of(config)
+
+
+def _understand(checkpoint, source, activation=None, log=None):
+    """(state dict, config) of a checkpoint."""
+    state_dict, settings = state_dict_of(checkpoint, source), settings_of(checkpoint)
+    if activation is None and "activation" not in settings and log:
+        log(f"{source} does not say its activation: quick_gelu is assumed, as in OpenAI's models; "
+            "LAION's and DataComp's have gelu (--activation gelu)")
+    said = settings.setdefault("activation", activation or "quick_gelu")
+    if activation not in (None, said):
+        raise CheckpointError(f"{source} says that its activation is {said}, not {activation}")
+    try:
+        return state_dict, infer_config(state_dict, settings)
+    except ValueError as error:
+        raise CheckpointError(f"{source}: {error}") from None
 
 
 def _read(path):
@@ -123,13 +138,6 @@ def _read(path):
             f"{path}: no such file, nor a model of that name: there are {', '.join(CONFIGS)}"
         )
     return read_checkpoint(path)
-
-
-def _infer(state_dict, source):
-    try:
-        return infer_config(state_dict)
-    except ValueError as error:
-        raise CheckpointError(f"{source}: {error}") from None
 
 
 def _find(name, download_root):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from clip.preprocess import MEAN, STD
 from data import Pairs
 from params import parse_args
 
@@ -107,8 +108,7 @@ class Lookup:
     It counts what it encodes."""
 
     dtype = torch.float64
-    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073], dtype=torch.float64)
-    std = torch.tensor([0.26862954, 0.26130258, 0.27577711], dtype=torch.float64)
+    image_mean, image_std = MEAN, STD
 
     def __init__(self, images, texts, scale=1.0):
         self.images, self.texts = images, texts
@@ -120,7 +120,8 @@ class Lookup:
 
     def encode_image(self, pictures):
         self.encoded["images"] += len(pictures)
-        values = (pictures[:, :, 0, 0] * self.std + self.mean) * 255
+        mean, std = (torch.tensor(x, dtype=torch.float64) for x in (MEAN, STD))
+        values = (pictures[:, :, 0, 0] * std + mean) * 255
         return self.images[values.mean(dim=1).round().long()]
 
     def encode_text(self, tokens):

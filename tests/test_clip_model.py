@@ -306,14 +306,14 @@ def test_released_resnet_names_and_shapes():
 def test_config_from_shapes(name):
     with torch.device("meta"):
         model = clip.CLIP(**CONFIGS[name])
-    assert clip.infer_config(model.state_dict()) == CONFIGS[name] == model.config
+    assert clip.infer_config(model.state_dict(), {}) == CONFIGS[name] == model.config
     assert clip.describe(model.config) == name
     assert model.visual.input_resolution == CONFIGS[name]["image_resolution"]
 
 
 def test_config_of_something_else():
     with pytest.raises(ValueError, match="token_embedding.weight"):
-        clip.infer_config({"fc.weight": torch.zeros(3, 3)})
+        clip.infer_config({"fc.weight": torch.zeros(3, 3)}, {})
 
 
 def test_initialisation():

@@ -10,6 +10,7 @@ from PIL import Image
 from torchvision import transforms as T
 
 import clip
+from utils.reading.images import Images
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -58,6 +59,17 @@ def test_palette_with_transparency():
     image = Image.open(buffer)
     assert image.mode == "P"
     assert torch.equal(clip.Preprocess(32)(image), published(32)(image))
+
+
+def test_squashed_instead_of_cropped(tmp_path):
+    """The two have files of their own in the image cache."""
+    (tmp_path / "images").mkdir()
+    picture("RGB").save(tmp_path / "images" / "a.png")
+    expected = np.asarray(picture("RGB").resize((32, 32), Image.Resampling.BICUBIC))
+    for preprocess in (clip.Preprocess(32), clip.Preprocess(32, "squash"), clip.Preprocess(32)):
+        crop = Images(tmp_path, ["a.png"], preprocess, tmp_path / "cache")[0]
+        same = np.array_equal(crop.permute(1, 2, 0), expected)
+        assert same == (preprocess.resize == "squash")
 
 
 def test_crop_and_normalize_are_the_whole():

@@ -16,8 +16,8 @@ import construct_noise
 import get_memorybank
 import main_CLIP
 import main_NPC
+from clip.model import ResidualAttentionBlock
 from params import parse_args
-from utils.method.weightings import one_step_anti_noise
 from utils.reading.layout import read_lines
 from utils.training import loop
 
@@ -76,7 +76,7 @@ def bank(trained):
 
 def test_training_writes_its_files_and_no_others(trained):
     own = {"epoch1.pt", "epoch2.pt", "best.pt", "log.txt", "log.jsonl", "options.json",
-           ".lock"}
+           "cost.jsonl", ".lock"}
     for folder, more in ((trained.clip, set()), (trained.npc, {"weights.npz"})):
         files = tree(folder)
         events = {file for file in files if file.startswith("events.out.tfevents")}
@@ -181,13 +181,10 @@ def test_npc_without_weights_and_memory_is_clip(trained):
     assert (np.nan_to_num(weights(folder), nan=1) == 1).all()
 
 
-def test_fixed_weightings_are_the_bank_s(trained, bank):
-    osa = one_step_anti_noise(torch.from_numpy(bank.cosine), bank.info["beta"]).numpy()
-    for weighting, expected in (("gmm", bank.posterior), ("osa", osa)):
-        folder = trained.run(weighting, main_NPC.main, "--weighting", weighting, "--epochs", 1)
-        w = weights(folder)[0]
-        drawn = ~np.isnan(w)
-        assert drawn.sum() == 48 and np.allclose(w[drawn], expected[drawn], atol=1e-7)
+def test_posterior_weights_are_the_bank_s(trained, bank):
+    w = weights(trained.run("gmm", main_NPC.main, "--weighting", "gmm", "--epochs", 1))[0]
+    drawn = ~np.isnan(w)
+    assert drawn.sum() == 48 and np.allclose(w[drawn], bank.posterior[drawn], atol=1e-7)
 
 
 def test_released_recipe_does_not_train_on_the_memory(trained):
@@ -221,22 +218,23 @@ def test_paper_recipe_limits_the_logit_scale(trained, tmp_path, main, recipe, li
 
 
 @pytest.fixture
-def encoded(monkeypatch):
-    """Numbers of images and of captions of each call of a tower, by its name."""
-    calls = {"encode_image": [], "encode_text": []}
+def passes(monkeypatch):
+    """Numbers of items in each pass through a tower or a block, by its name."""
+    sizes = {"encode_image": [], "encode_text": [], "forward": []}
 
-    def count(name):
-        encode = getattr(clip.CLIP, name)
+    def count(module, name):
+        function = getattr(module, name)
 
         def counted(self, items):
-            calls[name].append(len(items))
-            return encode(self, items)
+            sizes[name].append(len(items))
+            return function(self, items)
 
-        monkeypatch.setattr(clip.CLIP, name, counted)
+        monkeypatch.setattr(module, name, counted)
 
-    for name in calls:
-        count(name)
-    return calls
+    count(clip.CLIP, "encode_image")
+    count(clip.CLIP, "encode_text")
+    count(ResidualAttentionBlock, "forward")
+    return sizes
 
 
 @pytest.fixture
@@ -246,37 +244,55 @@ def unscored(monkeypatch):
     monkeypatch.setattr(loop, "evaluate", lambda *_: nothing)
 
 
-def test_accum_steps_encode_each_piece_twice(trained, encoded, unscored):
-    """Without it each distinct item of a step is encoded once."""
+def test_cost_is_what_the_towers_encode_and_take_back(trained, passes, unscored):
+    """A CLIP step encodes each item once and takes its gradient back once, through a frozen tower
+    it does not; a run and the one that continues it add up."""
+    trained.run("cost", main_CLIP.main, "--epochs", 1)
+    for name, *more in (["cost", "--resume", "auto"], ["frozen", "--freeze", "text"]):
+        folder = trained.run(name, main_CLIP.main, *more)
+        cost = json.loads((folder / "cost.jsonl").read_text().splitlines()[-1])
+        images, texts = (sum(passes[tower]) for tower in ("encode_image", "encode_text"))
+        back = {"images_backward": images, **({} if name == "frozen" else
+                                              {"captions_backward": texts})}
+        assert cost.pop("step") == 2 * STEPS and cost.pop("seconds") > 0
+        assert cost == {"images_forward": images, "captions_forward": texts, **back}
+        assert f"encoded {images} images and {texts} captions" in (folder / "log.txt").read_text()
+        for each in passes.values():
+            each.clear()
+
+
+def test_what_saves_memory_computes_everything_twice(trained, passes, unscored):
+    """--accum_steps each piece of a tower's pass, --grad_checkpointing each block; without them
+    each distinct item of a step is encoded once. The weights agree."""
     weights, counts = [], []
-    for pieces in (1, 3):
-        folder = trained.run(f"pieces{pieces}", main_CLIP.main, "--accum_steps", pieces, "--epochs",
-                             1)
+    for more in ([], ["--accum_steps", 3], ["--grad_checkpointing"]):
+        folder = trained.run(f"memory{len(counts)}", main_CLIP.main, "--epochs", 1, *more)
         weights.append(checkpoint(folder / "epoch1.pt")["state_dict"])
-        counts.append({name: (len(sizes), sum(sizes)) for name, sizes in encoded.items()})
-        for sizes in encoded.values():
-            sizes.clear()
-    for name in encoded:
-        assert counts[0][name][0] == STEPS and counts[1][name][0] == 2 * 3 * STEPS
-        assert counts[1][name][1] == 2 * counts[0][name][1]
-    assert all(torch.allclose(weights[0][k], weights[1][k], atol=2e-5) for k in weights[0])
+        assert all(torch.allclose(weights[0][k], weights[-1][k], atol=2e-5) for k in weights[0])
+        counts.append({name: (len(each), sum(each)) for name, each in passes.items()})
+        for each in passes.values():
+            each.clear()
+    once, pieces, blocks = counts
+    for name, (calls, items) in once.items():
+        assert pieces[name] == (6 * calls, 2 * items)
+        assert blocks[name] == ((2 * calls, 2 * items) if name == "forward" else (STEPS, items))
 
 
-def test_evaluation_encodes_each_distinct_image_and_caption_once(trained, dataset, encoded,
+def test_evaluation_encodes_each_distinct_image_and_caption_once(trained, dataset, passes,
                                                                  tmp_path):
     data = dataset("f30k")
     captions = data.lines("test_caps.txt")
     write_lines(data.split_folder / "test_caps.txt", [captions[k // 2] for k in range(30)])
     main_CLIP.main(["--eval", "--resume", str(trained.clip / "best.pt"), *data.options, "--device",
                     "cpu", "--num_workers", "0", "--checkpoint_path", str(tmp_path)])
-    assert sum(encoded["encode_image"]) == 6 and sum(encoded["encode_text"]) == 15
+    assert sum(passes["encode_image"]) == 6 and sum(passes["encode_text"]) == 15
 
 
 def test_compiled_towers_are_used_and_train_alike(trained, unscored, tmp_path, monkeypatch):
     """With a compiler that counts its graphs and runs them as they are."""
     config = {**clip.architecture("tiny"), "vision_layers": 1, "transformer_layers": 1}
     torch.save(clip.CLIP(**config).state_dict(), tmp_path / "small.pt")
-    counter, compile_ = CompileCounterWithBackend("aot_eager"), torch.compile
+    counter, compile_ = CompileCounterWithBackend("eager"), torch.compile
     monkeypatch.setattr(torch, "compile", functools.partial(compile_, backend=counter))
     weights = []
     for name, more in (("eager", []), ("compiled", ["--compile"])):

@@ -242,6 +242,35 @@ def test_sampler_depends_on_seed_and_epoch_alone():
     assert order(4, 3) != first and order(5, 2) != first and order(2, 4) != first
 
 
+@settings(max_examples=200, deadline=None)
+@given(batch_size=st.integers(2, 9), more=st.integers(0, 30), others=st.integers(0, 30),
+       seed=st.integers(0, 9), first=st.integers(0, 3))
+def test_sampler_of_chosen_indices(batch_size, more, others, seed, first):
+    """As many batches as all indices give; none has an index twice; they are used up in turns."""
+    n = batch_size + more + others
+    chosen = np.sort(np.random.default_rng(seed).permutation(n)[: batch_size + more])
+    sampler = EpochSampler(n, batch_size, seed, chosen)
+    batches = list(sampler)
+    assert len(batches) == len(sampler) == n // batch_size
+    assert all(len(set(batch)) == batch_size for batch in batches)
+    counts = np.bincount(sum(batches, []), minlength=n)
+    assert counts[np.setdiff1d(np.arange(n), chosen)].sum() == 0
+    assert counts[chosen].max() - counts[chosen].min() <= 1
+    sampler.first = first
+    assert list(sampler) == batches[first:]
+    if not others:
+        order = np.random.default_rng([seed, 0]).permutation(n)
+        assert sum(batches, []) == order[: len(batches) * batch_size].tolist()
+
+
+def test_fewer_chosen_pairs_than_a_batch_are_refused(datasets):
+    pairs = pairs_of(datasets["f30k"])
+    args = options(datasets["f30k"], "--batch_size", 5)
+    assert len(training_loader(args, pairs, chosen=np.arange(5))) == 12
+    with pytest.raises(InputError, match="--batch_size 5 is larger than the 4 pairs that"):
+        training_loader(args, pairs, chosen=np.arange(4))
+
+
 def random_bank(pairs, seed=0):
     rng = np.random.default_rng(seed)
     n = len(pairs)

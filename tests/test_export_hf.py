@@ -1,57 +1,114 @@
-"""export_hf.py: what it writes, transformers and this project load alike."""
+"""From a GELU model's weights through training and export_hf.py: what is written, transformers,
+open_clip and this project load alike."""
 
 import pytest
 import torch
 
 import clip
 import export_hf
+import main_CLIP
+from clip.weights import CONFIGS
+from utils.method.passes import encoders
+
+GELU = CONFIGS["tiny"] | {"activation": "gelu", "image_mean": (0.5, 0.4, 0.3),
+                          "image_std": (0.3, 0.25, 0.2)}
 
 
-def checkpoint(tmp_path, config="tiny"):
+@pytest.fixture(scope="module")
+def trained(datasets, tmp_path_factory):
+    """The checkpoint of a run that began from the weights of a GELU model alone, and the run's
+    model."""
+    folder = tmp_path_factory.mktemp("trained")
     torch.manual_seed(0)
-    model = clip.CLIP(**clip.architecture("tiny")).eval()
-    path = tmp_path / "epoch1.pt"
-    torch.save({"epoch": 1, "name": "NPC", "state_dict": model.state_dict()}, path)
-    return model, path
+    weights = clip.CLIP(**GELU).state_dict()
+    torch.save({"state_dict": weights, "config": {"image_mean": [0.5, 0.4, 0.3],
+                                                  "image_std": [0.3, 0.25, 0.2]}}, folder / "x.pt")
+    options = [*datasets["cc"].options, "--device", "cpu", "--num_workers", "0", "--batch_size",
+               "6", "--lr", "1e-3", "--warmup", "1", "--checkpoint_path", str(folder)]
+    main_CLIP.main([*options, "--vision_model", str(folder / "x.pt"), "--activation", "gelu",
+                    "--epochs", "1"])
+    model = clip.CLIP(**GELU).eval()
+    model.load_state_dict(torch.load(folder / "ex0" / "epoch1.pt")["state_dict"])
+    return folder / "ex0" / "epoch1.pt", model, options
 
 
-def test_exported_folder_loads_here(tmp_path, capsys):
-    model, path = checkpoint(tmp_path)
-    export_hf.main(["--resume", str(path), "--out", str(tmp_path / "hf")])
-    assert "model.safetensors" in capsys.readouterr().out
-    loaded, _ = clip.load(str(tmp_path / "hf"), device="cpu")
-    for name, value in model.state_dict().items():
-        assert torch.equal(loaded.state_dict()[name], value), name
-
-
-def test_exported_folder_loads_in_transformers(tmp_path):
-    transformers = pytest.importorskip("transformers")
-    model, path = checkpoint(tmp_path)
-    export_hf.main(["--resume", str(path), "--out", str(tmp_path / "hf")])
-    theirs = transformers.CLIPModel.from_pretrained(tmp_path / "hf").eval()
-    images, tokens = torch.randn(3, 3, 32, 32), clip.tokenize(["a cat", "two dogs", "x"])
+def features(model):
+    torch.manual_seed(1)
+    images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    tokens = clip.tokenize(["a cat", "two dogs", "x"])
+    normalised = clip.normalize(images, mean=GELU["image_mean"], std=GELU["image_std"])
     with torch.no_grad():
-        expected, _ = model(images, tokens)
-        got = theirs(pixel_values=images, input_ids=tokens.long(),
-                     attention_mask=torch.ones_like(tokens).long())
-    torch.testing.assert_close(got.logits_per_image, expected, rtol=1e-4, atol=1e-4)
+        if hasattr(model, "encode_image"):
+            return [torch.nn.functional.normalize(x, dim=1) for x in
+                    (model.encode_image(normalised), model.encode_text(tokens))]
+        out = model(pixel_values=normalised, input_ids=tokens.long())
+        return [out.image_embeds, out.text_embeds]
 
 
-@pytest.mark.parametrize("problem", ["resnet", "occupied", "absent"])
-def test_bad_input_is_one_line(tmp_path, capsys, problem):
-    _, path = checkpoint(tmp_path)
-    out = tmp_path / "hf"
+def export(path, out, *more):
+    export_hf.main(["--resume", str(path), "--out", str(out), *more])
+
+
+def test_the_activation_travels_with_the_checkpoint(trained, capsys):
+    path, model, options = trained
+    capsys.readouterr()
+    loaded, _ = clip.load(path, device="cpu")
+    assert loaded.config == GELU
+    torch.testing.assert_close(features(loaded), features(model), rtol=0, atol=0)
+    main_CLIP.main([*options, "--epochs", "2", "--resume", "auto"])
+    said = capsys.readouterr().out
+    assert "is assumed" not in said and "--activation" not in said
+    assert clip.load(path.with_name("epoch2.pt"), device="cpu")[0].config == GELU
+
+
+def test_passes_normalise_with_the_models_mean(trained):
+    _, model, _ = trained
+    torch.manual_seed(1)
+    images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    with torch.no_grad():
+        own = torch.nn.functional.normalize(encoders(model)[0](images), dim=1)
+    torch.testing.assert_close(own, features(model)[0], rtol=1e-6, atol=1e-6)
+
+
+def test_exported_for_transformers(trained, tmp_path, capsys):
+    path, model, _ = trained
+    export(path, tmp_path / "hf")
+    assert "activation gelu" in capsys.readouterr().out
+    loaded, _ = clip.load(str(tmp_path / "hf"), device="cpu")
+    assert loaded.config == GELU
+    torch.testing.assert_close(features(loaded), features(model), rtol=0, atol=0)
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.CLIPModel.from_pretrained(tmp_path / "hf").eval()
+    torch.testing.assert_close(features(theirs), features(model), rtol=1e-5, atol=1e-5)
+
+
+def test_exported_for_open_clip(trained, tmp_path):
+    path, model, _ = trained
+    export(path, tmp_path / "o", "--format", "open_clip")
+    assert clip.load(tmp_path / "o", device="cpu")[0].config == GELU
+    open_clip = pytest.importorskip("open_clip")
+    theirs = open_clip.create_model(f"local-dir:{tmp_path / 'o'}").eval()
+    torch.testing.assert_close(features(theirs), features(model), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("problem, words", [
+    ("resnet", "--format open_clip"), ("occupied", "--out"), ("absent", "no such file")])
+def test_bad_input_is_one_line(trained, tmp_path, capsys, problem, words):
+    path, out = trained[0], tmp_path / "hf"
     if problem == "resnet":
-        config = {**clip.architecture("tiny"), "vision_layers": (1, 1, 1, 1), "vision_width": 8,
-                  "vision_patch_size": None}
-        torch.save(clip.CLIP(**config).state_dict(), path)
+        path = tmp_path / "resnet.pt"
+        resnet = clip.CLIP(**CONFIGS["tiny"] | {
+            "vision_layers": (1, 1, 1, 1), "vision_width": 8, "vision_patch_size": None,
+            "vision_mlp_width": None, "vision_heads": None})
+        torch.save({"state_dict": resnet.state_dict(), "config": resnet.config}, path)
     elif problem == "occupied":
         out.mkdir()
         (out / "mine.txt").write_text("x")
     else:
         path = tmp_path / "nothing.pt"
     with pytest.raises(SystemExit) as caught:
-        export_hf.main(["--resume", str(path), "--out", str(out)])
+        export(path, out)
     assert caught.value.code == 2
-    assert capsys.readouterr().err.count("\n") == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and words in said
     assert not (out / "model.safetensors").exists()

@@ -6,14 +6,14 @@ import html
 import io
 import re
 import shlex
-import shutil
-import subprocess
 from collections import Counter
+from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from browser import CHROMIUM, Browser
 from conftest import tree, write_lines
 from PIL import Image
 
@@ -21,10 +21,6 @@ import find_noise
 import main_CLIP
 from utils.reading.layout import read_captions
 
-CHROMIUM = shutil.which("chromium")
-FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--hide-scrollbars",
-         "--disable-background-networking", "--disable-component-update", "--disable-sync",
-         "--host-resolver-rules=MAP * ~NOTFOUND", "--window-size=1200,1600"]
 EVIL = ("=1+1 <script>document.title='owned'</script> "
         '"><img src=x onerror="document.title=\'owned\'"> &amp;')
 
@@ -208,16 +204,22 @@ def evil_page(dataset, find, tmp_path):
 def test_page_is_whole_and_escaped(evil_page):
     path, rows = evil_page
     text = path.read_text(encoding="utf-8")
-    assert text.count("<article") == 11
-    assert text.count("<script") == 1 and text.count("</q>") == 22
-    assert not re.search(r'<link|@import|url\((?!#)|<\w[^<>]*(src|href)=(?!"data:|"#)', text)
+    assert text.count("<article") == 12 and text.count('data-worst=""') == 1
+    assert text.count("<script") == 1 and text.count("</q>") == 24
+    loads = []
+    parser = HTMLParser()
+    parser.handle_starttag = lambda tag, attributes: loads.extend(
+        value for name, value in attributes if name in ("src", "href", "xlink:href"))
+    parser.feed(text)
+    assert len(loads) > 20 and all(value.startswith(("data:image/jpeg", "#")) for value in loads)
+    assert not re.search(r"<link|@import|url\((?!#)", text)
     assert "script-src 'sha256-" in text
     shown = [html.unescape(q) for q in re.findall(r"<q [^>]*>(.*?)</q>", text)]
     in_cells = [f"'{q}" if q[0] == "=" else q for q in shown[::2]]  # the others: best captions
-    assert in_cells == [row["caption"] for row in rows[:11]]
+    assert in_cells == [row["caption"] for row in rows]
     assert f"'{EVIL}" in in_cells
     pictures = re.findall(r'src="data:image/jpeg;base64,([^"]+)"', text)
-    assert len(pictures) == 22
+    assert len(pictures) == 24
     for data in pictures:
         with Image.open(io.BytesIO(base64.b64decode(data))) as image:
             assert image.convert("RGB").size == (160, 160)
@@ -228,7 +230,7 @@ def test_what_the_model_would_rather(dataset, find, tmp_path):
     find(data, "--noise_ratio", 0.4, "--worst", 5, spread=0.1)
     truth = dict(zip(data.lines("train_caps.txt"),
                      [data.name(i) for i in data.ids["train"] for _ in range(5)], strict=True))
-    for card in page(tmp_path).read_text(encoding="utf-8").split("<article")[1:]:
+    for card in page(tmp_path).read_text(encoding="utf-8").split("<article")[1:6]:
         own, best = (html.unescape(q) for q in re.findall(r"<q [^>]*>(.*?)</q>", card))
         file, best_file = re.findall(r'class="file">(.*?)<', card)
         assert truth[own] != file  # the worst pairs are wrong, and marked so
@@ -236,48 +238,184 @@ def test_what_the_model_would_rather(dataset, find, tmp_path):
         assert truth[best] == file and truth[own] == best_file
 
 
-def chromium(*args):
-    return subprocess.run([CHROMIUM, *FLAGS, *args], capture_output=True, text=True, timeout=60,
-                          check=True).stdout
+SHOWN = "[...document.querySelectorAll('article:not([hidden])')]"
+needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
 
 
-def dom(path, tmp_path, fragment=""):
-    """The page as a browser has it after its scripts have run."""
-    return chromium(f"--user-data-dir={tmp_path}/profile", "--dump-dom",
-                    f"{path.as_uri()}#{fragment}")
-
-
-def visible(text):
+def visible(browser):
     """Captions of the pairs that are shown."""
-    cards = re.findall(r"<article([^>]*)>(.*?)</article>", text, re.DOTALL)
-    return [html.unescape(re.search(r"<q [^>]*>(.*?)</q>", body)[1]) for attributes, body in cards
-            if "hidden" not in attributes]
+    return browser.value(SHOWN + ".map(card => card.querySelector('q').textContent)")
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
+@needs_browser
 def test_page_in_a_browser(evil_page, tmp_path):
     path, rows = evil_page
-    plain = dom(path, tmp_path)
-    assert "<title>Suspicious pairs</title>" in plain
     captions = [row["caption"].removeprefix("'") for row in rows]
-    assert visible(plain) == captions[:11]
-    assert "showing 11 of 11" in plain
-
     low, high = float(rows[7]["score"]) - 1e-3, float(rows[2]["score"]) + 1e-3
-    some = dom(path, tmp_path, f"min={low}&max={high}")
-    assert visible(some) == captions[2:8]
-    assert "showing 6 of 11" in some
-    found = visible(dom(path, tmp_path, "text=SRC%3DX+ONERROR"))  # in either caption of a card
-    cards = plain.split("<article")[1:]
-    assert len(found) == sum("src=x onerror" in card for card in cards) < 11 and EVIL in found
-    assert visible(dom(path, tmp_path, "text=no+such+words")) == []
+    with Browser(tmp_path) as browser:
+        browser.open(path.as_uri())
+        assert browser.value("document.title") == "Suspicious pairs"
+        assert visible(browser) == captions[:11]
+        shown = "document.getElementById('shown').textContent"
+        assert browser.value(shown) == "showing 11 of 11, 0 answered"
+        has = "card => card.textContent.toLowerCase().includes('src=x onerror')"
+        with_words = browser.value(f"{SHOWN}.filter({has}).length")
 
-    chromium(f"--user-data-dir={tmp_path}/profile", f"--screenshot={tmp_path}/page.png",
-             f"{path.as_uri()}#text=x")
-    with Image.open(tmp_path / "page.png") as image:
-        colours = Counter(map(tuple, np.asarray(image.convert("RGB")).reshape(-1, 3).tolist()))
+        browser.open(f"{path.as_uri()}#min={low}&max={high}")
+        assert visible(browser) == captions[2:8]
+        assert browser.value(shown) == "showing 6 of 11, 0 answered"
+        browser.open(f"{path.as_uri()}#text=SRC%3DX+ONERROR")  # in either caption of a card
+        found = visible(browser)
+        assert len(found) == with_words < 11 and EVIL in found
+        browser.open(f"{path.as_uri()}#text=no+such+words")
+        assert visible(browser) == []
+        browser.open(f"{path.as_uri()}#text=x")
+        with Image.open(io.BytesIO(browser.screenshot())) as image:
+            colours = Counter(map(tuple, np.asarray(image.convert("RGB")).reshape(-1, 3).tolist()))
     magenta = sum(n for (r, g, b), n in colours.items() if r > 240 and g < 15 and b > 240)
     assert magenta > 3000  # the picture of this colour is there
+
+
+@needs_browser
+def test_labels_survive_a_reload_and_come_back(dataset, find, tmp_path):
+    data = dataset("cc")
+    captions = data.lines("train_caps.txt")
+    captions[3] = EVIL
+    write_lines(data.split_folder / "train_caps.txt", captions)
+    _, rows = find(data, "--worst", 3)
+    with Browser(tmp_path) as browser:
+        browser.open(page(tmp_path).as_uri())
+        assert len(visible(browser)) == 3
+        browser.click("article:not([hidden]) [value=right]")  # the first one, with the mouse
+        browser.press("j")  # the second one, with the keyboard
+        browser.press("w")
+        browser.press("s")
+        browser.click("#sample")
+        drawn = [captions.index(caption) for caption in visible(browser)]
+        assert sorted(drawn) == list(range(12))
+        browser.press("ArrowDown")
+        browser.press("w")
+        browser.press("w")
+        browser.press("k")
+        browser.press("w")  # the same answer again takes it back
+        before = browser.value("document.body.innerHTML")
+        browser.load("Page.reload")
+        browser.click("#sample")
+        assert browser.value("document.body.innerHTML") == before
+        browser.click("#download")
+        browser.wait_for("Browser.downloadProgress", state="completed")
+    with open(tmp_path / "decisions.csv", encoding="utf-8", newline="") as f:
+        decisions = list(csv.DictReader(f))
+    assert [int(row["pair"]) for row in decisions] == drawn
+    expected = {int(row["pair"]): answer
+                for row, answer in zip(rows[:3], ["right", "wrong", "skip"], strict=True)}
+    expected |= {drawn[0]: "wrong", drawn[1]: ""}
+    assert {int(row["pair"]): row["decision"] for row in decisions if row["decision"]} == {
+        pair: decision for pair, decision in expected.items() if decision}
+    assert [(row["caption"], row["stratum"]) for row in sorted(rows, key=lambda r: int(r["pair"]))
+            ] == [(row["caption"], row["stratum"])
+                  for row in sorted(decisions, key=lambda r: int(r["pair"]))]
+    out, again = find(data, "--labels", tmp_path / "decisions.csv")
+    known = {pair: answer for pair, answer in expected.items() if answer in ("right", "wrong")}
+    assert {int(row["pair"]): row["decision"] for row in again if row["decision"]} == known
+    assert f"Labels: {len(known)} of the 12 pairs" in out
+
+
+# ---- labels -------------------------------------------------------------------------------------
+
+
+def decide(path, rows, answers):
+    """Fill in the decisions of a suspicious_pairs.csv that `find` has read."""
+    with open(path, "w", encoding="utf-8", newline="") as f:
+        table = csv.DictWriter(f, rows[0].keys())
+        table.writeheader()
+        table.writerows({**row, "decision": answers(row)} for row in rows)
+    return path
+
+
+def test_labels_measure_the_noise_and_overrule_the_ranking(dataset, find, tmp_path):
+    data = dataset()
+    _, rows = find(data, "--noise_ratio", 0.4, spread=1)
+    wrong = wrong_lines(data, 0.4)
+    assert {row["stratum"] for row in rows} == {str(h) for h in range(1, 11)}  # all 60 are drawn
+    first, last = int(rows[0]["pair"]), int(rows[-1]["pair"])
+
+    def answer(row):  # the truth, but for the two ends
+        if int(row["pair"]) in (first, last):
+            return "Right" if int(row["pair"]) == first else " wrong"
+        return "wrong" if int(row["pair"]) in wrong else "right"
+
+    labels = decide(tmp_path / "labels.csv", rows, answer)
+    out, again = find(data, "--noise_ratio", 0.4, "--labels", labels, "--write_clean",
+                      tmp_path / "clean", "--wanted_precision", 0.9, spread=1)
+    said_wrong = [row for row in rows if answer(row).strip() == "wrong"]
+    assert [row["pair"] for row in again[: len(said_wrong)]] == [row["pair"] for row in said_wrong]
+    assert {row["decision"] for row in again[: len(said_wrong)]} == {"wrong"}
+    assert {row["decision"] for row in again[len(said_wrong):]} == {"right"}
+    share = 100 * len(said_wrong) / 60
+    assert f"Noise share by the labels: {share:.1f} % ({share:.1f} to {share:.1f} %)" in out
+    kept = sorted(int(row["pair"]) for row in rows if answer(row) in ("right", "Right"))
+    noisy = data.lines("0.4_noise_train_caps.txt")
+    assert read_captions(tmp_path / "clean" / "annotations" / "scan_split" / "train_caps.txt") == [
+        noisy[i] for i in kept]
+
+    # the table and the proposal, from the posteriors of the CSV file
+    posterior = {int(row["pair"]): float(row["posterior"]) for row in rows}
+    table = [line.strip("| ").split(" | ") for line in out.splitlines() if line.startswith("| 0.")]
+    assert len(table) > 5 and "0.5" in [line[0] for line in table]
+    least = None
+    for threshold, n, precision, recall in table:
+        above = sum(value >= float(threshold) for value in posterior.values())
+        assert abs(int(n) - above) <= 1  # both numbers are rounded
+        right = len(set(sorted(posterior, key=posterior.get)[-int(n):]) & set(kept))
+        assert precision.startswith(f"{100 * right / int(n):.1f} %")
+        assert recall.startswith(f"{100 * right / len(kept):.1f} %")
+        least = least or (threshold if right / int(n) >= 0.9 else None)
+    assert f"--keep_above {least} is the lowest threshold" in out
+
+
+def test_labels_of_part_of_the_sample(dataset, find, tmp_path):
+    """Only what was drawn counts for the estimate, and the sample stays what it was."""
+    data = dataset()
+    _, rows = find(data, spread=1)
+    strata = {row["pair"]: row["stratum"] for row in rows}
+    answers = {row["pair"]: "right" for row in rows[6:30]}
+    answers |= {row["pair"]: "wrong" for row in rows[:6]}  # which are those of the first stratum
+    for row in rows[:3]:
+        row["stratum"] = row["stratum_size"] = ""
+    labels = decide(tmp_path / "labels.csv", rows, lambda row: answers.get(row["pair"], "skip"))
+    out, again = find(data, "--labels", labels, "--score", "cosine", spread=1)
+    assert "Labels: 27 of the 57 pairs of the random sample and 3 others" in out
+    assert "Noise share by the labels: 20.0 % (" in out  # a stratum of the five that were answered
+    assert "speak of 30 of the 60 pairs" in out
+    kept = {row["pair"]: row["stratum"] for row in again}
+    assert kept == {pair: "" if pair in [row["pair"] for row in rows[:3]] else stratum
+                    for pair, stratum in strata.items()}
+
+
+def test_broken_labels(dataset, find, fails, tmp_path):
+    data = dataset("cc")
+    _, rows = find(data)
+    labels = tmp_path / "labels.csv"
+
+    def error(**changed):
+        decide(labels, [{**rows[0], **changed}], lambda row: changed.get("decision", "right"))
+        return fails(data, "--labels", labels)
+
+    assert "line 2: pair 12 is not" in error(pair=12)
+    assert "another data set" in error(caption="another")
+    assert "another data set" in error(image="x.jpg")
+    assert "'perhaps', not right, wrong or skip" in error(decision="perhaps")
+    assert "stratum_size is '13'" in error(stratum_size=13)
+    assert "is damaged" in error(pair="9" * 5000)
+    decide(labels, [{**rows[0], "rank": 1}, {**rows[0], "rank": 2}],
+           lambda row: "right" if row["rank"] == 1 else "wrong")
+    assert "right and to be wrong" in fails(data, "--labels", labels)
+    labels.write_text("pair,decision\n")
+    assert "no column 'image'" in fails(data, "--labels", labels)
+    labels.write_bytes(b"\xff" * 40)
+    assert "decisions.csv" in fails(data, "--labels", labels)
+    assert "not exist" in fails(data, "--labels", tmp_path / "none.csv")
 
 
 # ---- the cleaned data set -----------------------------------------------------------------------

@@ -100,6 +100,7 @@ MENDABLE = [
 @pytest.mark.parametrize("debug", ["", "1"])
 def test_what_a_person_can_mend_is_one_line(error, line, debug, capsys, monkeypatch):
     monkeypatch.setenv("NPC_DEBUG", debug)
+    monkeypatch.setattr(threading, "excepthook", threading.__excepthook__)  # not pytest's
     status, said = ended(error, capsys)
     assert status == 2 and re.match(f"error: .*{line}", said.splitlines()[-1])
     assert ("Traceback" in said) == (debug == "1") and (debug or said.count("\n") == 1)

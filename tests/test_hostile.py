@@ -11,7 +11,6 @@ import sys
 import tracemalloc
 import zipfile
 import zlib
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np

@@ -37,7 +37,8 @@ NUM_PAIRS, NUM_IMAGES, BATCH = 30, 6, 10
 def options(**changes):
     args = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.98, "eps": 1e-6, "weight_decay": 0.2,
             "clip_grad": 0.5, "weighting": "npc", "memory_loss_weight": 1.0, "recipe": "paper",
-            "accum_steps": 1, "grad_checkpointing": False, "compile": False}
+            "accum_steps": 1, "grad_checkpointing": False, "compile": False,
+            "freeze": "none"}
     return argparse.Namespace(**{**args, **changes})
 
 

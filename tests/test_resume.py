@@ -26,7 +26,8 @@ from utils.training import checkpoints, history, loop
 from utils.training.interruptions import INTERRUPTED
 
 EPOCHS, BATCH, STEPS = 3, 7, 8  # 60 pairs: 8 steps an epoch
-SCRIPTS = {"npc": (NPC, "paper"), "clip": (CLIP, "released")}
+SCRIPTS = {"npc": (NPC, ["--recipe", "paper"]), "clip": (CLIP, ["--recipe", "released"]),
+           "clean": (CLIP, ["--train_on", "clean", "--clean_threshold", "0.3", "--freeze", "text"])}
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,7 @@ def arguments(data, script, logs, *more):
     return [*data.options, "--vision_model", str(data.model), "--context_length", "12",
             "--batch_size", str(BATCH), "--epochs", str(EPOCHS), "--lr", "1e-3", "--warmup", "3",
             "--noise_ratio", "0.4", "--num_workers", "0", "--device", "cpu", "--display", "5",
-            "--recipe", SCRIPTS[script][1], "--checkpoint_path", str(logs), "--experiments", "x",
+            *SCRIPTS[script][1], "--checkpoint_path", str(logs), "--experiments", "x",
             *map(str, more)]
 
 
@@ -76,11 +77,19 @@ def read(path):
     return content
 
 
+def last_cost(folder):
+    """What the towers did up to the last checkpoint, whatever time it took."""
+    cost = json.loads((folder / "cost.jsonl").read_text().splitlines()[-1])
+    assert cost.pop("seconds") > 0
+    return cost
+
+
 def assert_same(folder, expected, names=("epoch2.pt", "epoch3.pt", "best.pt")):
     """Both runs ended alike, bit for bit."""
     for name in names:
         assert differences(read(folder / name), read(expected / name)) == [], name
     assert (folder / "log.jsonl").read_text() == (expected / "log.jsonl").read_text()
+    assert last_cost(folder) == last_cost(expected)
     if (expected / "weights.npz").exists():
         w, w0 = (np.load(f / "weights.npz")["w"] for f in (folder, expected))
         np.testing.assert_array_equal(w, w0)
@@ -118,6 +127,7 @@ def signalled(step, number):
     ("npc", 14, signal.SIGKILL, ["--save_every", 3], 12),
     ("npc", 8, signal.SIGKILL, ["--save_every", 4], 4),  # not saved twice at an epoch's end
     ("clip", 3, signal.SIGKILL, [], 0),
+    ("clean", 11, signal.SIGTERM, [], 11),
 ])
 def test_resumed_run_ends_where_an_uninterrupted_one_does(
         data, whole, tmp_path, script, step, number, more, resumed_at):
@@ -144,6 +154,15 @@ def test_resume_by_path_continues_in_another_folder(data, whole, tmp_path):
         argv = arguments(data, "npc", logs, "--resume", whole["npc"] / f"epoch{epoch}.pt")
         run(NPC, argv, tmp_path / "out")
         assert_same(logs / "x", whole["npc"], ["epoch3.pt", "best.pt"])
+
+
+def test_best_of_an_earlier_epoch_comes_along(data, copied, tmp_path):
+    folder = copied("clip")
+    content = clip.read_checkpoint(folder / "epoch2.pt")
+    torch.save({**content, "best_score": 99.0, "best_epoch": 1}, folder / "epoch2.pt")
+    argv = arguments(data, "clip", tmp_path, "--resume", folder / "epoch2.pt", "--experiments", "y")
+    run(CLIP, argv, tmp_path / "out")
+    assert differences(read(tmp_path / "y" / "best.pt"), read(folder / "epoch1.pt")) == []
 
 
 @pytest.mark.parametrize("function", ["loop.evaluate", "checkpoints.hard_link"])
@@ -174,6 +193,22 @@ def test_scores_of_the_reference_tell_epochs_apart(whole):
     states = [read(whole["npc"] / f"epoch{k}.pt") for k in (1, 2, 3)]
     assert any(place.startswith("/state_dict") for place in differences(states[0], states[1]))
     assert any(differences(read(whole["npc"] / "best.pt"), state) == [] for state in states)
+
+
+def test_a_frozen_tower_and_a_clean_set(data, whole):
+    """The tower keeps its weights exactly; the log says how many pairs are trained on, and the
+    epochs have as many steps as with all of them."""
+    start = clip.read_checkpoint(data.model)
+    end = read(whole["clean"] / "epoch3.pt")
+    assert end["step"] == EPOCHS * STEPS
+    for name, value in end["state_dict"].items():
+        frozen = not name.startswith("visual.") and name != "logit_scale"
+        assert torch.equal(value, start[name]) == frozen, name
+    towers = [name for name in start if name.startswith("visual.")]
+    assert len(end["optimizer"]["state"]) == len(towers) + 1
+    clean = np.load(data.root / "annotations" / "frozen_memory_bank" / "0.4_mbank.npz")["clean"]
+    log = (whole["clean"] / "log.txt").read_text()
+    assert f"training: {clean.sum()} of 60 pairs ({clean.mean():.1%})" in log and not clean.all()
 
 
 def test_finished_run_resumed_does_nothing(data, copied):
@@ -311,8 +346,8 @@ def test_other_pairs_or_memory_entries_are_refused(data, copied, tmp_path):
 
 @pytest.mark.parametrize("script, other", [("npc", "clip"), ("clip", "npc")])
 def test_checkpoint_of_the_other_script_is_refused(data, whole, tmp_path, script, other):
-    argv = arguments(data, script, tmp_path, "--resume", whole[other] / "epoch1.pt", "--recipe",
-                     SCRIPTS[other][1])
+    argv = arguments(data, script, tmp_path, "--resume", whole[other] / "epoch1.pt",
+                     *SCRIPTS[other][1])
     said = run(SCRIPTS[script][0], argv, tmp_path / "out", 2).splitlines()[-1]
     assert said.startswith("error: ") and "was trained by another script" in said
     argv = arguments(data, script, tmp_path, "--vision_model", whole[other] / "epoch1.pt",
@@ -404,9 +439,11 @@ def test_one_run_an_experiment(data, tmp_path):
     argv = arguments(data, "clip", tmp_path)
     hook = functools.partial(after_step, 9, stop_self)
     first = Started(CLIP, argv, tmp_path / "first", hook=hook)
-    first.wait_for("epoch 2, step 1")
-    refused(argv, tmp_path / "x", f"is being written by process {first.pid} on ")
-    os.kill(first.pid, signal.SIGKILL)
+    try:
+        first.wait_for("epoch 2, step 1")
+        refused(argv, tmp_path / "x", f"is being written by process {first.pid} on ")
+    finally:
+        os.kill(first.pid, signal.SIGKILL)
     first.wait()
     run(CLIP, [*argv, "--resume", "auto"], tmp_path / "second")
 
@@ -427,11 +464,13 @@ def test_eval_with_nothing_to_resume_scores_nothing(data, tmp_path):
     assert not list(tmp_path.rglob("eval_test.json"))
 
 
-def hang_up_and_close(step):
-    """A terminal that is lost: its signal, and from then on nothing can be written to it."""
+def hang_up_and_close(step, buffered=False):
+    """A terminal that is lost: its signal, and from then on nothing can be written to it, or
+    flushed."""
     def act():
         reading, writing = os.pipe()
         os.close(reading)
+        sys.stdout.reconfigure(write_through=not buffered)
         os.dup2(writing, 1)
         os.dup2(writing, 2)
         signal_group(signal.SIGHUP)
@@ -453,7 +492,7 @@ def test_lost_terminal(data, whole, tmp_path):
 
 def nohup(step):
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    hang_up_and_close(step)
+    hang_up_and_close(step, buffered=True)
 
 
 def test_options_are_those_of_what_was_trained(data, copied, tmp_path):
@@ -607,7 +646,7 @@ def poison(step, what):
     after_step(step, lambda: live[0].state_dict()[what].flatten()[:1].fill_(math.nan))
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", ["npc", "clip"])
 def test_loss_that_is_not_finite_stops_the_run(data, tmp_path, script):
     main, _ = SCRIPTS[script]
     hook = functools.partial(poison, STEPS + 3, "visual.proj")

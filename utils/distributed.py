@@ -89,7 +89,7 @@ def reduce_gradients(model):
     if world() == 1:
         return
     model.logit_scale.grad /= world()
-    gradients = [p.grad for p in model.parameters()]
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
     for dtype in dict.fromkeys(g.dtype for g in gradients):  # in the same order everywhere
         same = [g for g in gradients if g.dtype == dtype]
         flat = torch.cat([g.flatten() for g in same])

@@ -173,8 +173,8 @@ def _check(bank, pairs, path):
     for what, entry, length in (("images", bank.image_entry, len(pairs.image_ids)),
                                 ("captions", bank.caption_entry, n)):
         if entry.shape != (length,):
-            raise InputError(f"{path} has entries for {len(np.atleast_1d(entry))} {what}, the data "
-                             f"set has {length}; {advice}")
+            raise InputError(f"{path} has entries of shape {entry.shape} for {what}, expected "
+                             f"({length},), one for each of the data set; {advice}")
         if entry.dtype.kind != "i":
             raise InputError(f"{path}: its entries for {what} are no whole numbers; {advice}")
         if length and not (0 <= entry.min() and entry.max() < n):

@@ -19,6 +19,7 @@ BatchNorm in training mode makes a feature depend on what is encoded beside it, 
 and 6: images are then encoded as they lie in the batch, and A' makes passes of its own.
 """
 
+from collections import Counter
 from typing import NamedTuple
 
 import numpy as np
@@ -31,6 +32,8 @@ from utils.distributed import gather, num_own_below
 from utils.method.losses import pair_losses
 
 BATCH, MEMORY_I, MEMORY_T = range(3)  # whose pairs: rows of `DistinctItems.rows`
+TOWERS = ("images", "captions")
+ENCODED = Counter()  # items through the towers so far, of all processes: images_forward, ...
 
 
 class DistinctItems(NamedTuple):
@@ -87,7 +90,15 @@ def cut_tokens(tokens):
 
 def encoders(model):
     """Functions of uint8 images (u, 3, R, R) and of tokens (v, L) that give raw features (., D)."""
-    return lambda x: model.encode_image(clip.normalize(x, model.dtype)), model.encode_text
+    def encode_image(images):
+        return model.encode_image(
+            clip.normalize(images, model.dtype, model.image_mean, model.image_std))
+    return encode_image, model.encode_text
+
+
+def trained(model):
+    """The parameters of `model` that have a gradient: all but those of a frozen tower."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def uses_batch_statistics(model):
@@ -160,11 +171,11 @@ class Passes:
     def siamese_backward(self, total):
         """Give the parameters of A' the gradient of `total`, made of `siamese_batch`."""
         losses, seeds = self._seeds(self.precision.scaler.scale(total))
-        parameters = list(self.model.parameters())
+        parameters = trained(self.model)
         gradients = torch.autograd.grad(
             losses, parameters, seeds,
             retain_graph=self.model is self.A and not self.one_gradient)
-        for parameter, gradient in zip(self.siamese.parameters(), gradients, strict=True):
+        for parameter, gradient in zip(trained(self.siamese), gradients, strict=True):
             parameter.grad = gradient
         if self.one_gradient:  # kept for A as that of the mean loss
             self.losses.clear()
@@ -176,7 +187,7 @@ class Passes:
         total = self.precision.scaler.scale(total)
         if self.one_gradient and not self.losses:
             seed = torch.autograd.grad(total, self.leaves["siamese batch"])[0]
-            torch._foreach_mul_([p.grad for p in self.A.parameters()], seed.sum())
+            torch._foreach_mul_([p.grad for p in trained(self.A)], seed.sum())
         else:
             torch.autograd.backward(*self._seeds(total))
 
@@ -204,21 +215,32 @@ class Passes:
         """L2-normalised features [(u, D), (v, D)] of the distinct items of a part of the step."""
         result = []
         with self.precision.autocast():
-            for encoder, distinct in zip(encoders(model), self.items, strict=True):
+            for what, encoder, distinct in zip(TOWERS, encoders(model), self.items, strict=True):
                 start, end = span(distinct, part)
                 own = distinct.items[num_own_below(start) : num_own_below(end)]
                 pieces = [encoder(piece) if self.accum_steps == 1 else
                           checkpoint(encoder, piece, use_reentrant=False, preserve_rng_state=False)
                           for piece in own.chunk(self.accum_steps)]
-                result.append(gather(F.normalize(torch.cat(pieces), dim=1), start, end))
+                features = gather(F.normalize(torch.cat(pieces), dim=1), start, end)
+                result.append(counted(features, what))
         return result
 
     def _encode_by_pair(self):
         """A's L2-normalised features [(B, D), (B, D)] of the batch, where it matters how often an
         image occurs."""
         with self.precision.autocast():
-            return [F.normalize(encoder(distinct.items[distinct.rows[BATCH]]), dim=1)
-                    for encoder, distinct in zip(encoders(self.A), self.items, strict=True)]
+            return [counted(F.normalize(encoder(distinct.items[distinct.rows[BATCH]]), dim=1), what)
+                    for what, encoder, distinct in zip(TOWERS, encoders(self.A), self.items,
+                                                       strict=True)]
+
+
+def counted(features, what):
+    """`features` (u, D), counted in ENCODED, now and whenever a gradient comes back to them. What
+    --accum_steps and --grad_checkpointing compute again is not counted."""
+    ENCODED[f"{what}_forward"] += len(features)
+    if features.requires_grad:
+        features.register_hook(lambda gradient: ENCODED.update({f"{what}_backward": len(gradient)}))
+    return features
 
 
 def span(distinct, part):

@@ -1,7 +1,7 @@
 """Uint8 crops of a split's images in one memory-mapped file, so that each is decoded once in life.
 
 CLIP's preprocessing ends in a uint8 crop before it normalises: the cache loses nothing. A cache is
-named by a hash of its sources (path, size and time of every file, and the resolution), so a changed
+named by a hash of its sources (path, size and time of every file, and the cut), so a changed
 data set gets a new one, and runs that share a data set share its cache. Behind the crops the file
 has a byte an image, set once the image's crop is on disk: what a killed run or a crash of the
 machine left half-written counts as absent and is decoded again.
@@ -24,8 +24,9 @@ class ImageCache:
     has no room for the whole cache, which is reserved when it is made.
     """
 
-    def __init__(self, folder, paths, resolution):
-        digest = hashlib.sha256(f"{resolution}\n".encode())
+    def __init__(self, folder, paths, resolution, resize="shortest"):
+        cut = resolution if resize == "shortest" else f"{resolution} {resize}"
+        digest = hashlib.sha256(f"{cut}\n".encode())
         for path in paths:
             stat = os.stat(path)
             source = f"{os.path.abspath(path)}\t{stat.st_size}\t{stat.st_mtime_ns}\n"

@@ -29,7 +29,7 @@ class Images(Dataset):
         self.cache = None
         if cache != "off":
             paths = [self.folder / name for name in names]
-            self.cache = ImageCache(cache, paths, preprocess.resolution)
+            self.cache = ImageCache(cache, paths, preprocess.resolution, preprocess.resize)
 
     def __len__(self):
         return len(self.names)

@@ -1,31 +1,104 @@
 "use strict";
-const min = document.getElementById("min"), max = document.getElementById("max");
-const text = document.getElementById("text"), shown = document.getElementById("shown");
-const cards = [...document.querySelectorAll("article")].map(card => ({
-  card, score: Number(card.dataset.score),
+const page = id => document.getElementById(id), main = document.querySelector("main");
+const min = page("min"), max = page("max"), text = page("text");
+const KEY = "decisions " + main.dataset.key, ANSWERS = {r: "right", w: "wrong", s: "skip"};
+const cards = [...main.children].map(card => ({
+  card, score: Number(card.dataset.score), row: JSON.parse(card.dataset.row),
+  place: {worst: card.dataset.worst, sample: card.dataset.sample},  // in each tab, if it is there
   words: [...card.querySelectorAll("q, .file")].map(e => e.textContent).join("\n").toLowerCase(),
 }));
+let tab = "worst", answers = {};  // by number of the pair
+
+// ---- what is shown ------------------------------------------------------------------------------
+
+const inOrder = (list, name) =>
+  [...list].sort((a, b) => (a.place[name] || Infinity) - (b.place[name] || Infinity) || 0);
+
+function openTab(name) {
+  tab = name;
+  document.body.className = tab;
+  for (const other of ["worst", "sample"]) page(other).setAttribute("aria-pressed", other == tab);
+  main.append(...inOrder(cards, tab).map(({card}) => card));
+  filter();
+}
 
 function filter() {
   const low = Number(min.value), high = Number(max.value), part = text.value.trim().toLowerCase();
-  let count = 0;
-  for (const {card, score, words} of cards) {
-    card.hidden = score < low || score > high || !words.includes(part);
-    count += !card.hidden;
-  }
+  for (const {card, place, score, words} of cards)
+    card.hidden = !place[tab] || !words.includes(part)
+      || tab == "worst" && (score < low || score > high);
   for (const slider of [min, max])
     slider.nextElementSibling.value = Number(slider.value).toPrecision(4);
-  shown.textContent = `showing ${count} of ${cards.length}`;
+  count();
 }
 
-function readAddress() {  // e.g. suspicious_pairs.html#min=0.5&max=2&text=dog
+function count() {
+  const here = cards.filter(({place}) => place[tab]);
+  const shown = here.filter(({card}) => !card.hidden), done = here.filter(e => answers[e.row[0]]);
+  page("shown").textContent
+    = `showing ${shown.length} of ${here.length}, ${done.length} answered`;
+}
+
+function readAddress() {  // e.g. suspicious_pairs.html#min=0.5&max=2&text=dog, or #tab=sample
   const wanted = new URLSearchParams(location.hash.slice(1));
   for (const input of [min, max, text])
     if (wanted.has(input.id)) input.value = wanted.get(input.id);
-  filter();
+  openTab(wanted.get("tab") == "sample" ? "sample" : tab);
 }
 
 document.querySelector("form").addEventListener("input", filter);
 document.querySelector("form").addEventListener("submit", event => event.preventDefault());
 addEventListener("hashchange", readAddress);
+for (const name of ["worst", "sample"])
+  page(name).addEventListener("click", () => openTab(name));
+
+// ---- answers ------------------------------------------------------------------------------------
+
+function showAnswer({card, row}) {
+  for (const button of card.querySelectorAll("button"))
+    button.setAttribute("aria-pressed", button.value == answers[row[0]]);
+}
+
+function answer(entry, decision) {  // the same one again takes it back
+  const pair = entry.row[0];
+  answers[pair] = answers[pair] == decision ? "" : decision;
+  try { localStorage.setItem(KEY, JSON.stringify(answers)) } catch {}  // it may be turned off
+  showAnswer(entry);
+  count();
+}
+
+function download() {
+  const quoted = cell => '"' + String(cell).replaceAll('"', '""') + '"';
+  const rows = inOrder(cards, "sample")
+    .filter(({row, place}) => place.sample || answers[row[0]])
+    .map(({row}) => [...row, answers[row[0]] || ""]);
+  const lines = [main.dataset.columns.split(" "), ...rows].map(row => row.map(quoted).join(","));
+  const link = document.createElement("a");
+  link.href = URL.createObjectURL(new Blob([lines.join("\n") + "\n"], {type: "text/csv"}));
+  link.download = "decisions.csv";
+  link.click();
+}
+
+main.addEventListener("click", event => {
+  const button = event.target.closest("button");
+  if (button) answer(cards.find(({card}) => card.contains(button)), button.value);
+});
+page("download").addEventListener("click", download);
+document.addEventListener("keydown", event => {
+  if (event.target.matches("input") || event.ctrlKey || event.altKey || event.metaKey) return;
+  const shown = [...main.children].filter(card => !card.hidden);
+  const at = shown.findIndex(card => card.contains(document.activeElement));
+  const key = event.key.toLowerCase(), decision = ANSWERS[key];
+  const step = decision || ["j", "arrowdown"].includes(key) ? 1
+    : ["k", "arrowup"].includes(key) ? -1 : 0;
+  if (!step || !shown.length) return;
+  event.preventDefault();
+  if (decision && at >= 0) answer(cards.find(({card}) => card == shown[at]), decision);
+  const next = shown[at < 0 ? 0 : Math.max(0, Math.min(shown.length - 1, at + step))];
+  next.focus();
+});
+
+for (const {card, row} of cards) answers[row[0]] = card.dataset.answer;
+try { Object.assign(answers, JSON.parse(localStorage.getItem(KEY))) } catch {}
+cards.forEach(showAnswer);
 readAddress();

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import io
+import json
 import math
 from html import escape
 from pathlib import Path
@@ -15,17 +16,26 @@ from matplotlib.figure import Figure
 from PIL import Image
 from scipy.stats import norm
 
+from utils.report.labels import COLUMNS
+
 TEMPLATE = Path(__file__).with_suffix(".html")
 BINS = 60
+BUTTONS = "".join(f'<button value="{answer}">{answer}</button>'
+                  for answer in ("right", "wrong", "skip"))
+BUTTONS = f'<div class="answers">{BUTTONS}</div>'
 # Colours of the histogram, by the variable of the page's style that takes their place
 COLOURS = {"soft": "#647083", "clean": "#1f8a70", "noisy": "#d1495b", "bars": "#b9c2ce"}
 
 
 class Suspect(NamedTuple):
-    """A pair as the page shows it. Images are uint8 (3, S, S), RGB; `wrong` is None if unknown."""
+    """A pair as the page shows it. Images are uint8 (3, S, S), RGB; `wrong` is None if unknown.
+    worst, sample: its place, from 1, among the most suspicious and in the random sample, None where
+    it is not. row: its cells of decisions.csv but the answer."""
 
-    rank: int
-    pair: int
+    worst: int | None
+    sample: int | None
+    row: tuple
+    answer: str
     score: float
     posterior: float
     file: str
@@ -37,19 +47,22 @@ class Suspect(NamedTuple):
     wrong: bool | None
 
 
-def noise_page(suspects, score_name, about, findings, verdict, wrong):
+def noise_page(suspects, score_name, about, findings, verdict, wrong, key):
     """The page as text.
 
     suspects: `Suspect`s, worst first. about: line on data and model; findings: lines of text.
-    verdict: the judge's `Verdict` on all n pairs; wrong: (n,) bool or None. All text is escaped.
+    verdict: the judge's `Verdict` on all n pairs; wrong: (n,) bool or None; key: what the browser
+    keeps the answers under. All text is escaped.
     """
-    low, high = bounds([suspect.score for suspect in suspects])
+    low, high = bounds([s.score for s in suspects if s.worst and math.isfinite(s.score)])
     script = TEMPLATE.with_suffix(".js").read_text(encoding="utf-8")
     return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         about=escape(about), num_pairs=len(verdict.score), score_name=escape(score_name),
         histogram=histogram(verdict, wrong),
         findings="\n".join(f"<p>{escape(line)}</p>" for line in findings),
-        low=low, high=high, cards="\n".join(map(card, suspects)), script=script,
+        num_worst=sum(bool(s.worst) for s in suspects), low=low, high=high, key=key,
+        num_sample=sum(bool(s.sample) for s in suspects), columns=" ".join(COLUMNS),
+        cards="\n".join(map(card, suspects)), script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode())
 
 
@@ -69,9 +82,11 @@ def card(suspect):
     if s.wrong is not None:
         mark = ('<span class="mark">wrong</span>' if s.wrong
                 else '<span class="mark clean">right</span>')
-    return f"""<article data-score="{s.score!r}">
-<header><b>{s.rank}</b><span>score {s.score:.4g}</span><span>posterior {s.posterior:.3f}</span>
-<span class="soft">pair {s.pair}</span>{mark}</header>
+    return f"""<article tabindex="0" data-score="{s.score!r}" data-worst="{s.worst or ''}"
+ data-sample="{s.sample or ''}" data-row="{escape(json.dumps(s.row))}" data-answer="{s.answer}">
+<header><b class="score">{s.worst or ''}</b><span class="score">score {s.score:.4g}</span>
+<span class="score">posterior {s.posterior:.3f}</span>
+<span class="soft">pair {s.row[0]}</span>{mark}</header>
 <div class="sides">
 <div class="side">{picture(s.image)}<div class="words">
 <q dir="auto">{escape(s.caption)}</q><br><small class="file">{escape(s.file)}</small></div></div>
@@ -80,7 +95,7 @@ def card(suspect):
 <q dir="auto">{escape(s.best_caption)}</q></div>
 <div>{picture(s.best_image)}<div class="words"><h2>best image for this caption</h2>
 <small class="file">{escape(s.best_file)}</small></div></div>
-</div></div></article>"""
+</div></div>{BUTTONS}</article>"""
 
 
 def picture(pixels):

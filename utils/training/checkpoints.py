@@ -1,11 +1,11 @@
 """Training checkpoints: the state of a run beside the weights, whole or absent.
 
 `epoch{N}.pt` after each epoch and `step{S}.pt` in between hold `epoch` (epochs done), `step`
-(optimiser steps done), `name`, `state_dict`, the optimisers, the gradient scaler, `args` (options),
-`data` (a hash of what is trained on), `best_score` and `best_epoch` (before this epoch was scored)
-and `history` (see utils.training.history). The order of the pairs depends on seed and epoch alone
-and nothing else is random, so that there is no random state to keep. They are read by
-clip.read_checkpoint, which runs no code of theirs.
+(optimiser steps done), `name`, `state_dict`, `config` (the model's), the optimisers, the gradient
+scaler, `args` (options), `data` (a hash of what is trained on), `best_score` and `best_epoch`
+(before this epoch was scored) and `history` (see utils.training.history). The order of the pairs
+depends on seed and epoch alone and nothing else is random, so that there is no random state to
+keep. They are read by clip.read_checkpoint, which runs no code of theirs.
 """
 
 import math
@@ -20,7 +20,8 @@ from utils.files import UNFINISHED, atomic_write
 
 STEP_FILES_KEPT = 2  # the newest may turn out broken after a crash of the machine
 SAME_RUN = ("dataset", "noise_ratio", "num_anns", "context_length", "batch_size", "recipe", "seed",
-            "weighting", "memory_loss_weight")  # options that make it another run
+            "weighting", "memory", "memory_loss_weight", "train_on",
+            "freeze")  # options that make it another run
 NEVER_COMPARED = ("resume", "force_resume", "eval", "device", "vision_model")
 
 
@@ -62,7 +63,7 @@ def intact(path):
 def by_step(folder, kinds=("epoch", "step")):
     """[(steps, path)] of the checkpoints in a folder by the optimiser steps that their runs had
     made, most first. A damaged one counts as infinitely many."""
-    paths = [path for kind in kinds for path in folder.glob(f"{kind}*.pt")]
+    paths = [path for kind in kinds for path in folder.glob(f"{kind}*.pt") if not path.is_fifo()]
     return sorted(((_step_of(path), path) for path in paths), reverse=True)
 
 

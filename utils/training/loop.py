@@ -25,7 +25,7 @@ def fit(run, model, dev, optimizers, loader, step):
     args, pairs, epoch_steps = run.args, loader.dataset.pairs, len(loader)
     schedule = Schedule(args, run.recipe, epoch_steps, len(pairs))
     history = History(run, pairs, epoch_steps)
-    saver = Saver(run, model, optimizers, history, hash_of_data(loader.dataset))
+    saver = Saver(run, model, optimizers, history, hash_of_data(loader))
     done = saver.restore()
     if schedule.warmup >= args.epochs * epoch_steps:
         run.log(f"warning: --warmup {args.warmup} is not shorter than the training of "
@@ -53,13 +53,14 @@ def fit(run, model, dev, optimizers, loader, step):
             run.log(f"{args.resume} has done {first_epoch} epochs already: nothing left of "
                     f"--epochs {args.epochs}")
         else:
-            run.log(f"training: {len(pairs)} pairs, batch size {args.batch_size}, {epoch_steps} "
+            run.log(f"training: {describe(loader)}, batch size {args.batch_size}, {epoch_steps} "
                     f"steps an epoch, epochs {first_epoch + 1} to {args.epochs}, {args.precision} "
                     f"on {run.device}")
         for epoch in range(first_epoch, args.epochs):
             loader.sampler.epoch, loader.sampler.first = epoch, first_batch
-            model.train(run.recipe.batch_norm_trains)
+            model.train(run.recipe.batch_norm_trains and args.freeze != "image")
             history.start_epoch(epoch, resumed=first_batch > 0)
+            saver.cost.start()
             for index, batch in enumerate(progress(loader, args, epoch, first_batch), first_batch):
                 history.data_arrived()
                 rate = schedule(epoch, index)
@@ -79,8 +80,15 @@ def fit(run, model, dev, optimizers, loader, step):
             if interrupted(now=True):
                 end_interrupted(run, f"epoch {epoch + 1}")
             complete(epoch + 1)
+    run.log(str(saver.cost))
     history.close()
     leave_processes()
+
+
+def describe(loader):
+    """How many pairs are trained on, in words."""
+    n, k = len(loader.dataset.pairs), len(loader.sampler.chosen)
+    return f"{n} pairs" if k == n else f"{k} of {n} pairs ({k / n:.1%})"
 
 
 def progress(loader, args, epoch, first):

@@ -8,10 +8,12 @@ from torch.nn import BatchNorm2d
 
 from utils.distributed import world
 from utils.errors import InputError
+from utils.method.passes import trained
 
 
 def adamw(model, args):
-    """AdamW over all parameters of `model`, decayed alike, as CLIP's fine-tuners do.
+    """AdamW over all parameters of `model` that are trained, decayed alike, as CLIP's fine-tuners
+    do.
 
     With half weights it is the unfused one, whose every operation rounds to half, as released. The
     fused kernel computes in fp32 and rounds what it stores, so that a second moment still counts in
@@ -21,20 +23,25 @@ def adamw(model, args):
     if half and not torch.tensor(args.eps).half():
         raise InputError(f"--eps {args.eps:g} is zero in half precision, where second moments are "
                          "too; use 1e-6, or another --precision")
-    return torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(args.beta1, args.beta2),
+    return torch.optim.AdamW(trained(model), lr=args.lr, betas=(args.beta1, args.beta2),
                              eps=args.eps, weight_decay=args.weight_decay, fused=not half)
 
 
 def prepare_training(model, args, recipe):
-    """Apply --grad_checkpointing and --compile to a model, in place. Raises InputError when the
-    recipe trains the BatchNorm of its ResNet together with what cannot see whole batches."""
-    if recipe.batch_norm_trains and any(isinstance(m, BatchNorm2d) for m in model.modules()):
+    """Apply --freeze, --grad_checkpointing and --compile to a model, in place, before its optimiser
+    is made. Raises InputError when the recipe trains the BatchNorm of its ResNet together with what
+    cannot see whole batches."""
+    for name, parameter in model.named_parameters():
+        tower = "image" if name.startswith("visual.") else "text"
+        parameter.requires_grad_(tower != args.freeze or name == "logit_scale")
+    if (recipe.batch_norm_trains and args.freeze != "image"
+            and any(isinstance(m, BatchNorm2d) for m in model.modules())):
         memory = recipe.trains_on_memory and getattr(args, "memory_loss_weight", 0)
         pieces = world() > 1 or args.accum_steps > 1 or args.grad_checkpointing
         if memory or pieces:
             raise InputError(
-                f"--recipe {args.recipe} trains BatchNorm on whole batches: a ResNet then needs one "
-                "process, --accum_steps 1, no --grad_checkpointing, and a recipe that does not "
+                f"--recipe {args.recipe} trains BatchNorm on whole batches: a ResNet then needs "
+                "one process, --accum_steps 1, no --grad_checkpointing, and a recipe that does not "
                 "train on the memory")
     model.grad_checkpointing = args.grad_checkpointing
     if args.compile:  # A' takes a gradient through the graph before A does: it must be retained

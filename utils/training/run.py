@@ -82,7 +82,9 @@ class Run:
         if args.resume is None:
             args.vision_model = args.vision_model or DEFAULT_MODEL
             with distributed.main_first():  # one downloads, if need be
-                model, preprocess = clip.load(args.vision_model, device=self.device)
+                model, preprocess = clip.load(args.vision_model, self.device,
+                                              activation=args.activation, log=self.log)
+            args.activation = model.config["activation"]
         else:
             model, preprocess = self._resume()
         if args.context_length > model.context_length:
@@ -93,9 +95,11 @@ class Run:
     def _resume(self):
         args = self.args
         checkpoint = clip.read_checkpoint(args.resume)
-        model, preprocess = clip.build(checkpoint, args.resume, self.device)
+        model, preprocess = clip.build(checkpoint, args.resume, self.device, args.activation,
+                                       self.log)
+        args.activation = model.config["activation"]
         if args.vision_model is not None:
-            expected = clip.architecture(args.vision_model)
+            expected = clip.architecture(args.vision_model, args.activation)
             if model.config != expected:
                 raise InputError(
                     f"{args.resume} holds {clip.describe(model.config)}, but --vision_model is "

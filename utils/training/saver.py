@@ -9,6 +9,7 @@ from utils.errors import InputError
 from utils.files import UNFINISHED, reading
 from utils.method.memorybank import fingerprint
 from utils.training import checkpoints
+from utils.training.cost import FILE, Cost
 
 
 class Saver:
@@ -17,7 +18,7 @@ class Saver:
 
     def __init__(self, run, model, optimizers, history, trained_on):
         self.run, self.model, self.optimizers, self.history = run, model, optimizers, history
-        self.data, self.best, self.best_epoch = trained_on, 0.0, 0
+        self.data, self.best, self.best_epoch, self.cost = trained_on, 0.0, 0, Cost(run)
 
     def restore(self):
         """Take up the state of the checkpoint that the run continues; returns the steps done."""
@@ -38,6 +39,7 @@ class Saver:
                                  "another checkpoint, or start from its weights with "
                                  "--vision_model") from error
             self.run.state = {}  # frees the memory
+            self.cost.load(steps)
         if is_main():
             for path in self.run.folder.glob(f".*{UNFINISHED}"):  # of a run that was killed
                 path.unlink()
@@ -79,9 +81,9 @@ class Saver:
                 raise InputError(f"{folder} holds a run of other options "
                                  f"({', '.join(changed.values())}); {advice} delete it")
             self.run.log(f"{folder} holds an earlier run of the same options: it is replaced")
-            for path in [*(path for _, path in there),
-                         *(folder / name for name in ("best.pt", "log.jsonl", "weights.npz"))]:
-                path.unlink(missing_ok=True)
+            for name in [*(path.name for _, path in there), "best.pt", "log.jsonl", "weights.npz",
+                         FILE]:
+                (folder / name).unlink(missing_ok=True)
 
     def _restore_best(self):
         """Make best.pt what it was when the checkpoint was saved: a run that was killed just then
@@ -99,12 +101,14 @@ class Saver:
         if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
             raise InputError(f"after step {step} the weights are not finite; lower --lr or use "
                              "--precision fp32; checkpoints before it are intact")
+        self.cost.add(step)
         if not is_main():
             return
         run = self.run
         checkpoints.save(run.folder / name, {
             "epoch": epoch, "step": step, "name": run.args.name,
             "state_dict": {k: v.detach().cpu() for k, v in self.model.state_dict().items()},
+            "config": self.model.config,
             **{name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
             "scaler": run.precision.scaler.state_dict(),
             "args": checkpoints.stored_options(run.args),
@@ -129,10 +133,15 @@ class Saver:
         checkpoints.prune(run.folder, run.args.keep_checkpoints)
 
 
-def hash_of_data(dataset):
-    """What a run is trained on, as a hash (hex): the pairs of `Batches` and, if it has any, their
-    memory entries."""
+def hash_of_data(loader):
+    """What a run is trained on, as a hash (hex): the pairs, those that are chosen among them, and
+    their memory entries or the pairs that these are drawn from."""
+    dataset, chosen = loader.dataset, loader.sampler.chosen
     digest = hashlib.sha256(fingerprint(dataset.pairs).encode())
-    if dataset.bank is not None:
+    if len(chosen) < len(dataset.pairs):
+        digest.update(b"chosen" + chosen.tobytes())
+    if dataset.clean is not None:
+        digest.update(b"random" + dataset.clean.tobytes())
+    elif dataset.bank is not None:
         digest.update(dataset.bank.image_entry.tobytes() + dataset.bank.caption_entry.tobytes())
     return digest.hexdigest()
