@@ -144,10 +144,11 @@ def test_options_have_help(script, capsys):
 
 def test_runs_as_script_from_anywhere(tmp_path):
     done = subprocess.run([sys.executable, REPOSITORY / "dataset/prepare_pairs.py", "--pairs",
-                           "p.csv", "--images", "nowhere", "--root", "r"],
-                          cwd=tmp_path, capture_output=True, text=True)
+                           "p.csv", "--images", "犬", "--root", "r"], cwd=tmp_path,
+                          capture_output=True, text=True,
+                          env={**os.environ, "PYTHONIOENCODING": "latin-1"})
     assert done.returncode == 2
-    assert done.stderr.startswith("error: --images nowhere is not a folder")
+    assert done.stderr.startswith("error: --images \\u72ac is not a folder")
 
 
 # ---------------------------------------------------------------- MSCOCO_rename

@@ -3,6 +3,7 @@ some rows."""
 
 import io
 import json
+import os
 import random
 import sys
 import tarfile
@@ -108,7 +109,7 @@ WRITERS = [write_csv, write_tsv, write_jsonl, write_parquet, write_bytes, write_
 @pytest.mark.parametrize("write", WRITERS)
 def test_every_format_is_prepared_with_the_rows_that_it_came_from(tmp_path, capsys, write):
     (tmp_path / "source").mkdir()
-    table, root = write(tmp_path / "source"), tmp_path / "r"
+    table, root = write(tmp_path / "source"), tmp_path / os.fsdecode(b"caf\xe9")  # not UTF-8
     before = tree(tmp_path / "source")
     prepare_pairs.main(["--pairs", str(table), "--root", str(root), "--dev", "2", "--test", "3"])
     assert "left out" not in capsys.readouterr().out and tree(tmp_path / "source") == before
