@@ -42,8 +42,9 @@ from utils.training.optimizer import adamw
 from utils.training.precision import Precision
 from utils.training.run import Run
 
-COMPARED = ("vision_model", "recipe", "clean_threshold", "min_clean", "batch_size", "seed", "judge",
-            "judge_features", "judge_rounds", "judge_steps", "judge_neighbours", "judge_lr")
+COMPARED = ("vision_model", "activation", "recipe", "clean_threshold", "min_clean", "batch_size",
+            "seed", "judge", "judge_features", "judge_rounds", "judge_steps", "judge_neighbours",
+            "judge_lr")
 RATES = (1e-6, 1e-5, 1e-4, 1e-3)  # learning rates that a judge chooses from
 WARMUP = 4  # steps of a round
 HELD_OUT, MOST_HELD_OUT = 0.2, 2000  # share of the images that it chooses by, and their number

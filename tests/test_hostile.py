@@ -5,7 +5,9 @@ import io
 import os
 import pickle
 import random
+import shutil
 import struct
+import sys
 import tracemalloc
 import zipfile
 import zlib
@@ -149,8 +151,10 @@ def test_weights_of_wrong_types(tmp_path, what):
 
 def test_good_weights_in_any_real_type(tmp_path):
     for dtype in (torch.float16, torch.bfloat16, torch.float64):
-        torch.save({k: v.to(dtype) for k, v in good_weights().items()}, tmp_path / "good.pt")
-        clip.load(tmp_path / "good.pt", device="cpu")
+        good = {k: v.to(dtype) for k, v in good_weights().items()}
+        torch.save(good, tmp_path / "good.pt")
+        loaded = clip.load(tmp_path / "good.pt", device="cpu")[0].state_dict()
+        assert differences(loaded, {k: v.float() for k, v in good.items()}) == []
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -524,3 +528,38 @@ def test_a_command_ends_with_one_line(trained, tmp_path, main):
     assert said.splitlines()[-1].startswith("error: ") and "it would run code" in said
     assert "Traceback" not in said and not (tmp_path / HARM).exists()
 
+
+
+def in_latin_1():
+    """Hook: the terminal cannot show every letter."""
+    sys.stdout.reconfigure(encoding="latin-1")
+    sys.stderr.reconfigure(encoding="latin-1")
+
+
+def test_names_that_are_not_utf8_and_letters_that_a_terminal_lacks(trained, tmp_path):
+    root, logs = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"), tmp_path / "犬"
+    shutil.copytree(trained.data.root, root)
+    argv = [*trained.argv, "--dataset_root", root, "--image_cache", root + "/cache"]
+    said = run(CLIP, [*argv, "--checkpoint_path", str(logs)], tmp_path / "out", hook=in_latin_1)
+    for text in (said, (logs / "ex0" / "log.txt").read_text()):
+        assert f"{tmp_path}/caf\\udce9/annotations" in text
+    said = run(CLIP, [*argv, "--checkpoint_path", root], tmp_path / "out2", 2, in_latin_1)
+    assert said.splitlines()[-1].startswith("error: ") and "Traceback" not in said
+
+
+@pytest.mark.parametrize("option", ["--dataset_root", "--checkpoint_path", "--resume",
+                                    "--vision_model", "--image_cache"])
+def test_names_of_any_length(trained, tmp_path, option):
+    said = run(CLIP, [*trained.argv, option, "x" * 5000], tmp_path / "out", 2)
+    assert said.splitlines()[-1].startswith("error: ") and "Traceback" not in said
+
+
+def test_an_image_that_is_a_pipe(trained, tmp_path):
+    root = tmp_path / "data"
+    shutil.copytree(trained.data.root, root)
+    path = root / "images" / trained.data.name(trained.data.ids["dev"][1])
+    path.unlink()
+    os.mkfifo(path)
+    argv = [*trained.argv, "--dataset_root", str(root), "--checkpoint_path", str(tmp_path)]
+    said = run(CLIP, argv, tmp_path / "out", 2)
+    assert said.splitlines()[-1].startswith(f"error: {path} is not a regular file")

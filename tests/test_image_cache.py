@@ -20,6 +20,7 @@ from processes import CLIP, NPC, Started, differences, run, save_small
 import clip
 from data import training_pairs
 from utils.errors import InputError
+from utils.method.memorybank import bank_path
 from utils.reading.image_cache import ImageCache
 from utils.reading.images import Images, explain_deaths
 
@@ -167,12 +168,31 @@ def result(folder):
     return content["state_dict"], content["optimizer"], (folder / "x" / "log.jsonl").read_text()
 
 
+def note_decoded(path):
+    """Hook: note the name of each image that is decoded."""
+    decode = Images.decode
+
+    def noted(self, k):
+        with open(path, "a") as f:
+            print(self.names[k], file=f)
+        return decode(self, k)
+
+    Images.decode = noted
+
+
 def test_any_number_of_workers_and_a_cache_give_the_same_run(small, tmp_path):
+    """With the cache, each image is decoded once in its life, before a bank's or a run's first
+    use of it."""
     for name, more in (("0", []), ("1", []), ("4", ["--image_cache", tmp_path / "c"]),
                        ("0", ["--image_cache", tmp_path / "c"])):
         logs = tmp_path / f"{name}{len(more)}"
-        run(NPC, arguments(small, logs, "--num_workers", name, *more), tmp_path / "out")
+        bank = bank_path(small.root, 0.4)
+        bank.unlink(missing_ok=True)
+        run(NPC, arguments(small, logs, "--num_workers", name, *more), tmp_path / "out",
+            hook=functools.partial(note_decoded, tmp_path / f"decoded{len(more)}"))
         assert differences(result(logs), result(tmp_path / "00")) == []
+    names = [small.name(i) for split in ("train", "dev") for i in small.ids[split]]
+    assert sorted((tmp_path / "decoded2").read_text().split()) == sorted(names)
 
 
 def die_at(name, how):

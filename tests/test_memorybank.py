@@ -44,9 +44,9 @@ def no_random_inputs(monkeypatch):
 def options(**changes):
     values = {"eval_batch_size": 7, "num_workers": 0, "device": torch.device("cpu"), "seed": 3,
               "batch_size": N, "recipe": "paper", "clean_threshold": 0.9, "min_clean": 0.02,
-              "vision_model": "lookup", "resume": None, "noise_ratio": 0.4, "judge": None,
-              "judge_features": None, "judge_rounds": 0, "judge_steps": 4, "judge_neighbours": 0,
-              "judge_lr": None}
+              "vision_model": "lookup", "activation": "quick_gelu", "resume": None,
+              "noise_ratio": 0.4, "judge": None, "judge_features": None, "judge_rounds": 0,
+              "judge_steps": 4, "judge_neighbours": 0, "judge_lr": None}
     return argparse.Namespace(**{**values, **changes})
 
 
@@ -352,7 +352,8 @@ def test_memory_bank_is_built_once_and_kept(tmp_path):
 def test_a_bank_of_another_model_or_threshold_is_used_with_a_warning(tmp_path):
     model, pairs = example()
     memory_bank(model, pairs, options(dataset_root=tmp_path), FP32, lambda _: None)
-    for change in ({"vision_model": "other"}, {"clean_threshold": 0.7}, {"recipe": "released"}):
+    for change in ({"vision_model": "other"}, {"activation": "gelu"}, {"clean_threshold": 0.7},
+                   {"recipe": "released"}):
         said = []
         memory_bank(model, pairs, options(dataset_root=tmp_path, **change), FP32, said.append)
         assert len([x for x in said if x.startswith("warning") and f"--{next(iter(change))}" in x])

@@ -46,7 +46,7 @@ def fit(run, model, dev, optimizers, loader, step):
 
     first_epoch, first_batch = divmod(done, epoch_steps)
     history.open(done)
-    with interruptions(run.device) as interrupted, explain_deaths():
+    with explain_deaths(), interruptions(run.device) as interrupted:
         if done and not first_batch:  # a run may have ended before its last epoch was scored
             complete(first_epoch)
         if first_epoch >= args.epochs:

@@ -51,7 +51,8 @@ class Run:
             return
         tqdm.write(message)
         if self.folder:
-            with open(self.folder / "log.txt", "a", encoding="utf-8") as f:
+            with open(self.folder / "log.txt", "a", encoding="utf-8",
+                      errors="backslashreplace") as f:
                 f.write(f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S} {message}\n")
 
     def write_options(self, name):
