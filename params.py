@@ -55,7 +55,7 @@ class Parser(argparse.ArgumentParser):
 
 def parse_args(command, argv=None):
     """Options of a command: `npc`, `clip`, `memorybank`, `noise`, `cache`, `find_noise`, `search`,
-    `export`.
+    `interpolate`, `export`.
 
     Returns a namespace with defaults filled in (`device` is a torch.device). Bad values end the
     program with one line on stderr and status 2.
@@ -69,6 +69,7 @@ def parse_args(command, argv=None):
                      "cache": "Decode all images ahead.",
                      "find_noise": "Rank the training pairs by how suspicious they are.",
                      "search": "Find images by text, or captions by image.",
+                     "interpolate": "Average the initial model and the trained one.",
                      "export": "Write a checkpoint for transformers."}[command])
     if command == "export":
         parser.add_argument("--resume", required=True, metavar="CKPT", help="checkpoint to export")
@@ -81,7 +82,9 @@ def parse_args(command, argv=None):
         return parser.parse_args(argv)
     training = command in ("npc", "clip")
     add_data(parser.add_argument_group("data"), command)
-    if command not in ("noise", "cache"):
+    if command == "interpolate":
+        add_interpolation(parser.add_argument_group("model"))
+    elif command not in ("noise", "cache"):
         add_model(parser.add_argument_group("model"), training)
     if training or command in ("memorybank", "find_noise"):
         add_method(parser.add_argument_group("method"), command)
@@ -150,12 +153,27 @@ def add_model(group, training):
                             "experiment, if there is any" if training else
                             "checkpoint whose weights are used")
     add_activation(group)
+    add_arithmetic(group)
+
+
+def add_arithmetic(group):
     group.add_argument("--device", type=device, default=None,
                        help="cpu or cuda; without it cuda where there is one")
     group.add_argument("--precision", choices=PRECISIONS, default=None,
                        help="fp32; amp_bf16 or amp_fp16: half-precision arithmetic on fp32 "
                             "weights; fp16: weights and optimiser state in half, as the released "
                             "script runs on a GPU. Without it amp_bf16 on cuda, fp32 on cpu")
+
+
+def add_interpolation(group):
+    group.add_argument("--resume", required=True, metavar="CKPT", help="the trained model")
+    group.add_argument("--initial", required=True, metavar="NAME|PATH",
+                       help="the model that it started from, as for --vision_model in training")
+    add_activation(group)
+    add_arithmetic(group)
+    group.add_argument("--out", default=None, metavar="FILE",
+                       help="checkpoint to write; without it interpolated.pt beside --resume")
+    group.set_defaults(vision_model=None, recipe="paper")
 
 
 def add_activation(group):
@@ -308,7 +326,7 @@ def add_run(group, command):
     group.add_argument("--seed", type=seed, default=99,
                        help="seed of the noise, the order of the pairs, the mixture and random "
                             "weights; change it for another repetition")
-    if command not in ("noise", "cache", "search"):
+    if command not in ("noise", "cache", "search", "interpolate"):
         group.add_argument("--batch_size", type=at_least_two, default=256,
                            help="pairs in a step; every pair is contrasted with the others of its "
                                 "batch; for less memory rather use --accum_steps")

@@ -7,19 +7,25 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import make_dataset, tree, write_lines
+from conftest import make_dataset, options, tree, write_lines
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import clip
 import construct_noise
+import export_hf
 import get_memorybank
+import interpolate
 import main_CLIP
 import main_NPC
+import search
 from clip.model import ResidualAttentionBlock
+from data import retrieval_split
 from params import parse_args
 from utils.reading.layout import read_lines
+from utils.report.retrieval import evaluate
 from utils.training import loop
+from utils.training.precision import Precision
 
 SCORES = {"i2t_R@1", "i2t_R@5", "i2t_R@10", "t2i_R@1", "t2i_R@5", "t2i_R@10", "mean_R1", "rsum"}
 COMMON = ["--vision_model", "tiny", "--device", "cpu", "--num_workers", "0", "--batch_size", "16"]
@@ -332,6 +338,46 @@ def test_eval_does_not_depend_on_the_size_of_its_batches(trained, tmp_path):
                         "--checkpoint_path", str(tmp_path), "--experiments", size])
         results.append((tmp_path / size / "eval_test.json").read_text())
     assert results[0] == results[1]
+
+
+def test_interpolation_scores_both_ends_and_writes_the_best(trained, capsys, tmp_path):
+    out = tmp_path / "between.pt"
+    interpolate.main(["--resume", str(trained.clip / "epoch2.pt"), "--initial", "tiny", "--out",
+                      str(out), *trained.data.options, "--device", "cpu", "--num_workers", "0"])
+    rows = {float(line.split()[1]): [float(x) for x in line.split()[2:]]
+            for line in capsys.readouterr().out.splitlines() if line.startswith("alpha")}
+    assert list(rows) == [0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1]
+    args = options(trained.data)
+    torch.manual_seed(99)
+    initial, preprocess = clip.load("tiny", "cpu")
+    scores = evaluate(initial, retrieval_split(args, "dev", preprocess), args,
+                      Precision("fp32", args.device))
+    for row, expected in ((rows[0], scores), (rows[1], records(trained.clip)[1]["dev"])):
+        assert row == pytest.approx([v for k, v in expected.items() if k != "mean_R1"], abs=0.01)
+
+    written = checkpoint(out)
+    best = max(rows, key=lambda alpha: (rows[alpha][0] + rows[alpha][3], alpha))
+    assert written["alpha"] == best
+    start, end = initial.state_dict(), checkpoint(trained.clip / "epoch2.pt")["state_dict"]
+    for name, value in written["state_dict"].items():
+        assert torch.allclose(value, (1 - best) * start[name] + best * end[name], atol=1e-6), name
+
+    main_CLIP.main(["--eval", "--resume", str(out), *trained.data.options, "--device", "cpu",
+                    "--checkpoint_path", str(tmp_path)])
+    search.main(["a red bar", "--resume", str(out), *trained.data.options, "--device", "cpu",
+                 "--out", str(tmp_path / "found.png")])
+    export_hf.main(["--resume", str(out), "--out", str(tmp_path / "hf")])
+    trained.run("from_between", main_CLIP.main, "--vision_model", out, "--epochs", 1)
+    assert (tmp_path / "ex0" / "eval_test.json").exists() and (tmp_path / "found.png").exists()
+
+
+def test_interpolation_of_different_architectures_is_refused(trained, tmp_path, capsys):
+    torch.save(clip.CLIP(**{**clip.architecture("tiny"), "vision_layers": 1}).state_dict(),
+               tmp_path / "other.pt")
+    with pytest.raises(SystemExit):
+        interpolate.main(["--resume", str(trained.clip / "epoch2.pt"), "--initial",
+                          str(tmp_path / "other.pt"), *trained.data.options, "--device", "cpu"])
+    assert "give the model that it started from" in capsys.readouterr().err
 
 
 # ---- the other commands -------------------------------------------------------------------------
