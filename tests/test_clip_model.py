@@ -369,7 +369,7 @@ def test_grad_checkpointing_saves_memory_and_changes_no_gradient(config, monkeyp
 
 
 @pytest.mark.parametrize("script", [main_CLIP, main_NPC])
-def test_grad_checkpointing_is_what_the_option_turns_on(script, datasets, tmp_path, monkeypatch):
+def test_grad_checkpointing_is_what_the_option_turns_on(script, dataset, tmp_path, monkeypatch):
     calls = Counter()
 
     def count(*args, **options):
@@ -377,8 +377,9 @@ def test_grad_checkpointing_is_what_the_option_turns_on(script, datasets, tmp_pa
         return checkpoint(*args, **options)
 
     monkeypatch.setattr(clip.model, "checkpoint", count)
+    data = dataset("cc")
     for experiment, option in (("off", []), ("on", ["--grad_checkpointing"])):
-        script.main([*datasets["cc"].options, "--vision_model", "tiny", "--device", "cpu",
+        script.main([*data.options, "--vision_model", "tiny", "--device", "cpu",
                      "--num_workers", "0", "--batch_size", "12", "--epochs", "1", *option,
                      "--checkpoint_path", str(tmp_path), "--experiments", experiment])
     assert calls["off"] == 0 and calls["on"] >= 4  # two blocks in each of two towers
