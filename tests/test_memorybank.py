@@ -387,7 +387,7 @@ def test_a_bank_with_too_few_entries_is_refused(tmp_path, built):
     bank, pairs = built
     bank.caption_entry = bank.caption_entry[:-1]
     save_bank(bank, pairs, bank_path(tmp_path, 0.4))
-    with pytest.raises(InputError, match=rf"shape \({N - 1},"):
+    with pytest.raises(InputError, match=rf"\({N - 1},\) for captions, expected \({N},\)"):
         load_bank(tmp_path, 0.4, pairs)
 
 

@@ -128,6 +128,7 @@ def explain_deaths():
     except (RuntimeError, EOFError, ConnectionError) as error:
         if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
             raise
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would report it again and again
         raise InputError("a worker process was killed: the memory may have run out (use fewer "
                          "--num_workers), or an image crashes its decoder (--num_workers 0 shows "
                          "where)") from error
