@@ -10,6 +10,7 @@ random sample. The answers that are given there, as --labels, tell how many pair
 """
 
 import csv
+import itertools
 import os
 import shlex
 from pathlib import Path
@@ -26,17 +27,19 @@ from utils.errors import InputError, command
 from utils.files import atomic_write, new_folder, require_new
 from utils.method.memorybank import fingerprint, nearest, nearest_clean
 from utils.reading.images import Images
-from utils.reading.layout import split_folder, write_split
+from utils.reading.layout import split_folder, write_lines, write_split
+from utils.reading.tables import SOURCE, copy_rows, copy_suffix, source_of
 from utils.report.diagnostics import noise_measures
 from utils.report.labels import NAMES, cells, label_findings, no_labels, read_labels
 from utils.report.noise_page import Suspect, noise_page
 from utils.report.pair_weights import mean_weights, read_weights
 from utils.report.survey import draw_sample
+from utils.report.tables import text_cell
 from utils.training.run import Run
 
 THUMBNAIL = 160  # pixels
-COLUMNS = ("rank", "pair", "score", "posterior", "image", "caption", "clean_pair", "clean_image",
-           "clean_caption", "stratum", "stratum_size", "decision")
+COLUMNS = ("rank", "pair", "row", "score", "posterior", "image", "caption", "best_caption",
+           "clean_pair", "clean_image", "clean_caption", "stratum", "stratum_size", "decision")
 
 
 class Ranking(NamedTuple):
@@ -60,6 +63,8 @@ def main(argv=None):
     model, preprocess = run.load_model()
     pairs = training_pairs(args, preprocess, run.log)
     labels = read_labels(args.labels, pairs) if args.labels else no_labels(len(pairs))
+    # of each pair, the row of the user's table; shuffled captions are no longer in theirs
+    rows, table = (None if args.noise_ratio else source_of(args.dataset_root)) or (None, None)
 
     # What the judge says, and the order of the pairs by --score
     verdict, features, _ = judge_pairs(model, pairs, args, run.precision, run.log)
@@ -94,11 +99,12 @@ def main(argv=None):
     out = Path(args.out)
     nearest_pair = nearest_clean(images, pairs.image_of, verdict.clean)[pairs.image_of]
     nearest_pair[verdict.clean] = np.flatnonzero(verdict.clean)  # a clean pair is its own
+    best_text = nearest(images, texts).cpu().numpy()  # of each image
     with atomic_write(out / "suspicious_pairs.csv") as f:
-        write_table(f, pairs, verdict, ranking, nearest_pair)
+        write_table(f, pairs, verdict, ranking, rows, best_text, nearest_pair)
     about = f"{len(pairs)} pairs by {args.score}, from {pairs.source}; model {args.vision_model}"
-    page = noise_page(suspects(args, pairs, verdict, ranking, images, texts), args.score, about,
-                      findings, verdict, pairs.wrong, fingerprint(pairs))
+    page = noise_page(suspects(args, pairs, verdict, ranking, images, texts, best_text),
+                      args.score, about, findings, verdict, pairs.wrong, fingerprint(pairs))
     with atomic_write(out / "suspicious_pairs.html") as f:
         f.write(page)
     run.log(f"wrote {out}/suspicious_pairs.csv, all {len(pairs)} pairs, and "
@@ -106,7 +112,9 @@ def main(argv=None):
             f"{len(ranking.sample)}")
     if args.write_clean:
         keep = np.where(labels.answer == 0, verdict.posterior >= args.keep_above, labels.answer < 0)
-        write_clean(args, pairs, keep, run.log)
+        write_clean(args, pairs, keep, rows, run.log)
+        if rows is not None:
+            write_clean_table(args, rows, keep, table["table"], run.log)
 
 
 def scores(args, verdict, pairs):
@@ -135,26 +143,31 @@ def against_truth(suspicion, wrong, share):
             f"{taken} most suspicious {wrong[:taken].mean():.3f}.")
 
 
-def write_table(f, pairs, verdict, ranking, nearest_pair):
-    """Write the CSV of all pairs in order, each with the strict-clean pair nearest_pair (n,)."""
+def write_table(f, pairs, verdict, ranking, rows, best_text, nearest_pair):
+    """Write the CSV of all pairs in order, each with its row in the user's table, rows (n,) or
+    None, the caption that best fits its image, best_text (u,), and the strict-clean pair
+    nearest_pair (n,)."""
+    caption_of = dict(zip(pairs.text_of.tolist(), pairs.captions, strict=True))
     table = csv.writer(f, lineterminator="\n")
     table.writerow(COLUMNS)
     for rank, i in enumerate(ranking.order.tolist(), 1):
         score, j = ranking.score[i], nearest_pair[i]
-        table.writerow((rank, i, "" if np.isnan(score) else f"{score:.6g}",
-                        f"{verdict.posterior[i]:.6g}", *cells(pairs, i), j, *cells(pairs, j),
+        best = caption_of[best_text[pairs.image_of[i]]]
+        table.writerow((rank, i, "" if rows is None else rows[i],
+                        "" if np.isnan(score) else f"{score:.6g}", f"{verdict.posterior[i]:.6g}",
+                        *cells(pairs, i), text_cell(best), j, *cells(pairs, j),
                         *ranking.sample.get(i, ("", "")), NAMES[ranking.answer[i]]))
 
 
-def suspects(args, pairs, verdict, ranking, images, texts):
-    """`Suspect`s of the worst pairs and of the sample, each with the model's best caption and best
-    image among all distinct ones. images (u, D), texts (v, D): normalised features."""
+def suspects(args, pairs, verdict, ranking, images, texts, best_text):
+    """`Suspect`s of the worst pairs and of the sample, each with the model's best caption, of
+    best_text (u,), and best image among all distinct ones. images (u, D), texts (v, D): normalised
+    features."""
     places = [{pair: place for place, pair in enumerate(group, 1)}
               for group in (ranking.worst, ranking.sample)]
     chosen = np.array(list(places[0] | places[1]))
     image_of, text_of = pairs.image_of[chosen], pairs.text_of[chosen]
     caption_of_text = dict(zip(pairs.text_of, pairs.captions, strict=True))
-    best_text = nearest(images[torch.from_numpy(image_of).to(images.device)], texts).tolist()
     best_image = nearest(texts[torch.from_numpy(text_of).to(texts.device)], images).tolist()
     names = pairs.images.names
     thumbnails = Images(args.dataset_root, names, clip.Preprocess(THUMBNAIL))
@@ -165,19 +178,20 @@ def suspects(args, pairs, verdict, ranking, images, texts):
                     thumbnails[image].numpy(), names[image],
                     None if pairs.wrong is None else pairs.wrong[i])
             for i, k, text, image
-            in zip(chosen.tolist(), image_of, best_text, best_image, strict=True)]
+            in zip(chosen.tolist(), image_of, best_text[image_of], best_image, strict=True)]
 
 
 # ---- the cleaned data set -----------------------------------------------------------------------
 
 
-def write_clean(args, pairs, keep, log):
-    """Make the data set --write_clean of the pairs that `keep` (n,) bool names."""
+def write_clean(args, pairs, keep, rows, log):
+    """Make the data set --write_clean of the pairs that `keep` (n,) bool names; `rows` (n,) are
+    those of the user's table, or None."""
     if keep.sum() < 2:
         raise InputError(f"--keep_above {args.keep_above} keeps {keep.sum()} of {len(keep)} pairs; "
                          "lower it")
     with new_folder("--write_clean", args.write_clean) as folder:
-        counts = write_subset(pairs, keep, args.dataset_root, folder)
+        counts = write_subset(pairs, keep, rows, args.dataset_root, folder)
     log(f"wrote {args.write_clean}: the {keep.sum()} of {len(keep)} pairs that --keep_above "
         f"{args.keep_above} and the labels keep, on {len(counts)} of {len(pairs.image_ids)} "
         "images; train on it with:\n"
@@ -186,24 +200,36 @@ def write_clean(args, pairs, keep, log):
         f"{counts[0] if len(set(counts)) == 1 else 1}")
 
 
-def write_subset(pairs, keep, dataset_root, target):
-    """Make the data set `target` of the pairs of `dataset_root` that `keep` (n,) bool names. Its
-    dev and test split are copies, its images/ is a link. Returns the captions of each image."""
-    captions = [[] for _ in pairs.image_ids]
-    for i in np.flatnonzero(keep):
-        captions[pairs.image_of[i]].append(pairs.captions[i])
-    ids = [image_id for image_id, own in zip(pairs.image_ids, captions, strict=True) if own]
-    captions = [own for own in captions if own]
+def write_clean_table(args, rows, keep, table, log):
+    """Write the user's table without the rows of wrong pairs beside the data set --write_clean.
+    rows (n,): that of each training pair, of which `keep` (n,) bool stay."""
+    others = [source_of(args.dataset_root, split)[0] for split in ("dev", "test")]
+    target = Path(args.write_clean) / f"cleaned{copy_suffix(table)}"
+    copy_rows(table, target, np.concatenate([rows[keep], *others]))
+    log(f"wrote {target}: {table} without the rows of wrong pairs and those that could not be used")
+
+
+def write_subset(pairs, keep, rows, dataset_root, target):
+    """Make the data set `target` of the pairs of `dataset_root` that `keep` (n,) bool names; `rows`
+    (n,) are those of the user's table, or None. Its dev and test split are copies, its images/ is a
+    link. Returns the number of captions of each image."""
+    kept = np.flatnonzero(keep)
+    kept = kept[np.argsort(pairs.image_of[kept], kind="stable")]
+    images, counts = np.unique(pairs.image_of[kept], return_counts=True)
+    captions = iter([pairs.captions[i] for i in kept])
     root = Path(target)
-    write_split(split_folder(root), "train", ids, captions)
-    for name in ("image_name.txt", *(f"{split}_{what}.txt" for split in ("dev", "test")
-                                     for what in ("ids", "caps"))):
+    write_split(split_folder(root), "train", [pairs.image_ids[k] for k in images],
+                [list(itertools.islice(captions, count)) for count in counts])
+    if rows is not None:
+        write_lines(split_folder(root) / "train_rows.txt", rows[kept])
+    for name in ("image_name.txt", SOURCE, *(f"{split}_{what}.txt" for split in ("dev", "test")
+                                             for what in ("ids", "caps", "rows"))):
         source = split_folder(dataset_root) / name
         if source.exists():
             with atomic_write(split_folder(root) / name, "wb") as f:
                 f.write(source.read_bytes())
     os.symlink(os.path.realpath(Path(dataset_root) / "images"), root / "images")
-    return [len(own) for own in captions]
+    return counts.tolist()
 
 
 if __name__ == "__main__":

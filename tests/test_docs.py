@@ -113,6 +113,21 @@ def test_the_readme_s_weighting_trains(datasets, tmp_path):
     assert (w == 1).sum() == (w == 0).sum() == w.size / 2  # half of each batch counts
 
 
+def test_the_example_from_python_runs(datasets, tmp_path, capsys, monkeypatch):
+    """docs/python.md on a small data set and model."""
+    (source,) = blocks((ROOT / "docs" / "python.md").read_text(encoding="utf-8"), "python")
+    options = [*datasets["f30k"].options, "--device", "cpu", "--num_workers", "0",
+               "--judge_rounds", "0"]
+    for old, new in (('"--dataset_root", "dataset/mine"', ", ".join(map(repr, options))),
+                     ("ViT-B/32", "tiny")):
+        assert old in source
+        source = source.replace(old, new)
+    exec(compile(source, "python.md", "exec"), {})
+    said = capsys.readouterr().out.splitlines()
+    assert "clean pairs; nearest to the first image:" in said[-1]
+    assert len([line for line in said if line[:2] in ("0.", "1.")]) == 10
+
+
 # ---- links ---------------------------------------------------------------------------------------
 
 
