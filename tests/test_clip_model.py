@@ -369,8 +369,8 @@ def test_grad_checkpointing_saves_memory_and_changes_no_gradient(config, monkeyp
 
 
 @pytest.mark.parametrize("script", [main_CLIP, main_NPC])
-def test_grad_checkpointing_is_what_the_option_turns_on(script, datasets, tmp_path, monkeypatch):
-    calls = Counter()
+def test_grad_checkpointing_is_what_the_option_turns_on(script, dataset, tmp_path, monkeypatch):
+    calls, data = Counter(), dataset("cc")
 
     def count(*args, **options):
         calls[experiment] += 1
@@ -378,7 +378,7 @@ def test_grad_checkpointing_is_what_the_option_turns_on(script, datasets, tmp_pa
 
     monkeypatch.setattr(clip.model, "checkpoint", count)
     for experiment, option in (("off", []), ("on", ["--grad_checkpointing"])):
-        script.main([*datasets["cc"].options, "--vision_model", "tiny", "--device", "cpu",
+        script.main([*data.options, "--vision_model", "tiny", "--device", "cpu",
                      "--num_workers", "0", "--batch_size", "12", "--epochs", "1", *option,
                      "--checkpoint_path", str(tmp_path), "--experiments", experiment])
     assert calls["off"] == 0 and calls["on"] >= 4  # two blocks in each of two towers
