@@ -127,6 +127,8 @@ def endless(loader, number):
 def best_rate(model, pairs, clean, args, log):
     """The learning rate among `RATES` under which a copy of `model`, taught on clean pairs (n,)
     bool, best tells pairs from mismatches on images that it has not seen."""
+    if len(pairs.image_ids) < 10:
+        return RATES[1]
     images = np.random.default_rng([args.seed, 1]).permutation(len(pairs.image_ids))
     held_out = np.isin(pairs.image_of, images[: min(MOST_HELD_OUT, int(HELD_OUT * len(images)))])
     few, precision = take(pairs, held_out), Precision(args.precision, args.device)

@@ -90,7 +90,8 @@ def draw_by_posterior():
 
 class Row(NamedTuple):
     """How a row trains. lr_factor: its learning rate over that of the grid; root: the data folder,
-    as a hook needs banks of its own."""
+    as a hook needs banks of its own; interpolated: the test is of the average with the initial
+    model, as interpolate.py finds it."""
 
     folder: str
     script: str = "main_NPC.py"
@@ -99,6 +100,7 @@ class Row(NamedTuple):
     hook: object = None
     root: str = "target"
     lr_factor: float = 1.0
+    interpolated: bool = False
 
 
 ROWS = {
@@ -137,6 +139,9 @@ ROWS = {
             root="oracle_weights"),
     "NPC, w of One-Step Anti-noise": Row("npc_osa", options=("--weighting", "osa")),
 }
+ROWS |= {f"{name}, interpolated": row._replace(folder=f"{row.folder}_interpolated",
+                                               interpolated=True)
+         for name, row in ROWS.items() if row.folder in ("clip_long", "npc", "robust")}
 OF_WEIGHTS = ("NPC", "NPC, released recipe", "NPC, w of One-Step Anti-noise")
 
 
@@ -146,25 +151,32 @@ class Ablation(demo.Demo):
     rates = {}  # of each row, once it is chosen
 
     def run(self):
+        trained = [row for row in ROWS if not ROWS[row].interpolated]
         self.make([(self.train, GRID_SEED, row, rate, GRID_RATIO)
-                   for row in ROWS for rate in RATES])
-        for row in ROWS:
+                   for row in trained for rate in RATES])
+        for row in trained:
             self.rates[row] = max(RATES, key=lambda rate, row=row: self.dev(row, rate))
+        self.rates |= {f"{row}, interpolated": rate for row, rate in self.rates.items()}
         self.make([(self.train, seed, row, self.rates[row], ratio)
                    for seed in self.seeds for ratio in demo.RATIOS for row in ROWS])
 
     def train(self, seed, name, rate, ratio):
         """Fine-tune and test the pre-trained model of `seed` as a row says."""
         row, folder, run = ROWS[name], self.folder(seed), self.run_of(name, rate, ratio)
+        initial, last = folder / "pretrained" / "best.pt", f"{run}/epoch{row.epochs}.pt"
         if row.root != "target":
             self.link_data(folder / "target", folder / row.root)
-        train = demo.training(row.script, seed, folder, row.root, run,
-                              folder / "pretrained" / "best.pt", demo.TARGET, row.epochs,
-                              rate * row.lr_factor)
-        self.execute(folder / run, f"seed {seed}, {ratio:.0%} noise, lr {rate:g}, {name}", "last", [
-            (*train, "--noise_ratio", ratio, *row.options),
-            demo.testing(row.script, seed, folder, f"{run}/epoch{row.epochs}.pt", f"{run}/last"),
-        ], row.hook)
+        train = demo.training(row.script, seed, folder, row.root, run, initial, demo.TARGET,
+                              row.epochs, rate * row.lr_factor)
+        commands = [(*train, "--noise_ratio", ratio, *row.options)]
+        if row.interpolated:
+            commands += [("interpolate.py", "--resume", folder / last, "--initial", initial,
+                          "--dataset", "f30k", "--dataset_root", folder / row.root, "--device",
+                          "cpu", "--num_workers", 0)]
+            last = f"{run}/interpolated.pt"
+        commands += [demo.testing(row.script, seed, folder, last, f"{run}/last")]
+        self.execute(folder / run, f"seed {seed}, {ratio:.0%} noise, lr {rate:g}, {name}", "last",
+                     commands, row.hook)
 
     @staticmethod
     def link_data(source, target):

@@ -15,7 +15,7 @@ from clip.preprocess import to_8_bit
 from utils.errors import InputError
 from utils.files import atomic_write, new_folder
 from utils.reading.images import open_image
-from utils.reading.layout import SPLITS, few, split_folder, write_lines, write_split
+from utils.reading.layout import SPLITS, split_folder, write_lines, write_split
 
 JPEG = ("JPEG", "MPO")  # an MPO is a JPEG with further pictures behind the first
 
@@ -103,20 +103,22 @@ def place(source, target, link="hard"):
     return True
 
 
+def write_splits(folder, splits, names=None):
+    """Write the id and caption files of `splits` {"train" | "dev" | "test": split} to a folder, and
+    image_name.txt when `names` are given."""
+    if names is not None:
+        write_lines(Path(folder) / "image_name.txt", names)
+    for split in SPLITS:
+        write_split(folder, split, *splits[split])
+
+
 @contextlib.contextmanager
-def new_split(root, splits, names=None):
-    """Write the id and caption files of `splits` {"train" | "dev" | "test": split}, and
-    image_name.txt when `names` are given. They take their place below `root` once the block, which
-    places the images, is through.
+def new_split(root, write):
+    """Let the function `write` put the files of a data set into a folder, which takes its place
+    below `root` once the block, which places the images, is through.
 
     Raises InputError when other files are there: noisy captions and memory banks belong to them.
     """
-    def write(folder):
-        if names is not None:
-            write_lines(Path(folder) / "image_name.txt", names)
-        for split in SPLITS:
-            write_split(folder, split, *splits[split])
-
     target = split_folder(root)
     with tempfile.TemporaryDirectory() as new:
         write(new)
@@ -129,11 +131,8 @@ def new_split(root, splits, names=None):
         yield
 
 
-def report(root, splits, left_out):
-    """Print what was written and left out. left_out: {reason: list of names}."""
-    for reason, names in left_out.items():
-        if names:
-            print(f"left out: {len(names)} {reason} ({few(names)})")
+def report(root, splits):
+    """Print what was written."""
     for split in SPLITS:
         ids, captions = splits[split]
         print(f"{split:>5}: {len(ids):7d} images, {sum(map(len, captions)):7d} captions")

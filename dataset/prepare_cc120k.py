@@ -13,14 +13,12 @@ become ROOT/images/ID.jpg, where ID is the file's name without extension or the 
 be stopped and run again; nothing is written before all images of the split are known.
 """
 
-import json
+import itertools
 import os
 import random
 import re
 import sys
-import tarfile
 from pathlib import Path
-from typing import NamedTuple
 
 from tqdm import tqdm
 
@@ -35,102 +33,41 @@ from dataset.common import (
     new_split,
     place,
     report,
+    write_splits,
 )
 from params import Parser, positive_int
 from utils.errors import InputError, command
-from utils.files import reading
 from utils.reading.layout import few, read_lines, read_text
+from utils.reading.tables import IMAGES, Member, read_rows
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 PLAIN_KEY = re.compile(r"[\w-]+", re.ASCII)
 
 
-class Member(NamedTuple):
-    """A file inside a tar: where its bytes lie. Nothing is ever unpacked by its name."""
-
-    tar: str
-    offset: int
-    size: int
-
-
-def read(source):
-    """Bytes of a file given as path or Member."""
-    if not isinstance(source, Member):
-        return Path(source).read_bytes()
-    with open(source.tar, "rb") as f:
-        f.seek(source.offset)
-        return f.read(source.size)
-
-
-def walk(folder, option):
-    """Paths (str) of all files below a folder, in sorted order."""
-    if not folder.is_dir():
-        raise InputError(f"{option} {folder} is not a folder; give the one with the images")
-    for parent, folders, names in os.walk(folder):
-        folders.sort()
-        yield from filter(os.path.isfile, (os.path.join(parent, name) for name in sorted(names)))
-
-
-def tar_members(path):
-    """(name without folders, Member) of each file of a tar; InputError when it is broken."""
-    with (reading(path, "a whole, uncompressed tar", "download the shard again or move it away"),
-          tarfile.open(path, "r:") as tar):
-        for member in tar:
-            if member.size < 0:  # some versions of tarfile would run in circles
-                raise ValueError("a member of negative size")
-            if member.isreg() and not member.issparse():
-                yield member.name.rsplit("/", 1)[-1], Member(path, member.offset_data, member.size)
-
-
 def read_shards(folder):
-    """Samples of img2dataset's output: {key: (image, text)}; and {reason: keys} of what is over.
+    """Samples of img2dataset's output: {key: (Member, caption or what stands for it)}.
 
-    image is a path or Member, text ("txt" | "json", path or Member) or None when there is neither.
     Raises InputError when a key occurs twice, is no plain name, or no image is found.
     """
-    images, texts = {}, {}
-    for path in tqdm(walk(folder, "--shards"), desc="listing", unit=" files", disable=None):
-        members = tar_members(path) if path.endswith(".tar") else [(os.path.basename(path), path)]
-        for name, source in members:
-            key, _, extension = name.partition(".")  # webdataset's rule: up to the first dot
-            extension = extension.lower()
-            if not key or extension not in (*IMAGE_EXTENSIONS, "txt", "json"):
-                continue
-            where = source.tar if isinstance(source, Member) else path
-            if extension in ("txt", "json"):
-                if key not in texts or extension == "txt":
-                    texts[key] = (extension, source)
-                continue
-            if not PLAIN_KEY.fullmatch(key):
-                raise InputError(f"{where}: image {name!r} must be named with letters, digits, _ "
-                                 "and - only; rename it")
-            if key in images:
-                raise InputError(f"{where}: a second image is named {key}; give the output of one "
-                                 "run of img2dataset, as folders or as tars")
-            images[key] = source
-    if not images:
+    samples = {}
+    for row in tqdm(read_rows(folder, ("key", "image", "caption")), desc="listing", unit=" samples",
+                    disable=None):
+        key, image = row["key"], row["image"]
+        if image is None:  # a caption whose download failed
+            continue
+        if not PLAIN_KEY.fullmatch(key):
+            raise InputError(f"{image.file}: image {key!r} must be named with letters, digits, _ "
+                             "and - only; rename it")
+        if key in samples:
+            raise InputError(f"{image.file}: a second image is named {key}; give the output of one "
+                             "run of img2dataset, as folders or as tars")
+        samples[key] = image, row["caption"]
+    if not samples:
         raise InputError(f"--shards {folder} holds no images, neither as files nor in .tar shards")
-    alone = sorted(key for key in texts.keys() - images.keys() if not key.endswith("_stats"))
-    return ({key: (image, texts.get(key)) for key, image in images.items()},
-            {"captions without an image": alone})
+    return samples
 
 
-def shard_caption(text):
-    """Caption, cleaned, of what `read_shards` gives as caption source; "" when there is none."""
-    if text is None:
-        return ""
-    extension, source = text
-    content = read(source).decode("utf-8", "replace")
-    if extension == "json":
-        try:
-            content = json.loads(content).get("caption")
-        except (ValueError, AttributeError):
-            content = None
-    return clean(content) if isinstance(content, str) else ""
-
-
-def read_rows(path):
-    """Captions, cleaned, of the rows of Conceptual Captions' TSV; a header "caption url" is none.
+def read_tsv(path):
+    """Captions of the rows of Conceptual Captions' TSV; a header "caption url" is none.
 
     The url is what follows the last tab. Raises InputError when a row has none.
     """
@@ -141,53 +78,48 @@ def read_rows(path):
         caption, tab, _ = line.rpartition("\t")
         if not tab:
             raise InputError(f"--tsv {path}, line {number}: no tab; expected caption<TAB>url")
-        rows.append(clean(caption))
+        rows.append(caption)
     return rows
 
 
 def match_rows(rows, folder, mapping):
-    """Images of the rows of a TSV: {row number: path}; and {reason: files} of what is left over.
+    """Samples of a TSV: {row number: (path, caption)}.
 
     mapping: a TSV of row number<TAB>file below `folder`, or None: file names are row numbers.
     Raises InputError when a row is named twice or does not exist.
     """
-    images, other, absent = {}, [], []
+    if not folder.is_dir():
+        raise InputError(f"--images {folder} is not a folder; give the one with the images")
+    found = []
     if mapping:
-        pairs = []
         for number, line in enumerate(read_lines(mapping), start=1):
-            where = f"--mapping {mapping}, line {number}"
-            row, tab, name = line.partition("\t")
+            row, _, name = line.partition("\t")
             try:
-                pairs.append((int(row), str(folder / inner_name(name.strip())), where))
+                found.append((int(row), folder / inner_name(name.strip())))
             except ValueError as error:
-                raise InputError(f"{where}: expected row number, from 0,<TAB>file ({error})"
-                                 ) from None
+                raise InputError(f"--mapping {mapping}, line {number}: expected row number, from "
+                                 f"0,<TAB>file ({error})") from None
     else:
-        pairs = []
-        for path in walk(folder, "--images"):
-            stem, extension = os.path.splitext(os.path.basename(path))
-            if extension[1:].lower() in (*IMAGE_EXTENSIONS, "") and re.fullmatch("[0-9]+", stem):
-                pairs.append((int(stem), path, path))
-            else:
-                other.append(path)
-    for row, path, where in pairs:
-        if row >= len(rows):
-            raise InputError(f"{where}: row {row} is past the end of --tsv, which has {len(rows)} "
-                             "rows, counted from 0; do the two belong together?")
-        if row in images:
-            raise InputError(f"{where}: row {row} has a second image; the first is {images[row]}")
+        found = [(int(path.stem), path) for path in sorted(folder.rglob("*"))
+                 if re.fullmatch("[0-9]+", path.stem)
+                 and path.suffix[1:].lower() in (*IMAGES, "")]
+    samples = {}
+    for row, path in found:
+        if not 0 <= row < len(rows):
+            raise InputError(f"{path}: there is no row {row} in --tsv, which has {len(rows)} rows, "
+                             "counted from 0; do the two belong together?")
+        if row in samples:
+            raise InputError(f"{path}: row {row} has a second image; the first is "
+                             f"{samples[row][0]}")
         if os.path.isfile(path):
-            images[row] = path
-        else:
-            absent.append(path)
-    if not images:
+            samples[row] = path, rows[row]
+    if not samples:
         raise InputError(f"no image of a row of --tsv was found in --images {folder}; files must "
                          "be named by row number, such as 000000017.jpg, or be listed in --mapping")
-    return images, {"files that are not named by a row number": other,
-                    "rows of --mapping whose file does not exist": absent}
+    return samples
 
 
-def draw(samples, sizes, seed, caption_of):
+def draw(samples, sizes, seed):
     """Draw usable samples: list of (key, image, caption, format), and {reason: list of keys}.
 
     Dev comes first, then test, then train, so that dev and test stay the same for another --train.
@@ -201,12 +133,12 @@ def draw(samples, sizes, seed, caption_of):
         for key in keys:
             if len(drawn) == wanted:
                 break
-            image, text = samples[key]
-            caption = caption_of(text)
+            image, caption = samples[key]
+            caption = clean(caption) if isinstance(caption, str) else ""
             if not caption:
                 left_out["images without a caption"].append(key)
                 continue
-            kind = image_format(read(image) if isinstance(image, Member) else image)
+            kind = image_format(image.read() if isinstance(image, Member) else image)
             if kind is None:
                 left_out["images that cannot be read"].append(key)
                 continue
@@ -229,59 +161,53 @@ def draw(samples, sizes, seed, caption_of):
 def main(argv=None):
     parser = Parser(__doc__)
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--shards", type=Path,
-                        help="output folder of img2dataset, folders or tars (no default); use it "
-                             "when img2dataset made the download")
-    source.add_argument("--tsv", type=Path,
-                        help="Conceptual Captions' TSV (no default); use it with --images when the "
-                             "images were downloaded otherwise")
-    parser.add_argument("--images", type=Path,
-                        help="folder with the images of --tsv, sub-folders included (no default)")
-    parser.add_argument("--mapping", type=Path,
-                        help="TSV of row number (from 0)<TAB>file below --images (default: the "
-                             "files are named by row number); give it when they are not")
-    parser.add_argument("--root", type=Path, required=True,
-                        help="folder of the data set to make (no default)")
-    parser.add_argument("--train", type=positive_int, default=118851, metavar="N",
-                        help="training images (default: %(default)s, the paper's); lower it when "
-                             "fewer could be downloaded")
-    parser.add_argument("--dev", type=positive_int, default=1000, metavar="N",
-                        help="validation images (default: %(default)s); lower it with --train")
-    parser.add_argument("--test", type=positive_int, default=1000, metavar="N",
-                        help="test images (default: %(default)s); lower it with --train")
+    source.add_argument("--shards", type=Path, metavar="DIR",
+                        help="output folder of img2dataset, with folders or tars")
+    source.add_argument("--tsv", type=Path, metavar="FILE",
+                        help="Conceptual Captions' TSV; use it with --images when the images were "
+                             "downloaded otherwise")
+    parser.add_argument("--images", type=Path, metavar="DIR",
+                        help="folder with the images of --tsv, sub-folders included")
+    parser.add_argument("--mapping", type=Path, metavar="FILE",
+                        help="TSV of row number (from 0)<TAB>file below --images, when the files "
+                             "are not named by row number")
+    parser.add_argument("--root", type=Path, required=True, metavar="DIR",
+                        help="folder of the data set to make")
+    for split, size in (("train", 118851), ("dev", 1000), ("test", 1000)):
+        parser.add_argument(f"--{split}", type=positive_int, default=size, metavar="N",
+                            help=f"images of the {split} split; the paper's, to be lowered when "
+                                 "fewer could be downloaded")
     parser.add_argument("--seed", type=int, default=0,
-                        help="seed of the draw (default: %(default)s); change it for another split")
+                        help="seed of the draw; change it for another split")
     args = parser.parse_args(argv)
     if args.tsv and not args.images:
         raise InputError("--tsv needs --images, the folder with the downloaded images")
     if args.shards and (args.images or args.mapping):
         raise InputError("--images and --mapping belong to --tsv; leave them out with --shards")
 
-    if args.shards:
-        (samples, unmatched), caption_of = read_shards(args.shards), shard_caption
-    else:
-        rows = read_rows(args.tsv)
-        images, unmatched = match_rows(rows, args.images, args.mapping)
-        samples, caption_of = {row: (path, rows[row]) for row, path in images.items()}, str
+    samples = (read_shards(args.shards) if args.shards
+               else match_rows(read_tsv(args.tsv), args.images, args.mapping))
     sizes = {"dev": args.dev, "test": args.test, "train": args.train}
-    drawn, left_out = draw(samples, sizes, args.seed, caption_of)
+    drawn, left_out = draw(samples, sizes, args.seed)
 
-    splits, start = {}, 0
+    splits, rest = {}, iter(drawn)
     for split, size in sizes.items():
-        part = drawn[start:start + size]
+        part = list(itertools.islice(rest, size))
         splits[split] = [key for key, *_ in part], [[caption] for _, _, caption, _ in part]
-        start += size
     placed = 0
-    with new_split(args.root, splits):
+    with new_split(args.root, lambda folder: write_splits(folder, splits)):
         for key, image, _, kind in tqdm(drawn, desc="placing", unit=" images", disable=None):
-            content = read(image) if isinstance(image, Member) else image
+            content = image.read() if isinstance(image, Member) else image
             placed += place(content if kind in JPEG else as_jpeg(content),
                             args.root / "images" / f"{key}.jpg")
 
     looked_at = len(drawn) + sum(map(len, left_out.values()))
     print(f"found {len(samples)} images, looked at {looked_at}, "
           f"placed {placed} in {args.root / 'images'}, {len(drawn) - placed} were there")
-    report(args.root, splits, unmatched | left_out)
+    for reason, names in left_out.items():
+        if names:
+            print(f"left out: {len(names)} {reason} ({few(names)})")
+    report(args.root, splits)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dataset.common import clean, inner_name, new_split, report
+from dataset.common import clean, inner_name, new_split, report, write_splits
 from params import Parser
 from utils.errors import command
 from utils.files import reading
@@ -68,9 +68,9 @@ def main(argv=None):
     for line, (key, split, captions, _) in enumerate(images):
         splits[split][0].append(key if dataset == "coco" else line)
         splits[split][1].append(captions)
-    with new_split(args.root, splits, names):
+    with new_split(args.root, lambda folder: write_splits(folder, splits, names)):
         pass
-    report(args.root, splits, {})
+    report(args.root, splits)
     print(f"{sum(over for *_, over in images)} captions beyond the first {CAPTIONS} of an image "
           "were left out")
     if dataset == "coco":

@@ -1,33 +1,48 @@
-"""Make a data set of your own from a list of images and captions.
+"""Make a data set of your own from a table of images and captions.
 
     python dataset/prepare_pairs.py --pairs pairs.csv --images photos/ --root dataset/mine
+    python dataset/prepare_pairs.py --pairs "data/*.parquet" --image_column jpg --root dataset/mine
+    python dataset/prepare_pairs.py --pairs shards/ --root dataset/mine
 
-The list is a .csv or .tsv with a header, or a .jsonl with one object a line, whose caption may be a
-list. Image paths are relative to --images. Rows with the same image are its captions, any number.
-A .csv may quote its fields; a .tsv is read as it stands, without quotes.
+The table is a .csv, .tsv or .jsonl, a .parquet, or a .tar of img2dataset or webdataset, a glob of
+such files, or a folder of .tar files. A caption may be a list of captions. An image is a path, or
+the bytes of an image file (in Parquet, as Hugging Face's data sets have them, and in tars); images
+given as bytes are named by the number of their row. Rows with the same image are its captions.
 
 The split is drawn by image, so all captions of one are in the same part; it depends on the seed and
-on which images can be used. Images keep their names, sub-folders included. The command can be
-stopped and run again; nothing is written before all images have been looked at.
+on which images can be used. Rows that cannot be used are counted and listed in unusable_rows.csv.
+The command can be stopped and run again; nothing is written before all images have been looked at.
 """
 
 import csv
-import io
+import hashlib
 import json
 import os
 import random
 import shlex
 import sys
+from collections import Counter, defaultdict
 from pathlib import Path
 
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dataset.common import clean, image_format, inner_name, new_split, place, report
+from dataset.common import (
+    JPEG,
+    clean,
+    image_format,
+    inner_name,
+    new_split,
+    place,
+    report,
+    write_splits,
+)
 from params import Parser
 from utils.errors import InputError, command
-from utils.reading.layout import few, read_text
+from utils.files import atomic_write
+from utils.reading.layout import SPLITS, write_lines
+from utils.reading.tables import SOURCE, Member, read_rows
 
 
 def amount(text):
@@ -41,82 +56,92 @@ def amount(text):
 amount.__name__ = "number or share below 1"  # argparse names the type in its message
 
 
-def read_table(path):
-    """Rows of a .csv, .tsv or .jsonl with header: yields (line number, dict of column: value)."""
-    text = read_text(path, "--pairs is the list of images and captions")
-    kind = path.suffix.lower()
-    if kind == ".jsonl":
-        for number, line in enumerate(io.StringIO(text), start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise InputError(f"{path}, line {number}: not JSON ({error})") from None
-            if not isinstance(row, dict):
-                raise InputError(f"{path}, line {number}: expected an object with the image and "
-                                 "its captions")
-            yield number, row
-    elif kind in (".csv", ".tsv"):
-        form = ({"strict": True} if kind == ".csv"
-                else {"delimiter": "\t", "quoting": csv.QUOTE_NONE})
-        table = csv.DictReader(io.StringIO(text, newline=""), **form)
-        try:
-            for row in table:
-                if None in row or None in row.values():  # too long or too short
-                    raise InputError(f"{path}, line {table.line_num}: not as many fields as the "
-                                     "header; in a .csv put captions with commas in double quotes")
-                yield table.line_num, row
-        except csv.Error as error:
-            raise InputError(f"{path}, line {table.line_num}: {error}; check the quotes") from None
-    else:
-        raise InputError(f"--pairs {path} must end in .csv, .tsv or .jsonl, which says how it is "
-                         "read")
+class Unusable(Exception):
+    """Why a row cannot be used."""
 
 
-def read_pairs(path, images, image_column, caption_column):
-    """Captions by image: {name below `images`: list of str}, and the lines with an empty caption.
+class Pairs:
+    """The rows of a table that can be used.
 
-    Raises InputError on a missing column, a value of the wrong type, or an image outside `images`.
+    captions: {image name: list of (row number, caption)}. first: {number of the row that an image
+    is taken from: its name}. unusable: list of (row number, reason).
     """
-    captions, empty = {}, []
-    for number, row in tqdm(read_table(path), desc="reading", unit=" rows", disable=None):
-        where = f"{path}, line {number}"
-        for option, column in (("image", image_column), ("caption", caption_column)):
-            if column not in row:
-                raise InputError(f"{where}: no column '{column}', only {', '.join(row)}; give "
-                                 f"--{option}_column")
-        name, own = row[image_column], row[caption_column]
-        own = own if isinstance(own, list) else [own]
-        if not (isinstance(name, str) and own and all(isinstance(c, str) for c in own)):
-            raise InputError(f"{where}: '{image_column}' must be text and '{caption_column}' text "
-                             "or a list of texts")
-        name = name.strip()
-        if os.path.isabs(name):
-            name = os.path.relpath(name, os.path.abspath(images))
-        kept = [caption for caption in map(clean, own) if caption]
-        empty += [f"line {number}"] * (len(own) - len(kept))
-        if kept:
+
+    def __init__(self, args):
+        self.args = args
+        self.captions, self.first, self.unusable = defaultdict(list), {}, []
+        self.names = {}  # of images that were looked at, by name or by content; None: no use
+        for number, row in enumerate(self.rows("reading")):
             try:
-                captions.setdefault(inner_name(name), []).extend(kept)
-            except ValueError as error:
-                raise InputError(f"{where}: {error}") from None
-    if not captions:
-        raise InputError(f"--pairs {path} holds no captions")
-    return captions, empty
+                if isinstance(row, str):
+                    raise Unusable(row)
+                captions = self.captions_in(row)
+                name = self.image_in(number, row)
+                self.captions[name] += [(number, caption) for caption in captions]
+            except Unusable as why:
+                self.unusable.append((number, str(why)))
 
+    def rows(self, what):
+        columns = self.args.image_column, self.args.caption_column
+        return tqdm(read_rows(self.args.pairs, columns), desc=what, unit=" rows", disable=None)
 
-def usable_images(names, folder):
-    """Names, sorted, of the images below a folder that can be read; and {reason: other names}."""
-    usable, left_out = [], {"images that do not exist": [], "images that cannot be read": []}
-    for name in tqdm(sorted(names), desc="checking", unit=" images", disable=None):
-        if not os.path.isfile(folder / name):
-            left_out["images that do not exist"].append(name)
-        elif image_format(folder / name) is None:
-            left_out["images that cannot be read"].append(name)
-        else:
-            usable.append(name)
-    return usable, left_out
+    def captions_in(self, row):
+        value = row[self.args.caption_column]
+        texts = [text for text in (value if isinstance(value, list) else [value])
+                 if isinstance(text, str)]
+        captions = [caption for caption in map(clean, texts) if caption]
+        if not captions:
+            raise Unusable("no caption")
+        return captions
+
+    def source(self, row):
+        """A row's image: its path below --images, or None, and where it is: a path or bytes."""
+        value = row[self.args.image_column]
+        if isinstance(value, dict):
+            value = value.get("bytes") or value.get("path")
+        if isinstance(value, Member):
+            value = value.read()
+        if isinstance(value, bytes):
+            return None, value
+        if not (isinstance(value, str) and value.strip()):
+            raise Unusable("no image")
+        name = value.strip()
+        if os.path.isabs(name):
+            name = os.path.relpath(name, os.path.abspath(self.args.images))
+        try:
+            name = inner_name(name)
+        except ValueError:
+            raise Unusable("image is outside the images folder or its name is no text") from None
+        return name, os.path.join(self.args.images, name)
+
+    def image_in(self, number, row):
+        """Name of a row's image, which is looked at when it is a new one."""
+        name, source = self.source(row)
+        key = hashlib.sha256(source).digest() if name is None else name
+        if key not in self.names:
+            if name and not os.path.isfile(source):
+                raise Unusable("image does not exist")
+            kind = image_format(source)
+            self.names[key] = kind and (
+                name or f"{number:08d}.{'jpg' if kind in JPEG else kind.lower()}")
+            if kind:
+                self.first[number] = self.names[key]
+        if self.names[key] is None:
+            raise Unusable("image cannot be read")
+        return self.names[key]
+
+    def place(self):
+        """Put the images into ROOT/images; returns how many were not there."""
+        placed = 0
+        for number, row in enumerate(self.rows("placing")):
+            if number in self.first:
+                placed += place(self.source(row)[1],
+                                self.args.root / "images" / self.first[number], self.args.link)
+        return placed
+
+    def reasons(self):
+        return "; ".join(f"{count} rows: {reason}" for reason, count
+                         in Counter(reason for _, reason in self.unusable).most_common(5))
 
 
 def draw(count, dev, test, seed):
@@ -139,51 +164,63 @@ def draw(count, dev, test, seed):
 @command
 def main(argv=None):
     parser = Parser(__doc__)
-    parser.add_argument("--pairs", type=Path, required=True,
-                        help="list of images and captions: .csv, .tsv or .jsonl (no default)")
-    parser.add_argument("--images", type=Path, required=True,
-                        help="folder that the image paths start from (no default); ROOT/images "
-                             "leaves the images where they are")
-    parser.add_argument("--root", type=Path, required=True,
-                        help="folder of the data set to make (no default)")
-    parser.add_argument("--image_column", default="image", metavar="NAME",
-                        help="column or key with the image path (default: %(default)s); change it "
-                             "when yours is called otherwise")
-    parser.add_argument("--caption_column", default="caption", metavar="NAME",
-                        help="column or key with the caption (default: %(default)s); change it "
-                             "when yours is called otherwise")
+    parser.add_argument("--pairs", required=True, metavar="TABLE",
+                        help="table of images and captions: a file, a glob in quotes, or a folder "
+                             "of .tar files")
+    parser.add_argument("--images", type=Path, metavar="DIR",
+                        help="folder that the image paths start from; ROOT/images leaves the "
+                             "images where they are; without it the folder of the table")
+    parser.add_argument("--root", type=Path, required=True, metavar="DIR",
+                        help="folder of the data set to make")
+    for what in ("image", "caption"):
+        parser.add_argument(f"--{what}_column", default=what, metavar="NAME",
+                            help=f"column or key with the {what}")
     for split in ("dev", "test"):
         parser.add_argument(f"--{split}", type=amount, default=0.1, metavar="N",
-                            help=f"images of the {split} split, as number (1000) or share (0.1) "
-                                 "(default: %(default)s); give a number for a large data set, as "
-                                 "every one is compared with every other")
+                            help=f"images of the {split} split, as number (1000) or share (0.1); "
+                                 "give a number for a large data set, as every one is compared "
+                                 "with every other")
     parser.add_argument("--seed", type=int, default=0,
-                        help="seed of the split (default: %(default)s); change it for another one")
+                        help="seed of the split; change it for another one")
     parser.add_argument("--link", choices=("hard", "symlink", "copy"), default="hard",
-                        help="how images get into ROOT/images (default: %(default)s, which takes "
-                             "no room and becomes a copy across disks); symlink takes none across "
-                             "disks but breaks when --images moves; copy for images that you edit")
+                        help="how images get into ROOT/images; hard takes no room and becomes a "
+                             "copy across disks; symlink takes none across disks but breaks when "
+                             "--images moves; copy for images that you edit")
     args = parser.parse_args(argv)
-    if not args.images.is_dir():
+    if args.images is None:
+        args.images = Path(args.pairs).parent
+    elif not args.images.is_dir():
         raise InputError(f"--images {args.images} is not a folder; give the one that the paths in "
                          f"{args.pairs} start from")
 
-    captions, empty = read_pairs(args.pairs, args.images, args.image_column, args.caption_column)
-    names, left_out = usable_images(captions, args.images)
+    pairs = Pairs(args)
+    names = sorted(pairs.captions)
     if not names:
-        reasons = "; ".join(f"{len(n)} {reason} ({few(n)})" for reason, n in left_out.items() if n)
-        raise InputError(f"no image of {args.pairs} can be used: {reasons}; is --images "
-                         f"{args.images} the folder that its paths start from?")
-    splits = {split: (ids, [captions[names[i]] for i in ids])
-              for split, ids in draw(len(names), args.dev, args.test, args.seed).items()}
-    target, placed = args.root / "images", 0
-    with new_split(args.root, splits, names):
-        if not (target.is_dir() and os.path.samefile(target, args.images)):
-            for name in tqdm(names, desc="placing", unit=" images", disable=None):
-                placed += place(args.images / name, target / name, args.link)
+        raise InputError(f"no row of {args.pairs} can be used: {pairs.reasons() or 'it has none'}; "
+                         f"image paths start from --images {args.images}")
+    drawn = draw(len(names), args.dev, args.test, args.seed)
+    splits = {split: (ids, [[caption for _, caption in pairs.captions[names[i]]] for i in ids])
+              for split, ids in drawn.items()}
 
-    print(f"placed {placed} images in {target}, {len(names) - placed} were there")
-    report(args.root, splits, left_out | {"empty captions": empty})
+    def write(folder):
+        folder = Path(folder)
+        write_splits(folder, splits, names)
+        for split in SPLITS:
+            write_lines(folder / f"{split}_rows.txt",
+                        [row for i in drawn[split] for row, _ in pairs.captions[names[i]]])
+        with atomic_write(folder / "unusable_rows.csv") as f:
+            csv.writer(f, lineterminator="\n").writerows([("row", "reason"), *pairs.unusable])
+        with atomic_write(folder / SOURCE) as f:
+            json.dump({"table": os.path.abspath(args.pairs), "image_column": args.image_column,
+                       "caption_column": args.caption_column}, f, indent=1)
+
+    with new_split(args.root, write):
+        placed = pairs.place()
+    print(f"placed {placed} images in {args.root / 'images'}, {len(names) - placed} were there")
+    if pairs.unusable:
+        print(f"left out {len(pairs.unusable)} rows, listed in unusable_rows.csv: "
+              f"{pairs.reasons()}")
+    report(args.root, splits)
     print("train on it with:\n  python main_NPC.py --dataset pairs --dataset_root "
           f"{shlex.quote(os.path.abspath(args.root))}")
 

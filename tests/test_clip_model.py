@@ -370,13 +370,14 @@ def test_grad_checkpointing_saves_memory_and_changes_no_gradient(config, monkeyp
 
 @pytest.mark.parametrize("script", [main_CLIP, main_NPC])
 def test_grad_checkpointing_is_what_the_option_turns_on(script, dataset, tmp_path, monkeypatch):
-    calls, data = Counter(), dataset("cc")
+    calls = Counter()
 
     def count(*args, **options):
         calls[experiment] += 1
         return checkpoint(*args, **options)
 
     monkeypatch.setattr(clip.model, "checkpoint", count)
+    data = dataset("cc")
     for experiment, option in (("off", []), ("on", ["--grad_checkpointing"])):
         script.main([*data.options, "--vision_model", "tiny", "--device", "cpu",
                      "--num_workers", "0", "--batch_size", "12", "--epochs", "1", *option,

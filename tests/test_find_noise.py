@@ -18,6 +18,7 @@ from conftest import tree, write_lines
 from PIL import Image
 
 import find_noise
+import get_memorybank
 import main_CLIP
 from utils.reading.layout import read_captions
 
@@ -33,7 +34,7 @@ def embedding(data, spread):
     rng = np.random.default_rng(0)
     place = {image_id: rng.normal(size=16) for image_id in data.ids["train"]}
 
-    def embed_pairs(model, pairs, args, precision):
+    def embed_pairs(model, pairs, args, precision, normalise):
         texts = dict(zip(pairs.text_of, pairs.captions, strict=True))
         images = [place[image_id] for image_id in pairs.image_ids]
         texts = [place[own[texts[k]]] + spread * rng.normal(size=16) for k in range(len(texts))]
@@ -50,9 +51,10 @@ def find(tmp_path, monkeypatch, capsys):
 
     def run(data, *more, spread=None):
         if spread is not None:
-            monkeypatch.setattr(find_noise, "embed_pairs", embedding(data, spread))
+            monkeypatch.setattr(get_memorybank, "embed_pairs", embedding(data, spread))
         find_noise.main([*data.options, "--vision_model", "tiny", "--num_workers", "0", "--device",
-                         "cpu", "--out", str(tmp_path / "out"), *map(str, more)])
+                         "cpu", "--out", str(tmp_path / "out"), "--recipe", "paper",
+                         *map(str, more)])
         with open(tmp_path / "out" / "suspicious_pairs.csv", encoding="utf-8", newline="") as f:
             return capsys.readouterr().out, list(csv.DictReader(f))
 

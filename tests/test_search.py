@@ -104,7 +104,7 @@ def test_layout_is_told_by_image_name_txt(dataset, find):
 
 @pytest.mark.parametrize("query, said", [
     ("", "empty"), (" \t", "empty"), ("no/such/photo.JPG", "there is none"),
-    ("broken.png", "broken.png: cannot identify"),
+    ("broken.png", "broken.png is not an image"),
 ])
 def test_errors(dataset, find, capsys, tmp_path, monkeypatch, query, said):
     monkeypatch.chdir(tmp_path)
