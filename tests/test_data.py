@@ -23,6 +23,7 @@ from utils.errors import InputError
 from utils.method.memorybank import MemoryBank
 from utils.method.passes import cut_tokens, distinct_items
 from utils.reading.layout import image_names, read_captions, read_ids, read_lines
+from utils.training.saver import hash_of_data
 
 PREPROCESS = clip.Preprocess(32)
 LAYOUTS = list(NUM_ANNS)
@@ -261,6 +262,22 @@ def test_sampler_of_chosen_indices(batch_size, more, others, seed, first):
     if not others:
         order = np.random.default_rng([seed, 0]).permutation(n)
         assert sum(batches, []) == order[: len(batches) * batch_size].tolist()
+
+
+def test_what_is_trained_on_is_hashed(datasets):
+    """The pairs, those that are chosen, the memory entries or where they are drawn from."""
+    data = datasets["f30k"]
+    pairs, args = pairs_of(data), options(data, "--batch_size", 4)
+    banks = [random_bank(pairs, seed) for seed in (0, 1)]
+    for k, bank in enumerate(banks):
+        bank.clean = np.arange(len(pairs)) % (k + 2) == 0
+    hashes = {hash_of_data(training_loader(args, *how)) for how in (
+        [pairs], [pairs, None, np.arange(9)], [pairs, None, np.arange(1, 10)],
+        [pairs_of(data, "--noise_ratio", 0)],  # the same as the first
+        *([pairs, bank, None, by_chance] for bank in banks for by_chance in (False, True)))}
+    assert len(hashes) == 7
+    everything = training_loader(args, pairs, chosen=np.arange(len(pairs)))
+    assert hash_of_data(everything) in hashes
 
 
 def test_fewer_chosen_pairs_than_a_batch_are_refused(datasets):

@@ -666,7 +666,7 @@ def test_weights_that_are_not_finite_are_never_saved(data, tmp_path):
     hook = functools.partial(poison, STEPS + 3, "text_projection")
     argv = arguments(data, "npc", tmp_path, "--save_every", 1)
     said = run(NPC, argv, tmp_path / "out", 2, hook)
-    assert f"after step {STEPS + 3} the weights are not finite" in said.splitlines()[-1]
+    assert f"after step {STEPS + 3} the model's parameters are not finite" in said.splitlines()[-1]
     assert_finite_checkpoints(tmp_path / "x", ["best.pt", "epoch1.pt", "step10.pt", "step9.pt"])
 
 

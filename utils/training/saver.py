@@ -99,8 +99,8 @@ class Saver:
         """Write a checkpoint after `step` steps and `epoch` epochs."""
         self.history.check()
         if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
-            raise InputError(f"after step {step} the weights are not finite; lower --lr or use "
-                             "--precision fp32; checkpoints before it are intact")
+            raise InputError(f"after step {step} the model's parameters are not finite; lower --lr "
+                             "or use --precision fp32; checkpoints before it are intact")
         self.cost.add(step)
         if not is_main():
             return
