@@ -70,7 +70,7 @@ def parse_args(command, argv=None):
                      "find_noise": "Rank the training pairs by how suspicious they are.",
                      "search": "Find images by text, or captions by image.",
                      "interpolate": "Average the initial model and the trained one.",
-                     "export": "Write a checkpoint for transformers."}[command])
+                     "export": "Write a checkpoint for transformers or open_clip."}[command])
     if command == "export":
         parser.add_argument("--resume", required=True, metavar="CKPT", help="checkpoint to export")
         add_activation(parser)
@@ -215,7 +215,7 @@ def add_method(group, command):
                             "with others")
     group.add_argument("--min_clean", type=probability, default=0.02,
                        help="smallest share of pairs in the strict clean set: when fewer pass the "
-                            "threshold, it is made of the pairs of smallest loss instead")
+                            "threshold, it is made of the least suspicious pairs instead")
 
 
 def add_judge(group, command):
@@ -345,7 +345,7 @@ def add_run(group, command):
                            help="save the training state every so many steps too, where an epoch "
                                 "is too long to lose; 0: at each epoch's end alone")
         group.add_argument("--keep_checkpoints", type=natural_int, default=0, metavar="K",
-                           help="keep the newest K checkpoints beside best.pt, to save room (each "
+                           help="keep the last K checkpoints beside best.pt, to save room (each "
                                 "takes 20 bytes a parameter for NPC in fp32); 0: all epochs")
         group.add_argument("--force_resume", action="store_true",
                            help="resume although options or data that make it another run changed, "
@@ -400,7 +400,7 @@ def fill_in(parser, args):
         if args.judge:
             parser.error("--judge and --judge_features name two judges; give one")
         args.judge_rounds = 0
-    if args.judge_lr is None:
+    if args.judge_lr is None and args.judge_rounds:
         args.judge_lr = args.lr
     if args.judge_neighbours is None:
         own = args.judge_rounds or RECIPES[args.recipe].judge_rounds
