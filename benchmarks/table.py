@@ -87,7 +87,14 @@ def read_json(path, lines=False):
 def read_run(folder):
     """The `Run` of a folder. Raises InputError when it was not evaluated or a file of it is
     broken."""
-    folder = Path(folder)
+    try:
+        return _read_run(Path(folder))
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{folder}: a .json file of it lacks what every run writes ({error}); "
+                         "train or evaluate it again") from error
+
+
+def _read_run(folder):
     if not (folder / "eval_test.json").exists():
         what = shlex.join(["--resume", str(folder / "best.pt"), "--checkpoint_path",
                            str(folder.parent), "--experiments", folder.name])

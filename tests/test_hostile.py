@@ -204,6 +204,8 @@ def refused_bank(pairs, root):
     ("caption_entry", lambda a: a[:0]), ("posterior", lambda a: a[:3]),
     ("posterior", lambda a: a * np.nan), ("posterior", lambda a: a.astype("S4")),
     ("clean", lambda a: a.astype(complex)), ("cosine", lambda a: np.array(1.0)),
+    ("posterior", lambda a: a - 5), ("cosine", lambda a: a + 2), ("loss", lambda a: a - 5),
+    ("info", lambda a: np.frombuffer(a.tobytes().replace(b"0.1", b'"x"'), np.uint8)),
     ("info", lambda a: np.frombuffer(b"[1, 2]", np.uint8)),
     ("info", lambda a: np.frombuffer(b"{", np.uint8))])
 def test_bank_with_a_wrong_array(bank, name, value):
@@ -211,6 +213,13 @@ def test_bank_with_a_wrong_array(bank, name, value):
     arrays = dict(np.load(path))
     arrays[name] = value(arrays[name])
     np.savez(path, **arrays)
+    refused_bank(pairs, root)
+
+
+def test_bank_that_is_a_pipe(bank):
+    pairs, root, path = bank
+    path.unlink()
+    os.mkfifo(path)
     refused_bank(pairs, root)
 
 

@@ -658,11 +658,12 @@ def test_pairs_refuses(tmp_path, fails, name, text, message):
     assert not (tmp_path / "r").exists()
 
 
-@pytest.mark.parametrize("option, make", [("--pairs", os.mkfifo), ("--pairs", os.mkdir),
-                                          ("--pairs", None), ("--images", os.mkfifo)])
-def test_pairs_needs_a_regular_file(tmp_path, fails, option, make):
+@pytest.mark.parametrize("option, make, suffix", [
+    ("--pairs", os.mkfifo, ".csv"), ("--pairs", os.mkfifo, ".tar"), ("--pairs", os.mkdir, ".csv"),
+    ("--pairs", None, ""), ("--images", os.mkfifo, ".csv")])
+def test_pairs_needs_a_regular_file(tmp_path, fails, option, make, suffix):
     source = as_csv(tmp_path / "p.csv", photos(tmp_path / "photos", 4))
-    other = tmp_path / ("odd.csv" if make else "x" * 5000)
+    other = tmp_path / (f"odd{suffix}" if make else "x" * 5000)
     if make:
         make(other)
     fails(prepare_pairs, "--pairs", source, "--images", tmp_path / "photos", "--root",

@@ -154,6 +154,7 @@ def test_figure_has_a_row_for_each_table(run, tables):
     (lambda r: (r / "log.jsonl").write_text("{"), "log.jsonl is not"),
     (lambda r: (r / "options.json").unlink(), "options_eval.json"),
     (lambda r: (r / "weights.npz").write_text("none"), "weights.npz is not"),
+    (lambda r: (r / "options.json").write_text("{}"), "lacks what every run writes"),
 ])
 def test_broken_runs(run, capsys, tmp_path, spoil, said):
     folder = run("broken", 70)
