@@ -3,6 +3,7 @@ each starts at once; and a CLIP that is small enough for many of them."""
 
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 import time
@@ -50,6 +51,8 @@ def small_tokens(texts, context_length=CONTEXT):
 
 def _run(function, argv, output, environment, hook):
     os.setsid()
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # as in a terminal, whatever runs this
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     multiprocessing.set_start_method(START_METHOD, force=True)  # this one's is forkserver
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(descriptor, 1)
