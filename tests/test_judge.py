@@ -241,7 +241,7 @@ def test_two_processes_judge_as_one(tmp_path, datasets, dataset):
     options = [*data_set.options, "--vision_model", model, "--device", "cpu", "--num_workers", "0",
                "--batch_size", "20", "--noise_ratio", "0.4", "--context_length", "12",
                "--judge_rounds", "1", "--judge_steps", "3", "--judge_lr", "1e-3",
-               "--clean_threshold", "0.9999999", "--min_clean", "0.5"]  # so that rounding flips none
+               "--clean_threshold", "0.9999999", "--min_clean", "0.5"]  # no tie
     for run in (lambda: get_memorybank_in_one(options, tmp_path), lambda: run_in_two(
             BANK, options, tmp_path / "two.txt")):
         run()
