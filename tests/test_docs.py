@@ -176,7 +176,7 @@ def test_the_readme_is_short():
 def test_the_demo_s_figures_stand_in_one_place():
     """No mean ± standard deviation of the README's table stands on another page."""
     figure = re.compile(r"\d+\.\d+ ± \d+\.\d+")
-    demo = set(figure.findall(README.read_text(encoding="utf-8")))
+    demo = set(figure.findall(README.read_text(encoding="utf-8"))) - {"0.0 ± 0.0"}
     assert len(demo) > 10
     for page in PAGES[1:]:
         twice = demo & set(figure.findall(page.read_text(encoding="utf-8")))
