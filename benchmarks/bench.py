@@ -306,7 +306,7 @@ def bench_step(options, noise):
     draw()
     difference = None
     if options.against == "released" and args.precision == "fp32":  # one step each, from the same A
-        ours_released = NPC(copy.deepcopy(model), released_run)
+        ours_released = NPC(copy.deepcopy(model), released_run, bank)
         ours_released.step(drawn["npc"])
         released = ReleasedStep(copy.deepcopy(model), args)
         released(drawn["released"])
@@ -315,7 +315,7 @@ def bench_step(options, noise):
         del ours_released, released
 
     # All train the same A, one after the other: only what each needs beside it is held for it
-    ours, ours_released = NPC(model, run), NPC(model, released_run)
+    ours, ours_released = NPC(model, run, bank), NPC(model, released_run, bank)
     baseline = Baseline(model, run)
     contenders = {"ours, --recipe paper": lambda: ours.step(drawn["npc"]),
                   "plain CLIP step, ours": lambda: baseline.step(drawn["clip"]),
