@@ -52,7 +52,7 @@ class Pairs:
     """n image-caption pairs over distinct images and captions.
 
     image_of, text_of: (n,) int64 rows into `images` (and `image_ids`) and `tokens`.
-    tokens: (distinct captions, context_length) int32. captions: n str, stripped.
+    tokens: (distinct captions, context_length) int32, or None. captions: n str, stripped.
     wrong: (n,) bool, True where the caption is none of its image's clean ones; None if unknown.
     """
 
@@ -61,7 +61,7 @@ class Pairs:
     image_of: np.ndarray
     captions: list
     text_of: np.ndarray
-    tokens: torch.Tensor
+    tokens: torch.Tensor | None
     source: Path
     wrong: np.ndarray | None = None
 
@@ -74,13 +74,16 @@ def _pairs(args, split, ids, captions, source, preprocess, log):
     names = image_names(args.dataset_root, args.dataset, image_ids)
     require_images(args.dataset_root, names)
     texts, text_of = first_seen(captions)
-    tokens, lengths = clip.tokenize_with_lengths(texts, args.context_length)
-    num_cut = int((lengths > args.context_length)[text_of].sum())
-    if num_cut:
-        log(f"warning: {num_cut} captions of {source} are longer than {args.context_length} tokens "
-            "and were cut, keeping the end token")
+    tokens, cache = None, "off"
+    if preprocess:
+        cache = args.image_cache
+        tokens, lengths = clip.tokenize_with_lengths(texts, args.context_length)
+        num_cut = int((lengths > args.context_length)[text_of].sum())
+        if num_cut:
+            log(f"warning: {num_cut} captions of {source} are longer than {args.context_length} "
+                "tokens and were cut, keeping the end token")
     log(f"{split}: {len(captions)} captions of {len(image_ids)} images from {source}")
-    images = Images(args.dataset_root, names, preprocess, args.image_cache)
+    images = Images(args.dataset_root, names, preprocess, cache)
     return Pairs(images, image_ids, image_of, captions, text_of, tokens, source)
 
 
@@ -94,7 +97,8 @@ def wrong_pairs(clean_captions, captions, image_of):
 
 
 def training_pairs(args, preprocess, log=print):
-    """The (noisy) training split as `Pairs`; makes the noisy caption file when it is missing."""
+    """The (noisy) training split as `Pairs`; makes the noisy caption file when it is missing.
+    Without `preprocess` no model will see them: they have no tokens, and their images no cache."""
     clean = split_folder(args.dataset_root) / "train_caps.txt"
     clean_captions = read_captions(clean) if clean.exists() else []
     if clean_captions:  # checked before a noisy file is made of them
@@ -214,10 +218,10 @@ def training_loader(args, pairs, bank=None, chosen=None, random_memory=False):
 @command
 def main(argv=None):
     args = parse_args("cache", argv)
-    preprocess = clip.Preprocess.of(clip.architecture(args.vision_model))
     if args.list_items:
-        write_items(training_pairs(args, preprocess), Path(args.list_items))
+        write_items(training_pairs(args, None), Path(args.list_items))
         return
+    preprocess = clip.Preprocess.of(clip.architecture(args.vision_model))
     for split in SPLITS:
         pairs = (training_pairs(args, preprocess) if split == "train"
                  else retrieval_split(args, split, preprocess))

@@ -20,12 +20,13 @@ import numpy as np
 import torch
 
 import clip
-from data import training_pairs
-from get_memorybank import judge_pairs, unit
+from get_memorybank import judge_pairs, model_and_pairs
 from params import parse_args
 from utils.errors import InputError, command
 from utils.files import atomic_write, new_folder, require_new
-from utils.method.memorybank import fingerprint, nearest, nearest_clean
+from utils.method.features import first_pairs
+from utils.method.memorybank import fingerprint, nearest_clean
+from utils.method.neighbours import Rows, nearest, random_rows, unit
 from utils.reading.images import Images
 from utils.reading.layout import split_folder, write_lines, write_split
 from utils.reading.tables import SOURCE, copy_rows, copy_suffix, source_of
@@ -35,6 +36,7 @@ from utils.report.noise_page import Suspect, noise_page
 from utils.report.pair_weights import mean_weights, read_weights
 from utils.report.survey import draw_sample
 from utils.report.tables import text_cell
+from utils.timing import part, took
 from utils.training.run import Run
 
 THUMBNAIL = 160  # pixels
@@ -60,8 +62,7 @@ def main(argv=None):
     run = Run(args)
     if args.write_clean:
         require_new("--write_clean", args.write_clean)
-    model, preprocess = run.load_model()
-    pairs = training_pairs(args, preprocess, run.log)
+    model, pairs = model_and_pairs(run)
     labels = read_labels(args.labels, pairs) if args.labels else no_labels(len(pairs))
     # of each pair, the row of the user's table; shuffled captions are no longer in theirs
     rows, table = (None if args.noise_ratio else source_of(args.dataset_root)) or (None, None)
@@ -97,19 +98,26 @@ def main(argv=None):
                       labels.sample or draw_sample(scored, args.seed))
 
     out = Path(args.out)
-    nearest_pair = nearest_clean(images, pairs.image_of, verdict.clean)[pairs.image_of]
+    with part("nearest entries"):
+        nearest_pair = nearest_clean(images, pairs.image_of, verdict.clean,
+                                     most=args.search_among, seed=args.seed)[pairs.image_of]
     nearest_pair[verdict.clean] = np.flatnonzero(verdict.clean)  # a clean pair is its own
-    best_text = nearest(images, texts).cpu().numpy()  # of each image
-    with atomic_write(out / "suspicious_pairs.csv") as f:
+    with part("best captions"):
+        some = random_rows(len(texts), args.search_among, args.seed)
+        keys = Rows(texts, chosen=torch.from_numpy(some).to(texts.device))
+        best_text = nearest(images, keys, title="best captions")[1][:, 0].cpu().numpy()
+        best_text = some[best_text]  # of each image
+    with part("CSV"), atomic_write(out / "suspicious_pairs.csv") as f:
         write_table(f, pairs, verdict, ranking, rows, best_text, nearest_pair)
-    about = f"{len(pairs)} pairs by {args.score}, from {pairs.source}; model {args.vision_model}"
-    page = noise_page(suspects(args, pairs, verdict, ranking, images, texts, best_text),
-                      args.score, about, findings, verdict, pairs.wrong, fingerprint(pairs))
-    with atomic_write(out / "suspicious_pairs.html") as f:
-        f.write(page)
+    about = (f"{len(pairs)} pairs by {args.score}, from {pairs.source}; "
+             + (f"features {args.judge_features}" if args.judge_features
+                else f"model {args.vision_model}"))
+    with part("page"), atomic_write(out / "suspicious_pairs.html") as f:
+        f.write(noise_page(suspects(args, pairs, verdict, ranking, images, texts, best_text),
+                           args.score, about, findings, verdict, pairs.wrong, fingerprint(pairs)))
     run.log(f"wrote {out}/suspicious_pairs.csv, all {len(pairs)} pairs, and "
             f"{out}/suspicious_pairs.html, the worst {len(ranking.worst)} and a random "
-            f"{len(ranking.sample)}")
+            f"{len(ranking.sample)}; {took()}")
     if args.write_clean:
         keep = np.where(labels.answer == 0, verdict.posterior >= args.keep_above, labels.answer < 0)
         write_clean(args, pairs, keep, rows, run.log)
@@ -147,12 +155,12 @@ def write_table(f, pairs, verdict, ranking, rows, best_text, nearest_pair):
     """Write the CSV of all pairs in order, each with its row in the user's table, rows (n,) or
     None, the caption that best fits its image, best_text (u,), and the strict-clean pair
     nearest_pair (n,)."""
-    caption_of = dict(zip(pairs.text_of.tolist(), pairs.captions, strict=True))
+    first = first_pairs(pairs.text_of)
     table = csv.writer(f, lineterminator="\n")
     table.writerow(COLUMNS)
-    for rank, i in enumerate(ranking.order.tolist(), 1):
+    for rank, i in enumerate(map(int, ranking.order), 1):
         score, j = ranking.score[i], nearest_pair[i]
-        best = caption_of[best_text[pairs.image_of[i]]]
+        best = pairs.captions[first[best_text[pairs.image_of[i]]]]
         table.writerow((rank, i, "" if rows is None else rows[i],
                         "" if np.isnan(score) else f"{score:.6g}", f"{verdict.posterior[i]:.6g}",
                         *cells(pairs, i), text_cell(best), j, *cells(pairs, j),
@@ -167,18 +175,19 @@ def suspects(args, pairs, verdict, ranking, images, texts, best_text):
               for group in (ranking.worst, ranking.sample)]
     chosen = np.array(list(places[0] | places[1]))
     image_of, text_of = pairs.image_of[chosen], pairs.text_of[chosen]
-    caption_of_text = dict(zip(pairs.text_of, pairs.captions, strict=True))
-    best_image = nearest(texts[torch.from_numpy(text_of).to(texts.device)], images).tolist()
+    first = first_pairs(pairs.text_of)
+    best_image = nearest(texts[torch.from_numpy(text_of).to(texts.device)], images)[1][:, 0]
     names = pairs.images.names
     thumbnails = Images(args.dataset_root, names, clip.Preprocess(THUMBNAIL))
     return [Suspect(*(place.get(i) for place in places),
                     (i, *cells(pairs, i), *ranking.sample.get(i, ("", ""))),
                     NAMES[ranking.answer[i]], float(ranking.score[i]), verdict.posterior[i],
-                    names[k], thumbnails[k].numpy(), pairs.captions[i], caption_of_text[text],
+                    names[k], thumbnails[k].numpy(), pairs.captions[i], pairs.captions[first[text]],
                     thumbnails[image].numpy(), names[image],
                     None if pairs.wrong is None else pairs.wrong[i])
             for i, k, text, image
-            in zip(chosen.tolist(), image_of, best_text[image_of], best_image, strict=True)]
+            in zip(chosen.tolist(), image_of, best_text[image_of], best_image.tolist(),
+                   strict=True)]
 
 
 # ---- the cleaned data set -----------------------------------------------------------------------

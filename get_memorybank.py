@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 import clip
@@ -34,17 +33,20 @@ from utils.method.memorybank import (
     nearest_clean,
     save_bank,
 )
+from utils.method.neighbours import unit
 from utils.method.passes import Passes
 from utils.method.recipes import RECIPES
 from utils.method.released_bank import save_released
 from utils.reading.layout import BANK_FOLDERS, ratio_name
+from utils.timing import part, took
 from utils.training.optimizer import adamw
 from utils.training.precision import Precision
 from utils.training.run import Run
 
 COMPARED = ("vision_model", "activation", "recipe", "clean_threshold", "min_clean", "batch_size",
             "seed", "judge", "judge_features", "judge_rounds", "judge_steps", "judge_neighbours",
-            "judge_lr")
+            "search_among", "judge_lr")
+OF_MODEL = ("vision_model", "activation")
 RATES = (1e-6, 1e-5, 1e-4, 1e-3)  # learning rates that a judge chooses from
 WARMUP = 4  # steps of a round
 HELD_OUT, MOST_HELD_OUT = 0.2, 2000  # share of the images that it chooses by, and their number
@@ -56,16 +58,19 @@ HELD_OUT, MOST_HELD_OUT = 0.2, 2000  # share of the images that it chooses by, a
 def judge_pairs(model, pairs, args, precision, log=print):
     """What the judge that the options name, which is `model` unless they name another, finds.
 
-    Returns (`Verdict`, raw features (u, D) and (v, D) of the judge, dict of numbers about it).
+    Returns (`Verdict`, raw features (u, D) and (v, D) of the judge, tensors or `Rows`, dict of
+    numbers about it). With `--judge_features` no model is asked.
     """
     if args.judge_features:
-        features, scale = read_features(args.judge_features, pairs, args.device)
+        with part("features"):
+            features, scale = read_features(args.judge_features, pairs, args.device)
         verdict = judge(*map(unit, features), scale, pairs, args)
         report(pairs, verdict, args, log)
         return verdict, features, {}
     if args.judge:
         model, pairs = other_judge(args, precision)
-    features = embed_pairs(model, pairs, args, precision, normalise=False)
+    with part("features"):
+        features = embed_pairs(model, pairs, args, precision, normalise=False)
     verdict = judge(*map(unit, features), model.logit_scale, pairs, args)
     info = {"beta": mean_random_cosine(model, args, precision)}
     cosine = verdict.cosine  # of the initial model
@@ -75,16 +80,21 @@ def judge_pairs(model, pairs, args, precision, log=print):
         info["judge_rate"] = rate
         log(f"judge, round {number} of {args.judge_rounds}: {args.judge_steps} steps at "
             f"{rate:g} on {verdict.clean.sum()} pairs")
-        taught = teach(model, pairs, verdict.clean, rate, args, number)
-        features = embed_pairs(taught, pairs, args, precision, normalise=False)
+        with part("rounds"):
+            taught = teach(model, pairs, verdict.clean, rate, args, number)
+            features = embed_pairs(taught, pairs, args, precision, normalise=False)
         verdict = judge(*map(unit, features), taught.logit_scale, pairs, args, number)
     report(pairs, verdict, args, log)
     return verdict._replace(cosine=cosine), features, info
 
 
-def unit(features):
-    """Rows (u, D) at length 1."""
-    return F.normalize(features, dim=1)
+def model_and_pairs(run):
+    """(model, training pairs) of a command that judges them. With `--judge_features` there is no
+    model, and neither tokens nor images are prepared for one."""
+    args = run.args
+    model, preprocess = (None, None) if args.judge_features else run.load_model()
+    with part("reading"):
+        return model, training_pairs(args, preprocess, run.log)
 
 
 def other_judge(args, precision):
@@ -153,20 +163,23 @@ def build_bank(model, pairs, args, precision, log=print):
 
 def bank_of(verdict, raw_images, raw_texts, pairs, args, info):
     """The `MemoryBank` of a verdict on `pairs`, and of the judge's features, not normalised, of the
-    distinct images (u, D) and captions (v, D).
+    distinct images (u, D) and captions (v, D). It looks among all clean pairs.
 
     By cosine a clean pair is its own nearest entry; with embeddings as they are, as released, long
     ones win.
     """
     by_cosine, clean = RECIPES[args.recipe].cosine_bank, verdict.clean
     images, texts = (unit(raw_images), unit(raw_texts)) if by_cosine else (raw_images, raw_texts)
-    image_entry = nearest_clean(images, pairs.image_of, clean, by_cosine)
-    caption_entry = nearest_clean(texts, pairs.text_of, clean, by_cosine)
+    with part("nearest entries"):
+        image_entry = nearest_clean(images, pairs.image_of, clean, by_cosine)
+        caption_entry = nearest_clean(texts, pairs.text_of, clean, by_cosine)
     caption_entry = caption_entry[pairs.text_of]  # (n,)
     if by_cosine:
         caption_entry[clean] = np.flatnonzero(clean)
     options = {name: getattr(args, name) for name in (*COMPARED, "resume")}
     options["vision_model"] = str(args.vision_model)
+    if args.judge_features:  # no model had a part in it
+        options = {name: options[name] for name in COMPARED if name not in OF_MODEL}
     return MemoryBank(image_entry, caption_entry, clean, verdict.loss.astype(np.float32),
                       verdict.posterior.astype(np.float32), verdict.cosine,
                       {**options, **info, "wrong_share": verdict.wrong_share})
@@ -206,8 +219,7 @@ def memory_bank(model, pairs, args, precision, log=print, resumed=False):
 def main(argv=None):
     args = parse_args("memorybank", argv)
     run = Run(args)
-    model, preprocess = run.load_model()
-    pairs = training_pairs(args, preprocess, run.log)
+    model, pairs = model_and_pairs(run)
     bank = build_bank(model, pairs, args, run.precision, run.log)
     if not is_main():
         return
@@ -217,7 +229,7 @@ def main(argv=None):
     else:
         paths = [bank_path(args.dataset_root, args.noise_ratio, judge_name(args))]
         save_bank(bank, pairs, paths[0])
-    run.log(f"wrote {' and '.join(map(str, paths))}")
+    run.log(f"wrote {' and '.join(map(str, paths))}; {took()}")
 
 
 if __name__ == "__main__":

@@ -229,15 +229,21 @@ def add_judge(group, command):
                        help="before the first round a pair must also agree with the K nearest "
                             f"neighbours of its image and caption; 0: not; without it {NEIGHBOURS} "
                             "with rounds or for --recipe robust, else 0, the paper's")
+    group.add_argument("--search_among", type=at_least_two, default=None, metavar="N",
+                       help="look for these neighbours, and find_noise.py for its best captions "
+                            "and clean pairs, among N random items, so that the time grows with "
+                            "the number of pairs rather than its square: 32768 for a million "
+                            "pairs on a CPU; without it among all")
     group.add_argument("--judge_lr", type=natural_float, default=None, metavar="LR",
                        help="learning rate of the rounds; without it --lr where there is one, else "
                             "that of 1e-6, 1e-5, 1e-4, 1e-3 which works best on images held out")
     group.add_argument("--judge", default=None, metavar="NAME|PATH",
                        help="another model that judges, as for --vision_model; without it the "
                             "initial model")
-    group.add_argument("--judge_features", default=None, metavar="FILE",
-                       help="judge by the features in this .npz file, of a model of any kind "
-                            "(docs/finding_noise.md); there are no rounds then")
+    group.add_argument("--judge_features", default=None, metavar="PATH",
+                       help="judge by the features of a model of any kind, in this .npz file or "
+                            "folder (docs/finding_noise.md); no model is loaded and there are no "
+                            "rounds then")
     if command in ("memorybank", "find_noise"):  # elsewhere these are options of training
         add_memory_savers(group)
         group.set_defaults(lr=None, beta1=0.9, beta2=0.98, eps=1e-6, weight_decay=0.2,

@@ -1,7 +1,7 @@
 """How fast, against what: our code and the released procedure, interleaved in one process.
 
     python benchmarks/bench.py [--only step bank eval loader] [--against nothing] [--json FILE]
-    python benchmarks/bench.py --only features [--num_pairs 1000000]
+    python benchmarks/bench.py --only features [--num_pairs 1000000 --search_among 32768]
 
 The released side is a literal transcription: every model pass for itself, captions padded to 77
 tokens, each image once per caption, the state dict copied entry by entry, ranks by two argsorts.
@@ -13,7 +13,9 @@ import ctypes
 import json
 import os
 import platform
+import re
 import statistics
+import subprocess
 import sys
 import tempfile
 import threading
@@ -32,13 +34,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import clip
 import data
-from get_memorybank import bank_of, build_bank, unit
+from get_memorybank import build_bank
 from main_CLIP import Baseline
 from main_NPC import NPC
 from params import parse_args
-from utils.errors import command
-from utils.method.judge import judge
+from utils.errors import InputError, command
+from utils.method.features import first_pairs, write_items
 from utils.method.memorybank import MemoryBank
+from utils.reading.layout import split_folder, write_lines, write_split
 from utils.report.retrieval import recalls
 from utils.training.run import Run
 
@@ -445,35 +448,84 @@ def bench_loader(options):
 
 
 def bench_features(options):
-    """What follows from the features of --num_pairs pairs, five captions an image, half of them of
-    other images: time and memory of each part, once, as the searches take long without a GPU."""
-    args, n = options.run, options.num_pairs
-    generator = torch.Generator(args.device).manual_seed(args.seed)
-    image_of = np.arange(n) // CAPTIONS
-    num_images = int(image_of[-1]) + 1
-    pairs = data.Pairs(None, None, image_of, [""] * n, np.arange(n), None, Path("-"))
-    images = torch.randn(num_images, 512, device=args.device, generator=generator)
-    texts = torch.randn(n, 512, device=args.device, generator=generator)
-    for rows in torch.arange(0, n, 2).split(2**16):
-        texts[rows] += 0.5 * images[image_of[rows]]
-    images, texts, found = unit(images), unit(texts), {}
-
-    def judged(neighbours):
-        own = argparse.Namespace(**{**vars(args), "judge_neighbours": neighbours})
-        found["verdict"] = judge(images, texts, torch.tensor(4.6), pairs, own)
-
-    parts = {"the paper's judge": lambda: judged(0),
-             "memory entries": lambda: bank_of(found["verdict"], images, texts, pairs, args, {}),
-             "the judge before its rounds, 15 neighbours": lambda: judged(15)}
-    print(f"\n### {n:,} pairs from their features, {(n + num_images) * 512 * 4 / 1e6:.0f} MB\n\n"
-          "| | s | peak MB beyond them |\n|---|--:|--:|")
-    results = {}
-    for name, part in parts.items():
-        with Peak(args.device) as peak:
-            seconds = clock(part, args.device)
-        results[name] = {"seconds": seconds, "memory": peak.value}
-        print(f"| {name} | {seconds:.0f} | {peak.value:.0f} |", flush=True)
+    """find_noise.py and get_memorybank.py on --num_pairs pairs, five captions an image, from a
+    folder of half-precision features: time, its parts and memory of each command, once."""
+    args, results = options.run, {}
+    with tempfile.TemporaryDirectory() as place:
+        root = Path(place)
+        ratio = ["--noise_ratio", str(options.noise[0])]
+        size = make_features(root, options.num_pairs, ratio, args.seed)
+        words = ["--dataset_root", place, *ratio, "--judge_features", str(root / "items"),
+                 "--seed", str(args.seed), "--device", str(args.device)]
+        if args.search_among:
+            words += ["--search_among", str(args.search_among)]
+        print(f"\n### {options.num_pairs:,} pairs, {options.noise[0]:.0%} noise, {size / 1e6:.0f} "
+              f"MB of features, --search_among {args.search_among}\n\n| | s | CPU s | peak MB: "
+              "own, of files, together | seconds by part |\n|---|--:|--:|--:|---|", flush=True)
+        for name, more in (("find_noise.py", ["--out", str(root / "out")]),
+                           ("get_memorybank.py", [])):
+            command = [sys.executable, name, *words, *more]
+            seconds, cpu, peaks, said = watch(command, root / "said.txt")
+            parts = said.rpartition("seconds: ")[2].strip()
+            results[name] = {"seconds": seconds, "cpu": cpu, "memory": peaks, "said": said}
+            print(f"| {name} | {seconds:.0f} | {cpu:.0f} | "
+                  f"{', '.join(f'{peak:.0f}' for peak in peaks)} | {parts} |", flush=True)
     return results
+
+
+def make_features(root, n, ratio, seed):
+    """Make a data set of n pairs, whose images are one and the same file, and its features in the
+    folder items: images of 5,000 kinds, captions like their image. Returns the bytes of both."""
+    num_images, rng = -(-n // CAPTIONS), np.random.default_rng(seed)
+    captions = [f"a photo of something, numbered {i}, beside another thing" for i in range(n)]
+    if n % CAPTIONS:
+        raise InputError(f"--num_pairs {n} is no multiple of {CAPTIONS}, the captions of an image")
+    write_split(split_folder(root), "train", range(num_images),
+                [captions[k : k + CAPTIONS] for k in range(0, n, CAPTIONS)])
+    write_lines(split_folder(root) / "image_name.txt", ["0.jpg"] * num_images)
+    (root / "images").mkdir()
+    Image.fromarray(rng.integers(0, 256, (60, 80, 3), dtype=np.uint8)).save(root / "images/0.jpg")
+    args = parse_args("memorybank", ["--dataset_root", str(root), *ratio, "--seed", str(seed)])
+    pairs = data.training_pairs(args, None)
+    write_items(pairs, root / "items")
+    image_of = np.array([int(pairs.captions[i].split()[5].strip(",")) // CAPTIONS
+                         for i in first_pairs(pairs.text_of)])
+    kinds = rng.standard_normal((5000, 512), np.float32)
+    arrays = [np.lib.format.open_memmap(root / "items" / f"{name}.npy", "w+", np.float16, shape)
+              for name, shape in (("images", (num_images, 512)), ("texts", (n, 512)))]
+    for rows in np.array_split(np.arange(num_images), -(-num_images // 2**14)):
+        kind = kinds[rng.integers(0, len(kinds), len(rows))]
+        arrays[0][rows] = kind + rng.standard_normal(kind.shape, np.float32)
+    for rows in np.array_split(np.arange(n), -(-n // 2**14)):
+        noise = rng.standard_normal((len(rows), 512), np.float32)
+        arrays[1][rows] = 0.4 * arrays[0][image_of[rows]].astype(np.float32) + noise
+    for array in arrays:
+        array.flush()
+    return sum(array.nbytes for array in arrays)
+
+
+def watch(command, path):
+    """(seconds, seconds of all its threads, peaks in MB (own memory, pages of files, both), output)
+    of a command that writes to the file `path`. Raises InputError when it fails."""
+    start, before, seen = time.perf_counter(), os.times(), [(0, 0, 0)]
+    with open(path, "w+") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT,
+                                   cwd=Path(__file__).resolve().parents[1])
+        while process.poll() is None:
+            status = Path(f"/proc/{process.pid}/status").read_text()
+            size = dict(re.findall(r"Rss(Anon|File):\s+(\d+) kB", status))
+            own, files = (int(size.get(kind, 0)) * 1024 / 1e6 for kind in ("Anon", "File"))
+            seen.append((own, files, own + files))
+            time.sleep(0.1)
+        seconds = time.perf_counter() - start
+        out.seek(0)
+        said = out.read()
+    if process.returncode:
+        raise InputError(f"{command[1]} failed: {said.strip().splitlines()[-1]}")
+    after = os.times()
+    cpu = sum(getattr(after, of) - getattr(before, of)
+              for of in ("children_user", "children_system"))
+    return seconds, cpu, np.max(seen, axis=0).tolist(), said
 
 
 def tower_cost(model, args, length):

@@ -46,7 +46,7 @@ def options(**changes):
               "batch_size": N, "recipe": "paper", "clean_threshold": 0.9, "min_clean": 0.02,
               "vision_model": "lookup", "activation": "quick_gelu", "resume": None,
               "noise_ratio": 0.4, "judge": None, "judge_features": None, "judge_rounds": 0,
-              "judge_steps": 4, "judge_neighbours": 0, "judge_lr": None}
+              "judge_steps": 4, "judge_neighbours": 0, "judge_lr": None, "search_among": None}
     return argparse.Namespace(**{**values, **changes})
 
 

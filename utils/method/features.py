@@ -2,6 +2,7 @@
 file."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,10 +14,14 @@ from utils.distributed import gather, rank, world
 from utils.errors import InputError
 from utils.files import atomic_write, reading
 from utils.method.memorybank import fingerprint
+from utils.method.neighbours import Rows
 from utils.method.passes import cut_tokens, encoders
 from utils.reading.images import explain_deaths, image_loader
 
 RANDOM = 256  # random images, and captions, whose cosines are averaged
+CHECKED = 2**14  # rows of features that are checked at a time
+ITEMS, LN_100 = "items.sha256", math.log(100)
+ADVICE = "python data.py --list_items DIR writes what must be encoded, in which order"
 
 
 @torch.inference_mode()
@@ -84,45 +89,70 @@ def write_items(pairs, folder):
     """Write what a model of any kind must encode for `--judge_features`: images.txt, the path of
     each distinct image, captions.txt, each distinct caption, and items.sha256, the hash of both and
     of how they are paired."""
-    caption_of = dict(zip(pairs.text_of.tolist(), pairs.captions, strict=True))
-    lines = {"images.txt": [pairs.images.folder / name for name in pairs.images.names],
-             "captions.txt": [caption_of[k] for k in range(len(caption_of))],
-             "items.sha256": [fingerprint(pairs)]}
+    lines = {"images.txt": (pairs.images.folder / name for name in pairs.images.names),
+             "captions.txt": (pairs.captions[i] for i in first_pairs(pairs.text_of)),
+             ITEMS: [fingerprint(pairs)]}
     for name, content in lines.items():
         with atomic_write(folder / name) as f:
             f.writelines(f"{line}\n" for line in content)
 
 
-def read_features(path, pairs, device):
-    """((images (u, D), texts (v, D)) fp32 on the device, log temperature) of an .npz file.
+def first_pairs(item_of):
+    """(items,) int64: of each item (image or caption) the lowest of its pairs, by the item of each
+    pair (n,)."""
+    return np.unique(item_of, return_index=True)[1]
 
-    It holds `images` and `texts`, a row for each distinct item or for each pair, `items`, the hash
-    that `write_items` wrote, and perhaps `logit_scale` (else ln 100). Raises InputError when they
-    do not fit the pairs.
+
+def read_features(path, pairs, device):
+    """((images (u, D), texts (v, D)) as `Rows`, log temperature) of a folder or an .npz file.
+
+    It holds `images` and `texts`, a row for each distinct item or for each pair, and `items`, the
+    hash that `write_items` wrote: arrays of the file, or images.npy, texts.npy and items.sha256 of
+    the folder, whose arrays stay on disk (a GPU takes them as they are). The log temperature is
+    `logit_scale` or logit_scale.txt, or else ln 100. Raises InputError when they do not fit the
+    pairs.
     """
-    advice = "python data.py --list_items DIR writes what must be encoded, in which order"
-    with (reading(path, "a file of features", advice),
-          np.load(path, allow_pickle=False) as data):
-        arrays = {name: data[name] for name in data.files}
-        items = str(arrays["items"].reshape(-1)[0])
-        features = [arrays["images"], arrays["texts"]]
-        scale = float(arrays.get("logit_scale", math.log(100)))
+    read = _read_folder if Path(path).is_dir() else _read_file
+    arrays, items, scale = read(Path(path))
     if items.strip() != fingerprint(pairs):
         raise InputError(f"{path} holds features of other images or captions than {pairs.source}, "
-                         f"or in another order; {advice}")
+                         f"or in another order; {ADVICE}")
     found = []
-    for name, values, item_of in (("images", features[0], pairs.image_of),
-                                  ("texts", features[1], pairs.text_of)):
+    for (name, values), item_of in zip(arrays.items(), (pairs.image_of, pairs.text_of),
+                                       strict=True):
         count = int(item_of.max()) + 1
         if values.ndim != 2 or len(values) not in (count, len(pairs)):
-            raise InputError(f"{path}: '{name}' has shape {values.shape}; expected a row for each "
-                             f"of {count} distinct {name} or of {len(pairs)} pairs; {advice}")
-        if values.dtype.kind != "f" or not np.isfinite(values).all():
+            raise InputError(f"{path}: '{name}' has shape {tuple(values.shape)}; expected a row "
+                             f"for each of {count} distinct {name} or of {len(pairs)} pairs; "
+                             f"{ADVICE}")
+        if not (values.is_floating_point() and all(rows.isfinite().all()
+                                                   for rows in values.split(CHECKED))):
             raise InputError(f"{path}: '{name}' must be finite floating-point numbers")
-        if len(values) != count:
-            values = values[np.unique(item_of, return_index=True)[1]]
-        found.append(torch.from_numpy(values.astype(np.float32)).to(device))
+        per_pair = len(values) != count
+        chosen = torch.from_numpy(first_pairs(item_of)).to(device) if per_pair else None
+        found.append(Rows(values.to(device), chosen=chosen, dtype=torch.float32))
     if found[0].shape[1] != found[1].shape[1]:
         raise InputError(f"{path}: images have {found[0].shape[1]} dimensions, texts "
                          f"{found[1].shape[1]}; both must lie in one space")
     return found, torch.tensor(scale)
+
+
+def _read_file(path):
+    with reading(path, "a file of features", ADVICE), np.load(path, allow_pickle=False) as data:
+        arrays = {name: torch.from_numpy(data[name]) for name in ("images", "texts")}
+        items = str(data["items"].reshape(-1)[0])
+        return arrays, items, float(data["logit_scale"] if "logit_scale" in data else LN_100)
+
+
+def _read_folder(path):
+    arrays, scale = {}, path / "logit_scale.txt"
+    for name in ("images", "texts"):
+        file = path / f"{name}.npy"
+        with reading(file, "an array of features", ADVICE):  # c: in memory it may change, unwarned
+            arrays[name] = torch.from_numpy(np.load(file, mmap_mode="c", allow_pickle=False))
+    with reading(path / ITEMS, "a hash of items", ADVICE):
+        items = (path / ITEMS).read_text("utf-8")
+    if not scale.exists():
+        return arrays, items, LN_100
+    with reading(scale, "a log temperature", "write a number, or remove the file"):
+        return arrays, items, float(scale.read_text("utf-8"))

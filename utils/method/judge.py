@@ -21,17 +21,18 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 from utils.errors import InputError
 from utils.method.losses import pair_losses
+from utils.method.neighbours import Rows, nearest, random_rows
 from utils.method.recipes import RECIPES
+from utils.timing import part
 
 DRAWS = 4  # of random batches, over which a loss is averaged
 MISMATCHES = 4  # other captions that each image is tried with
 AGREEMENT = 0.375  # what the agreement of neighbours counts beside the loss, in standard scores
-BLOCK = 2**25  # numbers that are held at a time: 128 MiB in fp32
+ROWS, BLOCK = 2**14, 2**25  # rows, and numbers, that are held at a time
 
 
 class Verdict(NamedTuple):
@@ -52,9 +53,9 @@ class Verdict(NamedTuple):
 
 
 def judge(images, texts, logit_scale, pairs, args, number=0):
-    """`Verdict` on `pairs` from L2-normalised features of their distinct images (u, D) and captions
-    (v, D) and the log temperature, after round `number`. Without rounds and neighbours it is the
-    paper's. Raises InputError when losses are not finite."""
+    """`Verdict` on `pairs` from L2-normalised features, tensors or `Rows`, of their distinct images
+    (u, D) and captions (v, D) and the log temperature, after round `number`. Without rounds and
+    neighbours it is the paper's. Raises InputError when losses are not finite."""
     n, device = len(pairs), images.device
     if n < 2:
         raise InputError(f"{pairs.source} has {n} pair; a memory bank needs at least two")
@@ -67,36 +68,41 @@ def judge(images, texts, logit_scale, pairs, args, number=0):
     if as_paper:
         in_order = not RECIPES[args.recipe].random_bank_batches
         batches = draw_batches(n, args.batch_size, None if in_order else rng)
-        loss = score = losses_in_batches(images, texts, image_of, text_of, logit_scale, batches)
+        with part("losses"):
+            loss = score = losses_in_batches(images, texts, image_of, text_of, logit_scale, batches)
     else:
         others = [torch.from_numpy(mismatched(pairs.image_of, rng)) for _ in range(MISMATCHES)]
         other_texts = [text_of[other.to(device)] for other in others]
         draws = [draw_batches(n, args.batch_size, rng) for _ in range(DRAWS)]
-        loss = mean(losses_in_batches(images, texts, image_of, text_of, logit_scale, draw)
-                    for draw in draws)
-        mismatches = [mean(losses_if(images, texts, image_of, text_of, other, logit_scale, draw)
-                           for draw in draws) for other in other_texts]
+        with part("losses"):
+            loss = mean(losses_in_batches(images, texts, image_of, text_of, logit_scale, draw)
+                        for draw in draws)
+            mismatches = [mean(losses_if(images, texts, image_of, text_of, other, logit_scale,
+                                         draw) for draw in draws) for other in other_texts]
         score = loss
         if args.judge_neighbours and not number:
-            agreements = Agreements(images, texts, pairs, args.judge_neighbours)
-            own = agreements(text_of)
-            standard = [Standard(values) for values in (loss, *own)]
-            score = combined(standard, loss, own)
-            mismatches = [combined(standard, bad, agreements(other))
-                          for bad, other in zip(mismatches, other_texts, strict=True)]
+            agreements = Agreements(images, texts, pairs, args.judge_neighbours,
+                                    args.search_among, args.seed)
+            with part("agreement"):
+                own = agreements(text_of)
+                standard = [Standard(values) for values in (loss, *own)]
+                score = combined(standard, loss, own)
+                mismatches = [combined(standard, bad, agreements(other))
+                              for bad, other in zip(mismatches, other_texts, strict=True)]
         mismatches = torch.cat(mismatches).double().cpu().numpy()
     loss, score = loss.double().cpu().numpy(), score.double().cpu().numpy()
     if not np.isfinite(loss).all():
         raise InputError(f"the model's losses are not finite; its logit_scale is "
                          f"{logit_scale.item():.4g}, a log temperature of at most ln 100 is usual")
-    if as_paper:
-        posterior, components = mixture_posterior(score, args.seed)
-        wrong_share = 1 - posterior.mean()
-    else:
-        posterior, wrong_share = posterior_by_mismatches(score, mismatches)
+    with part("posterior"):
+        if as_paper:
+            posterior, components = mixture_posterior(score, args.seed)
+            wrong_share = 1 - posterior.mean()
+        else:
+            posterior, wrong_share = posterior_by_mismatches(score, mismatches)
     clean = strict_clean_set(posterior, score, args.clean_threshold, args.min_clean)
     cosine = torch.cat([(images[i] * texts[t]).sum(1) for i, t in
-                        zip(image_of.split(2**16), text_of.split(2**16), strict=True)])
+                        zip(image_of.split(ROWS), text_of.split(ROWS), strict=True)])
     return Verdict(score, loss, posterior, clean, cosine.float().cpu().numpy(), float(wrong_share),
                    components, mismatches)
 
@@ -120,8 +126,8 @@ def draw_batches(n, batch_size, rng):
 def losses_in_batches(image_features, text_features, image_of, text_of, logit_scale, batches):
     """Loss of each pair (n,) against the others of its batch. `batches`: int64 tensors of pairs
     that cover 0..n-1; features are L2-normalised, rows given by image_of and text_of (n,)."""
-    losses = image_features.new_empty(len(image_of))
-    for batch in batches:
+    losses = empty(len(image_of), image_features)
+    for batch in tqdm(batches, desc="losses", unit="batch", disable=None, leave=False):
         batch = batch.to(losses.device)
         losses[batch] = pair_losses(image_features[image_of[batch]], text_features[text_of[batch]],
                                     logit_scale)
@@ -131,8 +137,9 @@ def losses_in_batches(image_features, text_features, image_of, text_of, logit_sc
 def losses_if(image_features, text_features, image_of, text_of, other_of, logit_scale, batches):
     """Loss (n,) that each pair would have in its batch if its caption were other_of (n,) instead of
     text_of, with all other pairs as they are."""
-    losses = image_features.new_empty(len(image_of))
-    for batch in batches:
+    losses = empty(len(image_of), image_features)
+    for batch in tqdm(batches, desc="losses of mismatches", unit="batch", disable=None,
+                      leave=False):
         batch = batch.to(losses.device)
         images = logit_scale.exp() * image_features[image_of[batch]]
         logits = images @ text_features[text_of[batch]].T  # (b, b)
@@ -141,6 +148,11 @@ def losses_if(image_features, text_features, image_of, text_of, other_of, logit_
         rest = logits.fill_diagonal_(-torch.inf).logsumexp(dim=1)
         losses[batch] = (torch.logaddexp(rest, own) + if_other.logsumexp(dim=0)) / 2 - own
     return losses
+
+
+def empty(n, features):
+    """An uninitialised tensor (n,) of the type and on the device of features."""
+    return torch.empty(n, dtype=features.dtype, device=features.device)
 
 
 def mismatched(image_of, rng):
@@ -160,18 +172,24 @@ def mismatched(image_of, rng):
 class Agreements:
     """How well captions agree with the neighbours of their images, and images with those of their
     captions: mean cosine, weighted by the neighbours' similarity. Features are centred before.
-    Neighbours that stand beside the very same caption (or image) are left out."""
+    Neighbours that stand beside the very same caption (or image) are left out. The k neighbours of
+    an item are looked for among `most` random ones, drawn by `seed`, or among all."""
 
-    def __init__(self, images, texts, pairs, k):
+    def __init__(self, images, texts, pairs, k, most=None, seed=0):
         device = images.device
         self.image_of = torch.from_numpy(pairs.image_of).to(device)
         text_of = torch.from_numpy(pairs.text_of).to(device)
-        self.images = F.normalize(images - images[self.image_of].mean(dim=0), dim=1)
-        self.texts = F.normalize(texts - texts[text_of].mean(dim=0), dim=1)
-        self.captions_of = partners(self.texts, self.image_of, text_of, len(images))
-        self.images_of = partners(self.images, text_of, self.image_of, len(texts))
-        self.near_images = nearest_others(self.images, k, "image neighbours")
-        self.near_texts = nearest_others(self.texts, k, "caption neighbours")
+        self.images, self.texts = centred(images, self.image_of), centred(texts, text_of)
+        self.some_images, self.some_texts = (
+            torch.from_numpy(random_rows(len(x), most, seed)).to(device) for x in (images, texts))
+        with part("neighbours"):
+            self.near_images = nearest_others(self.images, k, self.some_images,
+                                              "image neighbours")
+            self.near_texts = nearest_others(self.texts, k, self.some_texts,
+                                             "caption neighbours")
+        with part("agreement"):
+            self.captions_of = partners(self.texts, self.image_of, text_of, self.some_images)
+            self.images_of = partners(self.images, text_of, self.image_of, self.some_texts)
         # how often each image stands beside each caption
         keys = self.image_of * len(texts) + text_of
         self.keys, self.counts = keys.unique(return_counts=True)
@@ -183,14 +201,15 @@ class Agreements:
         k = self.near_images[0].shape[1] + self.near_texts[0].shape[1]
         width = self.texts.shape[1]
         rows = torch.arange(len(text_of), device=text_of.device)
-        for block in rows.split(max(1, BLOCK // (k * width))):
+        for block in tqdm(rows.split(max(1, BLOCK // (k * width))), desc="agreement", unit="block",
+                          disable=None, leave=False):
             image, text = self.image_of[block], text_of[block]
             near = [x[image] for x in self.near_images]
-            by_image.append(agreement(self.texts[text], *near, *self.captions_of,
-                                      self.together(near[1], text[:, None])))
+            same = self.together(self.some_images[near[1]], text[:, None])
+            by_image.append(agreement(self.texts[text], *near, *self.captions_of, same))
             near = [x[text] for x in self.near_texts]
-            by_text.append(agreement(self.images[image], *near, *self.images_of,
-                                     self.together(image[:, None], near[1])))
+            same = self.together(image[:, None], self.some_texts[near[1]])
+            by_text.append(agreement(self.images[image], *near, *self.images_of, same))
         return torch.cat(by_image), torch.cat(by_text)
 
     def together(self, image, text):
@@ -200,29 +219,38 @@ class Agreements:
         return torch.where(self.keys[at] == key, self.counts[at], 0)
 
 
-def partners(features, item_of, partner_of, num_items):
-    """Of each item, the sum of the features of its partners (items, D), and their number (items,).
-    item_of, partner_of: (n,) int64, of each pair."""
-    total = features.new_zeros(num_items, features.shape[1])
-    for item, partner in zip(item_of.split(2**16), partner_of.split(2**16), strict=True):
-        total.index_add_(0, item, features[partner])
-    return total, torch.bincount(item_of, minlength=num_items)
+def centred(features, item_of):
+    """`Rows` of features (items, D) less their mean over the pairs, whose items are item_of (n,),
+    at length 1."""
+    total = sum(features[rows].sum(dim=0) for rows in item_of.split(ROWS))
+    return Rows(features, centre=total / len(item_of), unit=True)
 
 
-def nearest_others(features, k, title):
-    """(cosine (q, k), row (q, k) int64) of the k rows most similar to each row of features (q, D),
-    itself left out. Blocks bound the memory."""
-    k = min(k, len(features) - 1)
-    cosines, found = [], []
-    rows = torch.arange(len(features), device=features.device)
-    for block in tqdm(rows.split(max(1, BLOCK // len(features))), desc=title, disable=None,
-                      leave=False):
-        similar = features[block] @ features.T
-        similar.scatter_(1, block[:, None], -torch.inf)
-        top = similar.topk(k, dim=1)
-        cosines.append(top.values)
-        found.append(top.indices)
-    return torch.cat(cosines), torch.cat(found)
+def partners(features, item_of, partner_of, items):
+    """Of each of the items (m,), ascending, the sum of the features of its partners (m, D), and
+    their number (m,). item_of, partner_of: (n,) int64, of each pair."""
+    total = torch.zeros(len(items), features.shape[1], dtype=features.dtype, device=items.device)
+    count = torch.zeros_like(items)
+    for item, partner in zip(item_of.split(ROWS), partner_of.split(ROWS), strict=True):
+        at, here = place(items, item)
+        total.index_add_(0, at[here], features[partner[here]])
+        count.index_add_(0, at[here], torch.ones_like(at[here]))
+    return total, count
+
+
+def place(items, wanted):
+    """(place (b,) of wanted items (b,) among items (m,), ascending, whether they are there)."""
+    at = torch.searchsorted(items, wanted).clamp(max=len(items) - 1)
+    return at, items[at] == wanted
+
+
+def nearest_others(features, k, items, title):
+    """(cosine (q, k), place (q, k) int32 among the items) of the k of the items (m,), ascending,
+    that are most similar to each row of features (q, D), itself left out."""
+    at, here = place(items, torch.arange(len(features), device=items.device))
+    cosine, found = nearest(features, Rows(features, chosen=items), k, torch.where(here, at, -1),
+                            title)
+    return cosine, found.int()
 
 
 def agreement(own, cosine, near, total, count, same):

@@ -17,10 +17,9 @@ import torch
 
 from utils.errors import InputError
 from utils.files import atomic_write, reading
+from utils.method.neighbours import Rows, nearest, random_rows
 from utils.method.released_bank import IMAGES, read_released
 from utils.reading.layout import BANK_FOLDERS, find_by_ratio, ratio_name
-
-BLOCK = 2**25  # similarities that are held at a time: 128 MiB in fp32
 
 
 @dataclass
@@ -46,44 +45,27 @@ class MemoryBank:
 # ---- nearest entries -----------------------------------------------------------------------------
 
 
-def nearest(queries, keys):
-    """Row (q,) int64 of the key most similar (dot product) to each query, the lowest one of equals.
-
-    queries (q, D), keys (k, D). Blocks on both sides bound the memory.
-    """
-    result = torch.empty(len(queries), dtype=torch.int64, device=queries.device)
-    width = min(len(keys), 8192)
-    for rows in torch.arange(len(queries), device=queries.device).split(max(1, BLOCK // width)):
-        best = queries.new_full((len(rows),), -torch.inf)
-        found = torch.zeros_like(rows)
-        for start in range(0, len(keys), width):
-            scores = queries[rows] @ keys[start : start + width].T  # (b, w)
-            top, first = scores.max(dim=1)  # of equal ones, the first
-            better = top > best
-            best = torch.where(better, top, best)
-            found = torch.where(better, first + start, found)
-        result[rows] = found
-    return result
-
-
-def nearest_clean(features, item_of, clean, own_first=True):
+def nearest_clean(features, item_of, clean, own_first=True, most=None, seed=0):
     """Nearest strict-clean pair of each distinct item (image or caption): (items,) int64.
 
-    features (items, D), compared by dot product; item_of (n,) the item of each pair; clean (n,)
-    bool. The lowest clean pair stands for its item. With `own_first` an item that has a clean pair
-    finds itself, as it does by cosine.
+    features (items, D), tensor or `Rows`, compared by dot product; item_of (n,) the item of each
+    pair; clean (n,) bool. The lowest clean pair stands for its item. With `own_first` an item that
+    has a clean pair finds itself, as it does by cosine; the others look among `most` random clean
+    items, drawn by `seed`, or among all.
     """
     clean_pairs = np.flatnonzero(clean)
     clean_items, first = np.unique(item_of[clean_pairs], return_index=True)
-    keys = torch.from_numpy(clean_items).to(features.device)
     entry = clean_pairs[first]  # of each clean item, its lowest clean pair
     result = np.empty(len(features), np.int64)
     searched = np.arange(len(features))
     if own_first:
         result[clean_items] = entry
         searched = np.setdiff1d(searched, clean_items)
-    queries = features[torch.from_numpy(searched).to(features.device)]
-    result[searched] = entry[nearest(queries, features[keys]).cpu().numpy()]
+    some = random_rows(len(clean_items), most, seed)
+    queries, keys = (Rows(features, chosen=torch.from_numpy(items).to(features.device))
+                     for items in (searched, clean_items[some]))
+    found = nearest(queries, keys, title="nearest clean pairs")[1][:, 0]
+    result[searched] = entry[some[found.cpu().numpy()]]
     return result
 
 
@@ -108,6 +90,7 @@ def judge_name(args):
         parts += [f"rounds{args.judge_rounds}x{args.judge_steps}"]
     if args.judge_neighbours:
         parts += [f"neighbours{args.judge_neighbours}"]
+        parts += [f"among{args.search_among}"] if args.search_among else []
     return re.sub(r"[^\w.-]", "-", "_".join(parts))
 
 
