@@ -29,6 +29,7 @@ from utils.method.judge import (
     posterior_by_mismatches,
 )
 from utils.method.losses import pair_losses
+from utils.method.neighbours import random_rows
 
 N_IMAGES, N_TEXTS, N = 9, 14, 30
 
@@ -70,12 +71,14 @@ def test_mismatched_pairs_have_captions_of_other_images(example):
     assert sorted(mismatched(np.zeros(4, int), np.random.default_rng(0))) == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize("most", [None, 5])
 @pytest.mark.parametrize("block", [1, 2**25])
-def test_agreement_is_that_of_a_double_loop(monkeypatch, example, block):
+def test_agreement_is_that_of_a_double_loop(monkeypatch, example, block, most):
     monkeypatch.setattr(judge_module, "BLOCK", block)
+    monkeypatch.setattr(judge_module, "ROWS", min(block + 6, 2**14))
     images, texts, pairs = example
     k, text_of = 3, np.random.default_rng(2).permutation(pairs.text_of)
-    got = Agreements(images, texts, pairs, k)(torch.from_numpy(text_of))
+    got = Agreements(images, texts, pairs, k, most, seed=4)(torch.from_numpy(text_of))
     centred_i = F.normalize(images - images[pairs.image_of].mean(0), dim=1).numpy()
     centred_t = F.normalize(texts - texts[pairs.text_of].mean(0), dim=1).numpy()
     ways = ((centred_i, pairs.image_of, centred_t, pairs.text_of, pairs.image_of, text_of),
@@ -85,6 +88,7 @@ def test_agreement_is_that_of_a_double_loop(monkeypatch, example, block):
         for i in range(N):
             cosines = items @ items[own_item[i]]
             cosines[own_item[i]] = -2
+            cosines[np.setdiff1d(np.arange(len(items)), random_rows(len(items), most, 4))] = -2
             total = weight = 0.0
             for j in np.argsort(-cosines)[:k]:
                 own = [p for p in partner_of[item_of == j] if p != own_partner[i]]
@@ -97,9 +101,11 @@ def test_agreement_is_that_of_a_double_loop(monkeypatch, example, block):
 
 def test_nearest_others_leave_out_the_item_itself():
     features = torch.eye(4)[[0, 0, 1, 2]]
-    cosine, found = nearest_others(features, 10, "-")
-    assert found.shape == (4, 3) and found[0, 0] == 1 and found[1, 0] == 0
-    assert (found != torch.arange(4)[:, None]).all() and cosine[0].tolist() == [1, 0, 0]
+    cosine, found = nearest_others(features, 10, torch.arange(4), "-")
+    assert found.tolist() == [[1, 2, 3], [0, 2, 3], [0, 1, 3], [0, 1, 2]]
+    assert cosine[0].tolist() == [1, 0, 0]
+    cosine, found = nearest_others(features, 10, torch.tensor([0, 3]), "-")  # places among these
+    assert found.tolist() == [[1], [0], [0], [0]] and cosine[1].tolist() == [1]
 
 
 @pytest.mark.parametrize("share", [0.0, 0.2, 0.4, 0.6])
@@ -129,7 +135,7 @@ def test_the_paper_s_judge_sees_one_draw_and_others_the_mean_of_several(monkeypa
                         lambda *args: draws.append(args) or losses_in_batches(*args))
     args = get_memorybank.argparse.Namespace(
         seed=0, batch_size=10, recipe="paper", clean_threshold=0.8, min_clean=0.02, judge_rounds=0,
-        judge_neighbours=0)
+        judge_neighbours=0, search_among=None)
     paper = judge_module.judge(images, texts, torch.tensor(2.0), pairs, args)
     assert len(draws) == 1 and paper.mismatches is None and len(paper.components) == 2
     args.judge_neighbours = 3

@@ -16,17 +16,10 @@ from conftest import Lookup, pairs_for, tree
 import get_memorybank
 from get_memorybank import build_bank, memory_bank
 from utils.errors import InputError
-from utils.method import judge, memorybank
+from utils.method import judge, neighbours
 from utils.method.judge import losses_in_batches, mixture_posterior, strict_clean_set
 from utils.method.losses import pair_losses
-from utils.method.memorybank import (
-    MemoryBank,
-    bank_path,
-    load_bank,
-    nearest,
-    nearest_clean,
-    save_bank,
-)
+from utils.method.memorybank import MemoryBank, bank_path, load_bank, nearest_clean, save_bank
 from utils.method.released_bank import save_released
 from utils.training.precision import Precision
 
@@ -152,7 +145,8 @@ def test_report_gives_precision_and_recall():
 def test_bank_is_deterministic_and_its_blocks_do_not_matter(monkeypatch):
     model, pairs = example()
     first = build_bank(model, pairs, options(batch_size=16), FP32, lambda _: None)
-    monkeypatch.setattr(memorybank, "BLOCK", 50)
+    monkeypatch.setattr(neighbours, "QUERIES", 5)
+    monkeypatch.setattr(neighbours, "KEYS", 7)
     other = options(batch_size=16, eval_batch_size=1000)
     second = build_bank(model, pairs, other, FP32, lambda _: None)
     for name in ("image_entry", "caption_entry", "clean"):
@@ -255,23 +249,6 @@ def test_broken_temperature_is_refused(broken):
 
 
 # ---- the nearest neighbour ----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("block", [1, 5, 2**25])
-@pytest.mark.parametrize("seed", range(3))
-def test_nearest_gives_the_lowest_of_equals(monkeypatch, block, seed):
-    monkeypatch.setattr(memorybank, "BLOCK", block)
-    rng = np.random.default_rng(seed)
-    queries = torch.from_numpy(rng.integers(-1, 2, (20, 3))).double()  # exact scores, many ties
-    keys = torch.from_numpy(rng.integers(-1, 2, (30, 3))).double()
-    assert nearest(queries, keys).tolist() == brute_nearest(queries, keys, np.ones(30, bool))
-
-
-def test_nearest_looks_beyond_its_first_block_of_keys():
-    keys = torch.zeros(20_000, 2)
-    keys[[9_000, 19_999]] = torch.tensor([1.0, 0.0])
-    keys[15_000] = torch.tensor([0.0, 1.0])
-    assert nearest(torch.eye(2), keys).tolist() == [9_000, 15_000]
 
 
 def test_item_with_clean_pairs_finds_its_own_even_beside_a_twin_of_lower_number():
