@@ -129,6 +129,22 @@ class Lookup:
         return self.texts[tokens[:, 1].long() - 1]
 
 
+class Watched:
+    """Features that know how many of their rows were taken at a time."""
+
+    def __init__(self, features):
+        self.features, self.most = features, 0
+        self.dtype, self.device, self.shape = features.dtype, features.device, features.shape
+
+    def __len__(self):
+        return len(self.features)
+
+    def __getitem__(self, index):
+        rows = self.features[index]
+        self.most = max(self.most, len(rows))
+        return rows
+
+
 def pairs_for(image_of, text_of):
     n = max(image_of) + 1
     tokens = torch.tensor([[49406, k + 1, 49407, 0] for k in range(max(text_of) + 1)])

@@ -184,6 +184,19 @@ def test_errors(dataset, fails, tmp_path):
     assert "cannot write" in fails(data, "--out", tmp_path / "file")
 
 
+def test_the_table_streams(dataset, find, monkeypatch):
+    """Each row goes to the file for itself: no text of all pairs is made."""
+    sizes, write_table = [], find_noise.write_table
+
+    class Watched:
+        def __init__(self, f):
+            self.write = lambda text: sizes.append(text.count("\n")) or f.write(text)
+
+    monkeypatch.setattr(find_noise, "write_table",
+                        lambda f, *more: write_table(Watched(f), *more))
+    assert len(find(dataset())[1]) == 60 and sizes == [1] * 61
+
+
 # ---- the page -----------------------------------------------------------------------------------
 
 

@@ -1,24 +1,28 @@
 """The judge: losses, neighbours and posteriors against brute force and known mixtures; its rounds,
 its banks and its relatives through the commands."""
 
+import csv
 import hashlib
 import json
+import re
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import pairs_for
+from conftest import Watched, pairs_for
 from PIL import Image
 from processes import BANK, run_in_two, save_small
 from sklearn.metrics import roc_auc_score
 
 import clip
 import data
+import find_noise
 import get_memorybank
 import main_CLIP
 import main_NPC
 from utils.method import judge as judge_module
+from utils.method import neighbours
 from utils.method.judge import (
     Agreements,
     draw_batches,
@@ -29,7 +33,8 @@ from utils.method.judge import (
     posterior_by_mismatches,
 )
 from utils.method.losses import pair_losses
-from utils.method.neighbours import random_rows
+from utils.method.memorybank import nearest_clean
+from utils.method.neighbours import random_rows, unit
 
 N_IMAGES, N_TEXTS, N = 9, 14, 30
 
@@ -336,3 +341,142 @@ def test_features_that_do_not_fit_are_refused(features, tmp_path, capsys, spoil,
         get_memorybank.main([*options, "--judge_features", str(tmp_path / "features.npz")])
     error = capsys.readouterr().err
     assert stop.value.code == 2 and said in error and error.startswith("error: ")
+
+
+def write_folder(folder, arrays, dtype=np.float32):
+    """Features as a folder, which `data.py --list_items` would have begun."""
+    folder.mkdir()
+    for name in ("images", "texts"):
+        np.save(folder / f"{name}.npy", arrays[name].astype(dtype))
+    (folder / "items.sha256").write_text(f"{arrays['items'].item()}\n")
+    (folder / "logit_scale.txt").write_text(f"{float(arrays['logit_scale'])}\n")
+
+
+def test_a_folder_of_features_judges_as_the_file_does(features, tmp_path):
+    place, options, arrays = features
+    judged = [*options, "--judge_neighbours", "15", "--judge_features"]
+    np.savez(tmp_path / "file.npz", **arrays)
+    write_folder(tmp_path / "single", arrays)
+    write_folder(tmp_path / "half", arrays, np.float16)
+    before = (tmp_path / "half" / "images.npy").read_bytes()
+    for name in ("file.npz", "single", "half"):
+        get_memorybank.main([*judged, str(tmp_path / name)])
+    found = {name: banks(place / "target")[f"0.4_mbank_features_{name}_neighbours15.npz"]
+             for name in ("file", "single", "half")}
+    for name in ("loss", "posterior", "clean", "image_entry", "caption_entry"):
+        assert np.array_equal(found["file"][name], found["single"][name])
+    assert 0 < np.abs(found["file"]["loss"] - found["half"]["loss"]).max() < 0.02
+    assert (found["file"]["clean"] == found["half"]["clean"]).mean() > 0.99
+    assert (tmp_path / "half" / "images.npy").read_bytes() == before
+
+
+def spoilt(name, content):
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+def resaved(name, change):
+    return lambda folder: np.save(folder / name, change(np.load(folder / name)))
+
+
+def with_nan(values):
+    values[-1, -1] = np.nan
+    return values
+
+
+@pytest.mark.parametrize("spoil, said", [
+    (lambda folder: (folder / "texts.npy").unlink(), "texts.npy does not exist"),
+    (lambda folder: (folder / "items.sha256").unlink(), "items.sha256 does not exist"),
+    (spoilt("items.sha256", b"0" * 64), "in another order"),
+    (spoilt("items.sha256", b"\xff"), "items.sha256 is not a hash"),
+    (spoilt("images.npy", b"not an array"), "images.npy is not an array of features"),
+    (lambda folder: (folder / "texts.npy").write_bytes((folder / "texts.npy").read_bytes()[:-9]),
+     "texts.npy is not an array of features"),
+    (spoilt("logit_scale.txt", b"warm"), "logit_scale.txt is not a log temperature"),
+    (resaved("images.npy", lambda values: values[1:]), "a row for each of 120 distinct images"),
+    (resaved("images.npy", lambda values: values.astype(int)), "'images' must be finite floating"),
+    (resaved("images.npy", lambda values: values.astype(">f4")), "images.npy is not an array of"),
+    (resaved("images.npy", lambda values: values.astype(object)), "images.npy is not an array of"),
+    (resaved("texts.npy", with_nan), "'texts' must be finite floating"),
+    (resaved("texts.npy", lambda values: values[:, 1:]), "must lie in one space")])
+def test_a_folder_of_features_that_does_not_fit_is_refused(features, tmp_path, capsys, spoil, said):
+    place, options, arrays = features
+    write_folder(tmp_path / "folder", arrays)
+    spoil(tmp_path / "folder")
+    with pytest.raises(SystemExit) as stop:
+        get_memorybank.main([*options, "--judge_features", str(tmp_path / "folder")])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and said in error
+    assert error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_features_need_neither_model_nor_tokens(features, tmp_path, monkeypatch, capsys):
+    place, options, arrays = features
+    write_folder(tmp_path / "folder", arrays)
+    called = []
+    for owner, name in ((clip, "load"), (clip, "build"), (clip, "tokenize_with_lengths")):
+        monkeypatch.setattr(owner, name, lambda *args, name=name, **more: called.append(name))
+    words = [*options[: options.index("--vision_model")], "--judge_features",
+             str(tmp_path / "folder")]
+    get_memorybank.main(words)
+    said = capsys.readouterr().out
+    assert re.search(r"seconds: reading [\d.]+, features [\d.]+, losses [\d.]+, posterior [\d.]+, "
+                     r"nearest entries [\d.]+$", said)
+    find_noise.main([*words, "--out", str(tmp_path / "out"), "--worst", "3"])
+    said = capsys.readouterr().out
+    for part in ("neighbours", "agreement", "best captions", "CSV", "page"):
+        assert re.search(rf"seconds: .*\b{part} [\d.]+", said)
+    assert f"features {tmp_path}/folder" in (tmp_path / "out/suspicious_pairs.html").read_text()
+    data.main(["--list_items", str(tmp_path / "items"), *options[:2], "--dataset_root",
+               str(place / "target"), "--noise_ratio", "0.4"])
+    assert (tmp_path / "items/items.sha256").read_text().strip() == arrays["items"].item()
+    assert not called
+    info = json.loads(banks(place / "target")["0.4_mbank_features_folder.npz"]["info"].tobytes())
+    assert "vision_model" not in info
+
+
+def test_features_are_used_in_blocks(monkeypatch):
+    """Judging and searching take a few rows at a time, however many pairs there are."""
+    for module, name, value in ((judge_module, "ROWS", 64), (judge_module, "BLOCK", 64 * 10 * 8),
+                                (neighbours, "QUERIES", 64), (neighbours, "KEYS", 50),
+                                (neighbours, "SMALL", 0)):
+        monkeypatch.setattr(module, name, value)
+    n, rng = 1500, torch.Generator().manual_seed(0)
+    pairs = data.Pairs(None, None, np.arange(n) // 5, [""] * n, np.arange(n), None, "-")
+    images, texts = (Watched(torch.randn(m, 8, generator=rng).half()) for m in (n // 5, n))
+    args = get_memorybank.parse_args("memorybank", ["--judge_neighbours", "5", "--batch_size",
+                                                    "50", "--device", "cpu"])
+    verdict = judge_module.judge(unit(images), unit(texts), torch.tensor(2.0), pairs, args)
+    get_memorybank.bank_of(verdict, images, texts, pairs, args, {})
+    assert images.most == texts.most == 64
+
+
+def test_a_pool_of_all_is_the_whole_search_and_a_small_one_is_not(features, tmp_path, capsys):
+    place, options, arrays = features
+    np.savez(tmp_path / "file.npz", **arrays)
+    words = [*options, "--judge_features", str(tmp_path / "file.npz"), "--judge_neighbours", "15"]
+    tables = {}
+    for name, most in (("all", []), ("as_many", ["--search_among", "600"]),
+                       ("few", ["--search_among", "40"])):
+        find_noise.main([*words, *most, "--out", str(tmp_path / name)])
+        get_memorybank.main([*words, *most])
+        with open(tmp_path / name / "suspicious_pairs.csv", newline="") as f:
+            tables[name] = list(csv.DictReader(f))
+    assert tables["all"] == tables["as_many"]
+    stem = "0.4_mbank_features_file_neighbours15"
+    found = banks(place / "target")
+    full, as_many, few = (found[f"{stem}{end}.npz"] for end in ("", "_among600", "_among40"))
+    for name in ("loss", "posterior", "clean", "image_entry", "caption_entry"):
+        assert np.array_equal(full[name], as_many[name])
+    assert not np.array_equal(full["posterior"], few["posterior"])
+    assert np.array_equal(full["loss"], few["loss"])
+    assert len({row["best_caption"] for row in tables["few"]}) <= 40
+    assert len({row["best_caption"] for row in tables["all"]}) > 40
+    # the bank's entries are the nearest among all clean pairs, whatever the neighbours were
+    entries = nearest_clean(unit(torch.from_numpy(arrays["images"])), pairs_of(options).image_of,
+                            few["clean"])
+    assert np.array_equal(entries, few["image_entry"])
+
+
+def pairs_of(options):
+    return data.training_pairs(get_memorybank.parse_args("memorybank", options), None,
+                               lambda _: None)

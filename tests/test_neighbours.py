@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import Watched
 
 from utils.method import neighbours
 from utils.method.neighbours import Rows, nearest, random_rows, unit
@@ -76,22 +77,6 @@ def test_rows_are_those_of_the_whole(dtype):
         assert torch.equal(rows[index], whole[index])
     assert torch.equal(some[1:3], whole[[3, 29]])
     assert torch.equal(some[torch.tensor([2])], whole[[29]])
-
-
-class Watched:
-    """Features that know how many of their rows were taken at a time."""
-
-    def __init__(self, features):
-        self.features, self.most = features, 0
-        self.dtype, self.device, self.shape = features.dtype, features.device, features.shape
-
-    def __len__(self):
-        return len(self.features)
-
-    def __getitem__(self, index):
-        rows = self.features[index]
-        self.most = max(self.most, len(rows))
-        return rows
 
 
 def test_the_search_never_holds_more_rows_than_a_block(monkeypatch):
