@@ -60,13 +60,15 @@ def test_losses_if_are_those_of_a_batch_with_one_caption_exchanged(example):
     rng, scale = np.random.default_rng(1), torch.tensor(2.0)
     other = text_of[torch.from_numpy(rng.permutation(N))]
     batches = draw_batches(N, 11, rng)
-    got = losses_if(images, texts, image_of, text_of, other, scale, batches)
+    got = losses_if(images, texts, image_of, text_of, [text_of, other], scale, batches)
+    own = losses_in_batches(images, texts, image_of, text_of, scale, batches)
+    assert torch.allclose(got[0], own)
     for batch in batches:
         for k, i in enumerate(batch):
             exchanged = text_of[batch].clone()
             exchanged[k] = other[i]
             expected = pair_losses(images[image_of[batch]], texts[exchanged], scale)[k]
-            assert got[i].item() == pytest.approx(expected.item(), abs=1e-12)
+            assert got[1][i].item() == pytest.approx(expected.item(), abs=1e-12)
 
 
 def test_mismatched_pairs_have_captions_of_other_images(example):

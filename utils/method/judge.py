@@ -77,8 +77,8 @@ def judge(images, texts, logit_scale, pairs, args, number=0):
         with part("losses"):
             loss = mean(losses_in_batches(images, texts, image_of, text_of, logit_scale, draw)
                         for draw in draws)
-            mismatches = [mean(losses_if(images, texts, image_of, text_of, other, logit_scale,
-                                         draw) for draw in draws) for other in other_texts]
+            mismatches = mean(losses_if(images, texts, image_of, text_of, other_texts, logit_scale,
+                                        draw) for draw in draws)
         score = loss
         if args.judge_neighbours and not number:
             agreements = Agreements(images, texts, pairs, args.judge_neighbours,
@@ -89,7 +89,7 @@ def judge(images, texts, logit_scale, pairs, args, number=0):
                 score = combined(standard, loss, own)
                 mismatches = [combined(standard, bad, agreements(other))
                               for bad, other in zip(mismatches, other_texts, strict=True)]
-        mismatches = torch.cat(mismatches).double().cpu().numpy()
+        mismatches = torch.cat(list(mismatches)).double().cpu().numpy()
     loss, score = loss.double().cpu().numpy(), score.double().cpu().numpy()
     if not np.isfinite(loss).all():
         raise InputError(f"the model's losses are not finite; its logit_scale is "
@@ -135,24 +135,25 @@ def losses_in_batches(image_features, text_features, image_of, text_of, logit_sc
 
 
 def losses_if(image_features, text_features, image_of, text_of, other_of, logit_scale, batches):
-    """Loss (n,) that each pair would have in its batch if its caption were other_of (n,) instead of
-    text_of, with all other pairs as they are."""
-    losses = empty(len(image_of), image_features)
+    """Loss (m, n) that each pair would have in its batch if its caption were one of the m other_of
+    (n,) instead of text_of, with all other pairs as they are."""
+    losses = empty((len(other_of), len(image_of)), image_features)
     for batch in tqdm(batches, desc="losses of mismatches", unit="batch", disable=None,
                       leave=False):
         batch = batch.to(losses.device)
         images = logit_scale.exp() * image_features[image_of[batch]]
         logits = images @ text_features[text_of[batch]].T  # (b, b)
-        if_other = images @ text_features[other_of[batch]].T
-        own = if_other.diagonal()
         rest = logits.fill_diagonal_(-torch.inf).logsumexp(dim=1)
-        losses[batch] = (torch.logaddexp(rest, own) + if_other.logsumexp(dim=0)) / 2 - own
+        for loss, other in zip(losses, other_of, strict=True):
+            if_other = images @ text_features[other[batch]].T
+            own = if_other.diagonal()
+            loss[batch] = (torch.logaddexp(rest, own) + if_other.logsumexp(dim=0)) / 2 - own
     return losses
 
 
-def empty(n, features):
-    """An uninitialised tensor (n,) of the type and on the device of features."""
-    return torch.empty(n, dtype=features.dtype, device=features.device)
+def empty(shape, features):
+    """An uninitialised tensor of the type and on the device of features."""
+    return torch.empty(shape, dtype=features.dtype, device=features.device)
 
 
 def mismatched(image_of, rng):
