@@ -232,8 +232,8 @@ def add_judge(group, command):
     group.add_argument("--search_among", type=at_least_two, default=None, metavar="N",
                        help="look for these neighbours, and find_noise.py for its best captions "
                             "and clean pairs, among N random items, so that the time grows with "
-                            "the number of pairs rather than its square: 32768 for a million "
-                            "pairs on a CPU; without it among all")
+                            "the number of pairs rather than its square: 16384 for a million "
+                            "pairs on a CPU; fewer find a little less; without it among all")
     group.add_argument("--judge_lr", type=natural_float, default=None, metavar="LR",
                        help="learning rate of the rounds; without it --lr where there is one, else "
                             "that of 1e-6, 1e-5, 1e-4, 1e-3 which works best on images held out")

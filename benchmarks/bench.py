@@ -1,7 +1,7 @@
 """How fast, against what: our code and the released procedure, interleaved in one process.
 
     python benchmarks/bench.py [--only step bank eval loader] [--against nothing] [--json FILE]
-    python benchmarks/bench.py --only features [--num_pairs 1000000 --search_among 32768]
+    python benchmarks/bench.py --only features [--num_pairs 1000000 --search_among 16384]
 
 The released side is a literal transcription: every model pass for itself, captions padded to 77
 tokens, each image once per caption, the state dict copied entry by entry, ranks by two argsorts.
