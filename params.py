@@ -242,7 +242,7 @@ def add_judge(group, command):
                             "initial model")
     group.add_argument("--judge_features", default=None, metavar="PATH",
                        help="judge by the features of a model of any kind, in this .npz file or "
-                            "folder (docs/finding_noise.md); no model is loaded and there are no "
+                            "folder (docs/finding_noise.md); no model is asked and there are no "
                             "rounds then")
     if command in ("memorybank", "find_noise"):  # elsewhere these are options of training
         add_memory_savers(group)
