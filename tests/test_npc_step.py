@@ -315,6 +315,14 @@ def test_compiled_steps_equal_the_literal_transcription(compiler, tower, changes
     assert compiler.frame_count > 0
 
 
+@pytest.mark.slow
+def test_really_compiled_steps_equal_the_literal_transcription(monkeypatch):
+    """By a C++ compiler, which must be there."""
+    monkeypatch.setattr(passes, "SHAPES", 2)
+    compare("vit", compile=True)
+    compare("vit", compile=True, recipe="released")
+
+
 def test_a_compiler_meets_few_shapes(compiler, monkeypatch):
     """Batches of any number of distinct items, captions of any length, two blocks a tower: each
     graph serves both blocks, and those of later batches."""
