@@ -24,12 +24,12 @@ from tqdm import tqdm
 import clip
 from construct_noise import training_captions
 from params import parse_args
-from utils.distributed import rank, world
+from utils.distributed import rank, ship, world
 from utils.errors import InputError, command
 from utils.method.features import write_items
 from utils.method.memorybank import clean_pairs
-from utils.method.passes import Batch, DistinctItems, cut_tokens, distinct_items
-from utils.reading.images import Images, image_loader, loader
+from utils.method.passes import Batch, DistinctItems, distinct_items
+from utils.reading.images import Images, hold, image_loader, in_memory, loader
 from utils.reading.layout import (
     SPLITS,
     image_names,
@@ -82,8 +82,11 @@ def _pairs(args, split, ids, captions, source, preprocess, log):
         if num_cut:
             log(f"warning: {num_cut} captions of {source} are longer than {args.context_length} "
                 "tokens and were cut, keeping the end token")
-    log(f"{split}: {len(captions)} captions of {len(image_ids)} images from {source}")
     images = Images(args.dataset_root, names, preprocess, cache)
+    if preprocess and "data_on" in args and split != "test":  # which is read once
+        images = hold(args, images)
+    place = f"; images are kept in memory ({images.device})" if in_memory(images) else ""
+    log(f"{split}: {len(captions)} captions of {len(image_ids)} images from {source}{place}")
     return Pairs(images, image_ids, image_of, captions, text_of, tokens, source)
 
 
@@ -145,6 +148,9 @@ class Batches(Dataset):
 
     def __init__(self, pairs, bank=None, random_memory=False, seed=0):
         self.pairs, self.bank, self.seed = pairs, bank, seed
+        self.ends = pairs.tokens.argmax(dim=1)
+        device = pairs.images.device if in_memory(pairs.images) else torch.device("cpu")
+        self.tokens = pairs.tokens.to(device)
         self.clean = clean_pairs(bank) if random_memory and bank is not None else None
         self.own = slice(rank(), None, world())
 
@@ -164,10 +170,10 @@ class Batches(Dataset):
             wanted = np.stack([indices, *self.memory(indices)])
         images, *image_rows = distinct_items(pairs.image_of[wanted])
         texts, *text_rows = distinct_items(pairs.text_of[wanted])
-        own = images[self.own].tolist()
-        crops = Subset(pairs.images, own).__getitems__(range(len(own)))  # together, where it can
-        crops = torch.stack(crops or [pairs.images[0]])[: len(crops)]  # a share may be empty
-        tokens = cut_tokens(pairs.tokens[texts])[self.own]
+        crops = pairs.images.take(images[self.own])
+        length = int(self.ends[texts].max()) + 1  # what follows no caption reads
+        own = ship(torch.from_numpy(texts[self.own]), self.tokens.device)
+        tokens = self.tokens[own, :length]
         return Batch(torch.as_tensor(indices), DistinctItems(crops, *image_rows, len(images)),
                      DistinctItems(tokens, *text_rows, len(texts)))
 
@@ -212,7 +218,8 @@ def training_loader(args, pairs, bank=None, chosen=None, random_memory=False):
     require_batch(args, len(pairs) if chosen is None else len(chosen))
     sampler = EpochSampler(len(pairs), args.batch_size, args.seed, chosen)
     batches = Batches(pairs, bank, random_memory, args.seed)
-    return loader(args, batches, len(sampler), sampler=sampler, batch_size=None)
+    workers = 0 if in_memory(pairs.images) else len(sampler)
+    return loader(args, batches, workers, sampler=sampler, batch_size=None)
 
 
 @command

@@ -122,6 +122,14 @@ def add_data(group, command):
     group.add_argument("--context_length", type=at_least_two, default=77,
                        help="longest caption in tokens, both end marks included; longer ones are "
                             "cut; at most the model's (77 for all published ones)")
+    if command not in ("cache", "search"):
+        group.add_argument("--data_on", choices=("auto", "device", "host", "workers"),
+                           default="auto",
+                           help="where the decoded images stay between steps and passes: in the "
+                                "memory of the device or of the host, or nowhere, and worker "
+                                "processes read them each time; auto: on the device if they fill "
+                                "at most a third of it, else on the host likewise, else with "
+                                "workers, as always under torchrun or where one pass is made")
     group.add_argument("--num_workers", type=natural_int, default=min(8, os.cpu_count() or 1),
                        help="processes that read images; 0 reads in the main process, which is "
                             "best for very small images")
@@ -274,8 +282,9 @@ def add_optimisation(group):
                             "tower alone is new; the temperature is trained in any case")
     add_memory_savers(group)
     group.add_argument("--compile", action="store_true",
-                       help="compile the towers with torch.compile: minutes at the start, perhaps "
-                            "faster steps on a GPU, which is not measured")
+                       help="compile the towers' blocks with torch.compile, once for each of a "
+                            "few shapes: minutes at the start, perhaps faster steps on a GPU, "
+                            "which is not measured")
     group.add_argument("--clip_grad", type=natural_float, default=10.0,
                        help="largest norm of the gradient; 0 leaves it alone; lower it when "
                             "grad_norm in the log has spikes")
@@ -411,6 +420,8 @@ def fill_in(parser, args):
     if args.judge_neighbours is None:
         own = args.judge_rounds or RECIPES[args.recipe].judge_rounds
         args.judge_neighbours = NEIGHBOURS if own else 0
+    if args.data_on == "auto" and "epochs" not in args and not args.judge_rounds:
+        args.data_on = "workers"  # which suits a single pass
     if args.clean_threshold is None:
         own = args.judge_rounds or args.judge_neighbours
         args.clean_threshold = CLEAN_THRESHOLD if own else PAPER_CLEAN_THRESHOLD

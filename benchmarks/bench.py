@@ -10,6 +10,7 @@ tokens, each image once per caption, the state dict copied entry by entry, ranks
 import argparse
 import copy
 import ctypes
+import itertools
 import json
 import os
 import platform
@@ -26,7 +27,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch.profiler import profile
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -41,12 +42,14 @@ from params import parse_args
 from utils.errors import InputError, command
 from utils.method.features import first_pairs, write_items
 from utils.method.memorybank import MemoryBank
+from utils.reading.images import ImagesInMemory
 from utils.reading.layout import split_folder, write_lines, write_split
 from utils.report.retrieval import recalls
 from utils.training.run import Run
 
 CAPTIONS = 5  # an image
 RECALL = 0.85  # assumed share of the right pairs in the strict clean set
+PEAKS = {"H100": 989, "H200": 989, "A100": 312}  # TFLOP/s in half, dense, as NVIDIA says
 
 
 # ---- data as a real run has it -------------------------------------------------------------------
@@ -63,13 +66,26 @@ def caption_tokens(n, rng):
     return torch.from_numpy(tokens)
 
 
-def make_pairs(num_images, resolution, rng):
-    """Pairs of random images in memory with five captions each."""
-    images = torch.from_numpy(
-        rng.integers(0, 256, (num_images, 3, resolution, resolution), dtype=np.uint8))
-    n = num_images * CAPTIONS
+def make_pairs(num_images, resolution, rng, device):
+    """Pairs of random images in the device's memory, with five captions each."""
+    crops = torch.randint(0, 256, (num_images, 3, resolution, resolution), dtype=torch.uint8,
+                          device=device)
+    images, n = ImagesInMemory(crops, device), num_images * CAPTIONS
     return data.Pairs(images, list(map(str, range(num_images))), np.arange(n) // CAPTIONS,
                       [str(i) for i in range(n)], np.arange(n), caption_tokens(n, rng), Path("-"))
+
+
+def write_jpegs(root, count, seed):
+    """Names of new JPEGs below root/images: smooth textures of 640 x 480 pixels, which make files
+    of about the size of COCO's."""
+    rng = np.random.default_rng(seed)
+    (root / "images").mkdir()
+    names = [f"{i}.jpg" for i in range(count)]
+    for name in names:
+        small = rng.integers(0, 256, (60, 80, 3), dtype=np.uint8)
+        picture = Image.fromarray(small).resize((640, 480), Image.Resampling.BICUBIC)
+        picture.save(root / "images" / name, quality=90)
+    return names
 
 
 def make_bank(pairs, noise, rng):
@@ -134,7 +150,7 @@ class ReleasedStep:
 def load_released(pairs, bank, batch, args):
     """A released step's three lists of pairs as normalised images and full-length tokens."""
     entries = (batch, bank.image_entry[pairs.image_of[batch]], bank.caption_entry[batch])
-    return [(clip.normalize(pairs.images[pairs.image_of[e]].to(args.device)),
+    return [(clip.normalize(pairs.images.take(pairs.image_of[e]).to(args.device)),
              pairs.tokens[pairs.text_of[e]].to(args.device)) for e in entries]
 
 
@@ -143,7 +159,7 @@ def released_features(model, pairs, args):
     """Features of every pair, its image and its full-length caption encoded for each caption."""
     images, texts = [], []
     for rows in np.array_split(np.arange(len(pairs)), -(-len(pairs) // args.eval_batch_size)):
-        crops = pairs.images[pairs.image_of[rows]].to(args.device)
+        crops = pairs.images.take(pairs.image_of[rows]).to(args.device)
         images.append(model.encode_image(clip.normalize(crops, model.dtype)))
         texts.append(model.encode_text(pairs.tokens[pairs.text_of[rows]].to(args.device)))
     return torch.cat(images), torch.cat(texts)
@@ -217,31 +233,43 @@ def resident():
         return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
-def clock(function, device):
-    """Seconds that a call takes, all work on the device included."""
-    start = time.perf_counter()
-    function()
+def clock(function, device, steps=1):
+    """Seconds that each of `steps` calls in a row takes: by CUDA events on a GPU, which is not
+    waited for in between."""
     if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(steps):
+            function()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1000 / steps
+    start = time.perf_counter()
+    for _ in range(steps):
+        function()
+    return (time.perf_counter() - start) / steps
 
 
-def compare(contenders, device, rounds, prepare=lambda: None):
-    """{name: {seconds of each round, memory in MB}} of functions that run in turn, round by round.
+def compare(contenders, device, rounds, prepare=lambda: None, steps=1):
+    """{name: {seconds of a call in each round, memory in MB, floating-point operations}} of
+    functions that run in turn, `steps` calls each, round by round.
 
-    prepare() comes before each round. A first round is not timed, but its memory is taken.
+    prepare() comes before each round. A first one is not timed, but its memory is taken and its
+    operations are counted; on a GPU nor is a second one, in which what is compiled is compiled.
     """
-    seconds, memory = {name: [] for name in contenders}, {}
-    for index in range(rounds + 1):
+    results = {name: {"seconds": []} for name in contenders}
+    first = -2 if device.type == "cuda" else -1
+    for index in range(first, rounds):
         prepare()
         for name, function in contenders.items():
-            if index == 0:
-                with Peak(device) as peak:
-                    clock(function, device)
-                memory[name] = peak.value
+            if index == first:
+                with Peak(device) as peak, FlopCounterMode(display=False) as counter:
+                    function()
+                results[name] |= {"memory": peak.value, "flops": counter.get_total_flops()}
             else:
-                seconds[name].append(clock(function, device))
-    return {name: {"seconds": t, "memory": memory[name]} for name, t in seconds.items()}
+                seconds = clock(function, device, steps)
+                results[name]["seconds"] += [seconds] if index >= 0 else []
+    return results
 
 
 def ratio(results, name, reference):
@@ -256,9 +284,19 @@ def ratio(results, name, reference):
 
 def matrix_rate(device, dtype):
     """Floating-point operations per second of a large matrix product."""
-    a = torch.randn(2048, 2048, device=device, dtype=dtype)
+    side = 8192 if device.type == "cuda" else 2048
+    a = torch.randn(side, side, device=device, dtype=dtype)
     best = min(clock(lambda: a @ a, device) for _ in range(10))
-    return 2 * 2048**3 / best
+    return 2 * side**3 / best
+
+
+def busy(function):
+    """Seconds that a GPU computes during a call."""
+    function()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        function()
+        torch.cuda.synchronize()
+    return sum(event.self_device_time_total for event in profiler.key_averages()) / 1e6
 
 
 def time_shares(function, device, most=6):
@@ -279,78 +317,104 @@ def show(title, results):
     for name, r in results.items():
         t = r["seconds"]
         middle, low, high = ratio(results, name, reference)
-        print(f"| {name} | {statistics.median(t):.3f} ({min(t):.3f}-{max(t):.3f}) | {middle:.3f} "
+        print(f"| {name} | {statistics.median(t):.4f} ({min(t):.4f}-{max(t):.4f}) | {middle:.3f} "
               f"({low:.3f}-{high:.3f}) | {r['memory']:.0f} |", flush=True)
+
+
+def show_gpu(results, batch_size, rate):
+    """Print what a GPU makes of the time of each contender. rate: that of a large product."""
+    name = torch.cuda.get_device_name()
+    peak = next((1e12 * peak for key, peak in PEAKS.items() if key in name), None)
+    share = "of its peak" if peak else "of the matrix rate"
+    print(f"\n| | pairs/s | TFLOP/s | {share} | GPU idle |\n|---|--:|--:|--:|--:|")
+    for name, r in results.items():
+        seconds = statistics.median(r["seconds"])
+        done = r["flops"] / seconds
+        print(f"| {name} | {batch_size / seconds:.0f} | {done / 1e12:.1f} | "
+              f"{done / (peak or rate):.1%} | {max(0, 1 - r['busy'] / seconds):.0%} |", flush=True)
+    print(f"\nA matrix product of 8192 x 8192 runs at {rate / 1e12:.0f} TFLOP/s.")
 
 
 # ---- what is measured ----------------------------------------------------------------------------
 
 
 def bench_step(options, noise):
-    """Our steps against the released one and one plain CLIP step, on the same batches."""
-    args = options.run
+    """Our steps against the released one and one plain CLIP step, which is also a step of --recipe
+    robust, on the same batches."""
+    args, device = options.run, options.run.device
+    steps = 10 if device.type == "cuda" else 1  # in a row, as in training
     run = Run(args)
     released_run = Run(parse_args("npc", [*options.words, "--recipe", "released"]))
     model = run.precision.prepare(new_model(args))
     rng = np.random.default_rng(args.seed)
-    pairs = make_pairs(max(256, 16 * args.batch_size), model.visual.input_resolution, rng)
+    pairs = make_pairs(max(256, 16 * args.batch_size), model.visual.input_resolution, rng, device)
     bank = make_bank(pairs, noise, rng)
     with_bank, without = data.Batches(pairs, bank), data.Batches(pairs)
     drawn, sizes, rates = {}, [], []
 
     def draw():
-        rates.append(matrix_rate(args.device, options.compute_dtype))
-        batch = rng.permutation(len(pairs))[: args.batch_size]
-        drawn.update(npc=with_bank[batch].to(args.device), clip=without[batch].to(args.device),
-                     released=load_released(pairs, bank, batch, args))
-        images, texts = drawn["npc"].images, drawn["npc"].texts
-        sizes.append((images.total / len(batch), texts.total / len(batch), texts.items.shape[1]))
+        rates.append(matrix_rate(device, options.compute_dtype))
+        batches = [rng.permutation(len(pairs))[: args.batch_size] for _ in range(steps)]
+        drawn.update(npc=[with_bank[batch].to(device) for batch in batches],
+                     clip=[without[batch].to(device) for batch in batches],
+                     released=[load_released(pairs, bank, batch, args) for batch in batches])
+        sizes.extend((step.images.total / args.batch_size, step.texts.total / args.batch_size,
+                      step.texts.items.shape[1]) for step in drawn["npc"])
+
+    def on(kind, step):
+        turn = itertools.count()
+        return lambda: step(drawn[kind][next(turn) % steps])
 
     draw()
     difference = None
     if options.against == "released" and args.precision == "fp32":  # one step each, from the same A
         ours_released = NPC(copy.deepcopy(model), released_run, bank)
-        ours_released.step(drawn["npc"])
+        ours_released.step(drawn["npc"][0])
         released = ReleasedStep(copy.deepcopy(model), args)
-        released(drawn["released"])
+        released(drawn["released"][0])
         difference = max((p - q).abs().max().item() for p, q in zip(
             ours_released.A.parameters(), released.A.parameters(), strict=True))
         del ours_released, released
 
     # All train the same A, one after the other: only what each needs beside it is held for it
     ours, ours_released = NPC(model, run, bank), NPC(model, released_run, bank)
-    baseline = Baseline(model, run)
-    contenders = {"ours, --recipe paper": lambda: ours.step(drawn["npc"]),
-                  "plain CLIP step, ours": lambda: baseline.step(drawn["clip"]),
-                  "ours, --recipe released": lambda: ours_released.step(drawn["npc"])}
+    contenders = {"ours, --recipe paper": on("npc", ours.step),
+                  "plain CLIP step, ours": on("clip", Baseline(model, run).step),
+                  "ours, --recipe released": on("npc", ours_released.step)}
     if options.against == "released":
         released = ReleasedStep(model, args)
-        contenders = {"released step": lambda: released(drawn["released"]) or model.zero_grad(),
-                      **contenders}
-    results = compare(contenders, args.device, options.rounds, draw)
-    with FlopCounterMode(display=False) as counter:
-        ours.step(drawn["npc"])
+        contenders = {"released step": on("released", lambda step: released(step)
+                                          or model.zero_grad()), **contenders}
+    if device.type == "cuda":
+        compiled = Run(parse_args("npc", [*options.words, "--compile"]))
+        contenders["ours, paper, --compile"] = on("npc", NPC(copy.deepcopy(model), compiled,
+                                                             bank).step)
+    results = compare(contenders, device, options.rounds, draw, steps)
     u_image, u_text, length = np.mean(sizes, axis=0)
     image_share = tower_cost(model, args, int(length))
     u = image_share * u_image + (1 - image_share) * u_text
     seconds = statistics.median(results["ours, --recipe paper"]["seconds"])
     clip_steps = ratio(results, "ours, --recipe paper", "plain CLIP step, ours")
     allowed = 1.15 * (2 + 4 * u) / 3
-    flops = counter.get_total_flops()
-    floor = flops / statistics.median(rates)
+    flops = results["ours, --recipe paper"]["flops"]
+    rate = statistics.median(rates)
     show(f"Training step, {noise:.0%} noise, batch {args.batch_size}", results)
+    if device.type == "cuda":
+        for name, function in contenders.items():
+            results[name]["busy"] = busy(function)
+        show_gpu(results, args.batch_size, rate)
     print(f"\nu is {u_image:.2f} for images, {u_text:.2f} for captions, {u:.2f} weighted by cost "
           f"(an image is {image_share:.0%} of a pair); captions are cut at {length:.0f} tokens. "
           f"Ours (paper) costs {clip_steps[0]:.2f} ({clip_steps[1]:.2f}-{clip_steps[2]:.2f}) plain "
           f"CLIP steps, where 1.15 (2 + 4u)/3 is {allowed:.2f}, and does "
-          f"{args.batch_size / seconds:.1f} pairs/s. Floor: {floor:.3f} s "
+          f"{args.batch_size / seconds:.1f} pairs/s. Floor: {flops / rate:.3f} s "
           f"({flops / 1e9:.0f} GFLOP at the measured matrix rate). Its time goes to "
-          f"{time_shares(lambda: ours.step(drawn['npc']), args.device)}.")
+          f"{time_shares(contenders['ours, --recipe paper'], device)}.")
     if difference is not None:
         print("After one step from the same weights, the parameters of the released recipe and of "
               f"the transcription differ by {difference:.1e} at most.")
     return {**results, "u_image": u_image, "u_text": u_text, "u": u, "clip_steps": clip_steps,
-            "allowed_clip_steps": allowed, "floor": floor, "difference": difference}
+            "allowed_clip_steps": allowed, "floor": flops / rate, "difference": difference}
 
 
 def bench_bank(options):
@@ -359,7 +423,7 @@ def bench_bank(options):
     run = Run(args)
     model = run.precision.prepare(new_model(args))
     rng = np.random.default_rng(args.seed)
-    pairs = make_pairs(options.bank_images, model.visual.input_resolution, rng)
+    pairs = make_pairs(options.bank_images, model.visual.input_resolution, rng, args.device)
 
     def ours():
         build_bank(model, pairs, args, run.precision, log=lambda message: None)
@@ -373,9 +437,7 @@ def bench_bank(options):
     if options.against == "released":
         contenders = {"released, both passes": released, **contenders}
     results = compare(contenders, args.device, options.rounds)
-    with FlopCounterMode(display=False) as counter:
-        ours()
-    flops = counter.get_total_flops()
+    flops = results["ours, whole bank"]["flops"]
     floor = flops / matrix_rate(args.device, options.compute_dtype)
     show(f"Memory bank of {len(pairs)} pairs", results)
     print(f"\nFloor: {floor:.3f} s ({flops / 1e9:.0f} GFLOP at the measured matrix rate).")
@@ -410,12 +472,7 @@ def bench_loader(options):
     rng = np.random.default_rng(args.seed)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        (root / "images").mkdir()
-        names = [f"{i}.jpg" for i in range(options.loader_images)]
-        for name in names:  # smooth textures, so that a file has about the size of COCO's
-            small = rng.integers(0, 256, (60, 80, 3), dtype=np.uint8)
-            picture = Image.fromarray(small).resize((640, 480), Image.Resampling.BICUBIC)
-            picture.save(root / "images" / name, quality=90)
+        names = write_jpegs(root, options.loader_images, args.seed)
         size = sum((root / "images" / name).stat().st_size for name in names) / len(names)
         preprocess = clip.Preprocess(224)
         n = len(names) * CAPTIONS

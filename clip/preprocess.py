@@ -6,6 +6,8 @@ release.  EXIF rotation is not applied, as there.  Of an animation, the current 
 first one, after Image.open).
 """
 
+import functools
+
 import numpy as np
 import torch
 from PIL import Image
@@ -22,9 +24,15 @@ def normalize(images, dtype=torch.float32, mean=MEAN, std=STD):
     """uint8 images (..., 3, H, W), on any device -> the same scaled to [0, 1], less the mean (of
     red, green, blue), over the standard deviation, as `dtype`; computed in at least float32."""
     wide = torch.promote_types(dtype, torch.float32)
-    mean, std = (torch.tensor(x, dtype=wide, device=images.device).view(3, 1, 1)
-                 for x in (mean, std))
+    mean, std = (_channels(tuple(x), wide, images.device) for x in (mean, std))
     return images.to(wide).div_(255).sub_(mean).div_(std).to(dtype)
+
+
+@functools.cache
+@torch.inference_mode(False)
+def _channels(values, dtype, device):
+    """Three numbers as (3, 1, 1) on a device, shipped there once, as each time waits for it."""
+    return torch.tensor(values, dtype=dtype, device=device).view(3, 1, 1)
 
 
 def check_usable(image):

@@ -1,6 +1,7 @@
 """The three layouts of the data, and what the loaders serve from them."""
 
 import re
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -14,14 +15,15 @@ import clip
 from data import (
     Batches,
     EpochSampler,
-    image_loader,
     retrieval_split,
+    take,
     training_loader,
     training_pairs,
 )
 from utils.errors import InputError
 from utils.method.memorybank import MemoryBank
 from utils.method.passes import cut_tokens, distinct_items
+from utils.reading.images import Images, image_loader, in_memory
 from utils.reading.layout import image_names, read_captions, read_ids, read_lines
 from utils.training.saver import hash_of_data
 
@@ -315,7 +317,7 @@ def test_a_step_holds_the_batch_and_its_memory_entries(datasets, layout):
 
 
 def test_each_distinct_image_of_a_step_is_decoded_once(datasets, monkeypatch):
-    pairs = pairs_of(datasets["f30k"])
+    pairs = pairs_of(datasets["f30k"], "--data_on", "workers")
     decoded = []
     decode = type(pairs.images).decode
     monkeypatch.setattr(type(pairs.images), "decode",
@@ -341,7 +343,7 @@ def test_loader_serves_the_sampler_s_batches_in_any_number_of_processes(datasets
     data = datasets["f30k"]
     args = options(data, "--batch_size", 13, "--seed", 6)
     args.num_workers = workers
-    pairs = pairs_of(data)
+    pairs = pairs_of(data, "--data_on", "workers")
     loader = training_loader(args, pairs, random_bank(pairs))
     sampler, reference = EpochSampler(60, 13, 6), Batches(pairs, random_bank(pairs))
     for epoch in (0, 1):
@@ -353,6 +355,67 @@ def test_loader_serves_the_sampler_s_batches_in_any_number_of_processes(datasets
             assert torch.equal(step.images.items, own.images.items)
             assert torch.equal(step.images.rows, own.images.rows)
             assert torch.equal(step.texts.items, own.texts.items)
+
+
+# ---- images in memory ---------------------------------------------------------------------------
+
+
+def served(data, place, device="cpu"):
+    """The batches of two epochs and the dev images, on the CPU, with `--data_on place`."""
+    args = options(data, "--batch_size", 5, "--data_on", place, "--device", device)
+    pairs = training_pairs(args, PREPROCESS, quiet)
+    dev = retrieval_split(args, "dev", PREPROCESS, quiet)
+    loader, steps = training_loader(args, pairs, random_bank(pairs)), []
+    for loader.sampler.epoch in (0, 1):
+        steps += [batch.to(args.device).to(torch.device("cpu")) for batch in loader]
+    return steps, torch.cat([crops.cpu() for crops in image_loader(args, dev.images)])
+
+
+@pytest.mark.parametrize("place, device", [
+    ("device", "cpu"), ("host", "cpu"), *(pytest.param(place, "cuda", marks=pytest.mark.gpu)
+                                          for place in ("device", "host", "workers"))])
+def test_data_come_bit_for_bit_alike_from_everywhere(datasets, place, device):
+    for data in datasets.values():
+        (steps, dev), (expected, expected_dev) = served(data, place, device), served(data,
+                                                                                     "workers")
+        assert torch.equal(dev, expected_dev) and len(steps) == len(expected) > 1
+        for ours, theirs in zip(steps, expected, strict=True):
+            assert torch.equal(ours.indices, theirs.indices)
+            for one, other in zip(ours[1:], theirs[1:], strict=True):
+                assert torch.equal(one.items, other.items) and torch.equal(one.rows, other.rows)
+                assert one[2:] == other[2:]
+
+
+@pytest.mark.parametrize("place, times", [("auto", 1), ("device", 1), ("workers", 2)])
+def test_images_in_memory_are_decoded_once(datasets, monkeypatch, place, times):
+    decoded, decode = Counter(), Images.decode
+    monkeypatch.setattr(Images, "decode", lambda self, k: (
+        decoded.update([self.names[k]]), decode(self, k))[1])
+    args = options(datasets["f30k"], "--batch_size", 12, "--data_on", place)
+    pairs = training_pairs(args, PREPROCESS, quiet)
+    assert not decoded  # until somebody asks for one
+    for _ in range(2):
+        list(image_loader(args, take(pairs, np.arange(len(pairs)) < 30).images))
+        list(training_loader(args, pairs))
+    few = set(pairs.images.names[:6])
+    assert all(decoded[name] == 1 if times == 1 else decoded[name] > 2 for name in few)
+
+
+def test_where_images_are_held_by_default(datasets, monkeypatch):
+    """In memory if they fill a third of it at most, and are read more than once."""
+    def place(*more, command="npc"):
+        args = options(datasets["f30k"], *more, command=command)
+        return in_memory(training_pairs(args, PREPROCESS, quiet).images)
+
+    size = 12 * 3 * 32 * 32
+    for room, fits in ((3 * size, True), (3 * size - 1, False)):
+        monkeypatch.setattr("utils.reading.images.room", lambda *_, room=room: room)
+        assert place() == fits and place("--data_on", "host") and not place("--data_on", "workers")
+        assert place("--judge_rounds", 1, command="memorybank") == fits
+        assert not place(command="memorybank")  # which reads them once
+    monkeypatch.setattr("utils.reading.images.room", lambda *_: 3 * size)
+    monkeypatch.setattr("utils.reading.images.world", lambda: 2)
+    assert not place() and place("--data_on", "device")
 
 
 def test_image_loader_serves_each_image_once_in_order(datasets):

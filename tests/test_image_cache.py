@@ -46,7 +46,8 @@ def cached(dataset, tmp_path):
     data = dataset("f30k")
 
     def images(folder="cache"):
-        args = options(data, "--batch_size", 8, "--image_cache", tmp_path / folder)
+        args = options(data, "--batch_size", 8, "--image_cache", tmp_path / folder, "--data_on",
+                       "workers")
         return training_pairs(args, PREPROCESS, quiet).images
 
     return images
@@ -160,7 +161,8 @@ def small(tmp_path_factory):
 def arguments(data, logs, *more):
     return [*data.options, "--vision_model", str(data.model), "--context_length", "12",
             "--batch_size", "7", "--epochs", "1", "--device", "cpu", "--noise_ratio", "0.4",
-            "--checkpoint_path", str(logs), "--experiments", "x", *map(str, more)]
+            "--checkpoint_path", str(logs), "--experiments", "x", "--data_on", "workers",
+            *map(str, more)]
 
 
 def result(folder):

@@ -122,8 +122,8 @@ def signalled(step, number):
 @pytest.mark.parametrize("script, step, number, more, resumed_at", [
     ("npc", 3, signal.SIGTERM, [], 3),
     ("npc", 8, signal.SIGTERM, [], 8),  # the last step of an epoch: saved with its dev scores
-    ("npc", 12, signal.SIGINT, ["--num_workers", 2], 12),
-    ("clip", 18, signal.SIGTERM, ["--num_workers", 2], 18),
+    ("npc", 12, signal.SIGINT, ["--num_workers", 2, "--data_on", "workers"], 12),
+    ("clip", 18, signal.SIGTERM, ["--num_workers", 2, "--data_on", "workers"], 18),
     ("npc", 14, signal.SIGKILL, ["--save_every", 3], 12),
     ("npc", 8, signal.SIGKILL, ["--save_every", 4], 4),  # not saved twice at an epoch's end
     ("clip", 3, signal.SIGKILL, [], 0),
@@ -576,7 +576,7 @@ def test_unfinished_files_are_never_taken_and_removed_by_the_next_run(data, copi
 
 
 def test_signals_before_training_end_the_run_as_usual(data, tmp_path):
-    argv = arguments(data, "npc", tmp_path, "--num_workers", 2)
+    argv = arguments(data, "npc", tmp_path, "--num_workers", 2, "--data_on", "workers")
     run(NPC, argv, tmp_path / "out", -signal.SIGTERM, signalled_before_training)
 
 

@@ -115,6 +115,14 @@ def any_process(flag, device):
     return flags
 
 
+def ship(tensor, device):
+    """A host tensor on its way to a device, through pinned memory, so that nobody waits for it. One
+    that is there already stays."""
+    if device.type == "cuda" and not (tensor.is_cuda or tensor.is_pinned()):
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 class Later:
     """A small tensor on its way to the host: whoever reads it a step later never waits for the GPU
     to finish the step at hand."""

@@ -11,6 +11,8 @@ The equalities that save passes:
 4. What the memory needs beyond the batch is encoded apart from it, so that the gradient of A'
    crosses the batch's graph alone.
 5. The text tower is causal and read at the end token: captions are cut at the longest of a step.
+   For a compiler, which wants few shapes, that length and the numbers of items are rounded up:
+   nobody reads the features of the items that are added, and so they have no gradient.
 6. Where all pairs of a batch count alike and the memory has no gradient, the gradient of A is that
    of A' but for one factor.
 7. What nobody asks for is not computed: a step without A' and memory is a plain CLIP step.
@@ -28,11 +30,12 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 import clip
-from utils.distributed import gather, num_own_below
+from utils.distributed import gather, num_own_below, ship
 from utils.method.losses import pair_losses
 
 BATCH, MEMORY_I, MEMORY_T = range(3)  # whose pairs: rows of `DistinctItems.rows`
 TOWERS = ("images", "captions")
+SHAPES, TOKENS = 16, 8  # --compile rounds up to a 16th of a batch, and captions to 8 tokens
 ENCODED = Counter()  # items through the towers so far, of all processes: images_forward, ...
 
 
@@ -63,11 +66,11 @@ class Batch(NamedTuple):
     texts: DistinctItems
 
     def to(self, device):
-        """The same batch with its images and captions on `device`."""
+        """The same batch on `device`."""
         def move(distinct):
-            return distinct._replace(items=distinct.items.to(device, non_blocking=True),
-                                     rows=distinct.rows.to(device, non_blocking=True))
-        return self._replace(images=move(self.images), texts=move(self.texts))
+            return distinct._replace(items=ship(distinct.items, device),
+                                     rows=ship(distinct.rows, device))
+        return Batch(ship(self.indices, device), move(self.images), move(self.texts))
 
 
 def distinct_items(wanted):
@@ -117,14 +120,15 @@ class Passes:
     accum_steps: number of pieces in which items are encoded, each once more in the backward pass,
     so that the activations of one piece are held at a time (GradCache, Gao et al. 2021).
     memory_gradient: whether losses on the memory have one. uniform: a promise that all losses of
-    the batch get the same gradient.
+    the batch get the same gradient. few_shapes: round up what the towers get, see 5.
     """
 
     def __init__(self, A, batch, precision, siamese=None, accum_steps=1, memory_gradient=True,
-                 uniform=False):
+                 uniform=False, few_shapes=False):
         self.A, self.siamese, self.items = A, siamese, (batch.images, batch.texts)
         self.precision, self.accum_steps = precision, accum_steps
         self.memory_gradient = memory_gradient
+        self.unit = -(-len(batch.indices) // SHAPES) if few_shapes else 0
         if siamese is not None:
             copy_parameters(A, siamese)
         self.model = siamese if uses_batch_statistics(A) else A  # that computes as A' at its start
@@ -218,10 +222,12 @@ class Passes:
             for what, encoder, distinct in zip(TOWERS, encoders(model), self.items, strict=True):
                 start, end = span(distinct, part)
                 own = distinct.items[num_own_below(start) : num_own_below(end)]
+                items = rounded_up(own, self.unit, model.context_length) if self.unit else own
                 pieces = [encoder(piece) if self.accum_steps == 1 else
                           checkpoint(encoder, piece, use_reentrant=False, preserve_rng_state=False)
-                          for piece in own.chunk(self.accum_steps)]
-                features = gather(F.normalize(torch.cat(pieces), dim=1), start, end)
+                          for piece in items.chunk(self.accum_steps)]
+                features = F.normalize(torch.cat(pieces)[: len(own)], dim=1)
+                features = gather(features, start, end)
                 result.append(counted(features, what))
         return result
 
@@ -232,6 +238,16 @@ class Passes:
             return [counted(F.normalize(encoder(distinct.items[distinct.rows[BATCH]]), dim=1), what)
                     for what, encoder, distinct in zip(TOWERS, encoders(self.A), self.items,
                                                        strict=True)]
+
+
+def rounded_up(items, unit, longest):
+    """Images, or captions of at most `longest` tokens, with zeros behind them: a multiple of `unit`
+    items, captions a multiple of `TOKENS` long."""
+    more = -len(items) % unit if len(items) else unit
+    if items.ndim > 2:
+        return F.pad(items, (0, 0) * (items.ndim - 1) + (0, more))
+    length = items.shape[1]
+    return F.pad(items, (0, min(-length % TOKENS, longest - length), 0, more))
 
 
 def counted(features, what):

@@ -1,4 +1,5 @@
-"""Images of a split: from their files or from the image cache, by worker processes if wanted."""
+"""Images of a split: from their files or from the image cache, by worker processes if wanted, or
+all of them in memory."""
 
 import atexit
 import functools
@@ -9,12 +10,14 @@ from contextlib import contextmanager
 from multiprocessing.sharedctypes import RawValue
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 from clip.preprocess import check_usable
+from utils.distributed import ship, world
 from utils.errors import InputError
 from utils.files import reading
 from utils.reading.image_cache import ImageCache
@@ -36,6 +39,12 @@ class Images(Dataset):
 
     def __getitem__(self, k):
         return self.__getitems__([k])[0]
+
+    def take(self, ks):
+        """Crops (k, 3, R, R) of the images `ks`, (k,) int64."""
+        size = 3, self.preprocess.resolution, self.preprocess.resolution
+        return torch.stack(self.__getitems__(ks.tolist())) if len(ks) else torch.empty(
+            0, *size, dtype=torch.uint8)
 
     def __getitems__(self, ks):
         """Images `ks` as a list. Those that the cache lacks are decoded and stored together."""
@@ -72,6 +81,88 @@ def open_image(file):
             yield image
 
 
+# ---- in memory ----------------------------------------------------------------------------------
+
+
+class ImagesInMemory(Dataset):
+    """The crops of all `Images`, or a tensor of crops, on a device or on the host. They are read,
+    each image once, when the first one is asked for; a step then ships row numbers alone."""
+
+    def __init__(self, images, device, args=None):
+        self.images, self.device, self.args = images, device, args
+        self.pinned = args is not None and args.device.type != device.type  # bound for the device
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getattr__(self, name):  # names, folder, cache
+        return getattr(self.images, name)
+
+    @functools.cached_property
+    def crops(self):
+        """(n, 3, R, R) uint8."""
+        if isinstance(self.images, torch.Tensor):
+            return self.images.to(self.device)
+        size = self.images.preprocess.resolution
+        crops = torch.empty(len(self), 3, size, size, dtype=torch.uint8, device=self.device)
+        left = crops
+        with (tqdm(total=len(self), desc="reading", unit="img", disable=None) as bar,
+              explain_deaths()):
+            for batch in image_loader(self.args, self.images):
+                left[: len(batch)] = batch
+                left = left[len(batch) :]
+                bar.update(len(batch))
+        return crops
+
+    def take(self, ks):
+        """Crops (k, 3, R, R) of the images `ks`, (k,) int64, where they are held; those on the host
+        in pinned memory, if they are bound for a GPU."""
+        if not self.pinned:
+            return self.crops[ship(torch.from_numpy(ks), self.device)]
+        shape = len(ks), *self.crops.shape[1:]
+        crops = torch.empty(shape, dtype=torch.uint8, pin_memory=True)
+        return torch.index_select(self.crops, 0, torch.from_numpy(ks), out=crops)
+
+    def __getitem__(self, k):
+        return self.take(np.array([k]))[0]
+
+    def __getitems__(self, ks):
+        return list(self.take(np.array(ks)))
+
+
+def hold(args, images):
+    """`images`, in memory where `--data_on` wants them there or, by auto, where they fit: into a
+    third of the GPU's memory, or else of the machine's. Under torchrun, auto leaves them to worker
+    processes, as each process would hold all."""
+    size, place = len(images) * 3 * images.preprocess.resolution**2, args.data_on
+    if place == "auto":
+        place = "workers"
+        if world() == 1:
+            place = next((place for place in ("device", "host") if 3 * size <= room(place, args)),
+                         place)
+    if place == "workers":
+        return images
+    device = args.device if place == "device" else torch.device("cpu")
+    return ImagesInMemory(images, device, args)
+
+
+def room(place, args):
+    """Bytes of memory of the device, or of the host."""
+    if place == "device" and args.device.type == "cuda":
+        return torch.cuda.get_device_properties(args.device).total_memory
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def in_memory(images):
+    """Whether images, or those of which they are a `Subset`, lie in memory."""
+    while isinstance(images, Subset):
+        images = images.dataset
+    return isinstance(images, ImagesInMemory)
+
+
+# ---- checks and loaders -------------------------------------------------------------------------
+
+
 class Headers(Dataset):
     """Item k is what is wrong with the header of image k of `Images`, or None."""
 
@@ -93,7 +184,7 @@ class Headers(Dataset):
 def check_images(args, images, dev):
     """Open all `images`, decode those of `dev`. Raises InputError, with a count and the first
     three, when some cannot be read."""
-    broken, checks = [], Headers(images)
+    broken, checks = [], Headers([] if "crops" in vars(images) else images)
     for said in tqdm(loader(args, checks, len(checks) // 1000, batch_size=None), desc="checking",
                      unit="img", disable=None, leave=False):
         broken += [said] if said else []
@@ -107,7 +198,8 @@ def check_images(args, images, dev):
 
 def image_loader(args, images):
     """DataLoader of uint8 image batches (b, 3, R, R), each distinct image once, in order."""
-    return loader(args, images, len(images), batch_size=args.eval_batch_size)
+    workers = 0 if in_memory(images) else len(images)
+    return loader(args, images, workers, batch_size=args.eval_batch_size)
 
 
 def loader(args, dataset, most_workers, **options):
@@ -116,7 +208,7 @@ def loader(args, dataset, most_workers, **options):
     if workers:
         options["worker_init_fn"] = functools.partial(_ignore_signals, _exiting())
     return DataLoader(dataset, num_workers=workers, persistent_workers=workers > 0,
-                      pin_memory=args.device.type == "cuda", **options)
+                      pin_memory=workers > 0 and args.device.type == "cuda", **options)
 
 
 @contextmanager

@@ -54,7 +54,7 @@ def pairs_figure(pairs, chosen, w):
     for axis in axes.flat:
         axis.axis("off")
     for axis, i, weight in zip(axes.flat, chosen, w, strict=False):
-        axis.imshow(pairs.images[pairs.image_of[i]].permute(1, 2, 0).numpy())
+        axis.imshow(pairs.images[pairs.image_of[i]].permute(1, 2, 0).cpu().numpy())
         wrong = pairs.wrong is not None and pairs.wrong[i]
         lines = textwrap.wrap(f"w {weight:.3f}: {pairs.captions[i]}", 40, max_lines=3)
         axis.set_title("\n".join(lines), fontsize=7, parse_math=False,

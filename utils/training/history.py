@@ -19,22 +19,22 @@ class History:
 
     def __init__(self, run, pairs, epoch_steps):
         self.run, self.pairs, self.epoch_steps = run, pairs, epoch_steps
-        self.w = np.full((run.args.epochs, len(pairs)), np.nan, np.float32)
+        self.w = torch.full((run.args.epochs, len(pairs)), torch.nan, device=run.device)
         self.lines, self.sums, self.steps = [], {}, 0  # sums over an epoch's steps, by name
         self.pending = self.writer = None
 
     def state(self):
         """Everything that a resumed run needs to go on as if it had not stopped."""
-        return {"lines": self.lines, "steps": self.steps, "weights": torch.from_numpy(self.w),
+        return {"lines": self.lines, "steps": self.steps, "weights": self.w.cpu(),
                 "sums": {name: total.cpu() for name, total in self.sums.items()}}
 
     def load(self, state):
         """Take up a `state`."""
         self.lines, self.steps = list(state["lines"]), int(state["steps"])
         self.sums = {name: total.to(self.run.device) for name, total in state["sums"].items()}
-        w = state["weights"].numpy()[: len(self.w)]
+        w = state["weights"][: len(self.w)]
         if w.shape[1] == len(self.pairs):
-            self.w[: len(w)] = w
+            self.w[: len(w)] = w.to(self.run.device)
 
     def open(self, done):
         """Begin to write, after `done` steps in all."""
@@ -54,11 +54,12 @@ class History:
         self.waited += time.perf_counter() - self.waiting_since
 
     def add(self, step, rate, batch, numbers):
-        """Take in the numbers of a step. They are looked at one step later, so that a GPU is never
-        waited for."""
+        """Take in the numbers of a step on a `Batch`, which lies on the device. They are looked at
+        one step later, so that a GPU is never waited for; w stays there until an epoch ends."""
         self.check()
         w = numbers.pop("w", None)
         if w is not None:
+            self.w[self.epoch][batch.indices] = w.float()
             numbers = {**numbers, "w": w.mean(), "w<1": (w < 1).float().mean()}
         if self.run.precision.scaler.is_enabled():  # which skips a step with infinite gradients
             norm = numbers["grad_norm"]
@@ -66,8 +67,7 @@ class History:
         numbers = {name: value.detach().float() for name, value in numbers.items()}
         self.sums = {name: self.sums.get(name, 0) + value for name, value in numbers.items()}
         values = torch.stack([*numbers.values()])
-        self.pending = (step, batch.indices.tolist(), Later(values),
-                        None if w is None else Later(w.float()))
+        self.pending = step, batch.indices, Later(values)
         self.steps += 1
         self.since += len(batch.indices)
         if step % self.run.args.display == 0 or step % self.epoch_steps == 0:
@@ -78,18 +78,16 @@ class History:
         """Look at the numbers of the last step. Raises InputError if they are not finite."""
         if self.pending is None:
             return
-        step, indices, values, w = self.pending
+        step, indices, values = self.pending
         self.pending = None
         numbers = dict(zip(self.sums, values.get().tolist(), strict=True))
         if not (math.isfinite(numbers["loss"]) and math.isfinite(numbers["grad_norm"])):
             parts = ", ".join(f"{name} {value:.4g}" for name, value in numbers.items())
             ids = ", ".join(f"{i} ({self.pairs.image_ids[self.pairs.image_of[i]]})"
-                            for i in indices)
+                            for i in indices.tolist())
             raise InputError(f"step {step} is not finite: {parts}; lower --lr or use --precision "
                              "fp32; checkpoints before it are intact; pairs of the batch (and "
                              f"their image ids): {ids}")
-        if w is not None:
-            self.w[self.epoch, indices] = w.get().numpy()
 
     def _show(self, step, rate, batch, scalars):
         seconds = time.perf_counter() - self.clock
@@ -121,9 +119,10 @@ class History:
             return
         with atomic_write(self.run.folder / "log.jsonl") as f:
             f.writelines(f"{line}\n" for line in self.lines)
-        w = self.w[record["epoch"] - 1]
+        weights = self.w.cpu().numpy()
+        w = weights[record["epoch"] - 1]
         if np.isfinite(w).any():
-            write_weights(self.run.folder / "weights.npz", self.w, self.pairs)
+            write_weights(self.run.folder / "weights.npz", weights, self.pairs)
             from utils.report.diagnostics import show_weights  # seconds to import
 
             show_weights(self.writer, done, w, self.pairs)

@@ -1,5 +1,8 @@
 """The training loop: schedule, progress, checkpoints and dev scores around a step."""
 
+from contextlib import nullcontext
+
+import torch
 from tqdm import tqdm
 
 from utils.distributed import is_main, leave_processes
@@ -35,7 +38,8 @@ def fit(run, model, dev, optimizers, loader, step):
 
     def complete(epoch):
         """Score an epoch (from 1) whose checkpoint is on disk."""
-        scores = evaluate(model, dev, args, run.precision)
+        with as_it_is(args):
+            scores = evaluate(model, dev, args, run.precision)
         run.log(f"epoch {epoch}: dev R@1 i2t {scores['i2t_R@1']:.2f}, t2i "
                 f"{scores['t2i_R@1']:.2f}, mean {scores['mean_R1']:.2f}, rsum "
                 f"{scores['rsum']:.2f}")
@@ -68,7 +72,8 @@ def fit(run, model, dev, optimizers, loader, step):
                     for group in optimizer.param_groups:
                         group["lr"] = rate
                 done = epoch * epoch_steps + index + 1
-                history.add(done, rate, batch, step(batch.to(run.device)))
+                batch = batch.to(run.device)
+                history.add(done, rate, batch, step(batch))
                 leaving = interrupted()
                 due = args.save_every and done % args.save_every == 0
                 if (leaving or due) and index + 1 < epoch_steps:
@@ -83,6 +88,11 @@ def fit(run, model, dev, optimizers, loader, step):
     run.log(str(saver.cost))
     history.close()
     leave_processes()
+
+
+def as_it_is(args):
+    """Context in which a compiled model runs uncompiled: on shapes that hardly ever repeat."""
+    return torch.compiler.set_stance("force_eager") if args.compile else nullcontext()
 
 
 def describe(loader):

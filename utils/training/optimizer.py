@@ -6,9 +6,12 @@ import torch
 import torch._functorch.config
 from torch.nn import BatchNorm2d
 
+from clip.model import Bottleneck, ResidualAttentionBlock
 from utils.distributed import world
 from utils.errors import InputError
 from utils.method.passes import trained
+
+MOST_SHAPES = 64  # that --compile makes a block for; a run has two dozen
 
 
 def adamw(model, args):
@@ -45,10 +48,11 @@ def prepare_training(model, args, recipe):
                 "train on the memory")
     model.grad_checkpointing = args.grad_checkpointing
     if args.compile:  # A' takes a gradient through the graph before A does: it must be retained
-        if hasattr(torch._functorch.config, "donated_buffer"):
-            torch._functorch.config.donated_buffer = False
-        model.visual.compile(dynamic=True)
-        model.transformer.compile(dynamic=True)
+        torch._functorch.config.donated_buffer = False
+        torch._dynamo.config.recompile_limit = MOST_SHAPES
+        for module in model.modules():  # all blocks of a tower share what is compiled for one
+            if isinstance(module, ResidualAttentionBlock | Bottleneck):
+                module.compile(dynamic=False)
 
 
 def update(model, optimizer, run, max_norm):

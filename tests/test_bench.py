@@ -1,0 +1,41 @@
+"""The benchmarks of speed run, on very little, and say what they promise."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+TINY = ["--vision_model", "tiny", "--batch_size", "4", "--device", "cpu", "--context_length", "77"]
+
+
+def bench(name, tmp_path, *options):
+    """(what it prints, what it writes) of a benchmark of that name."""
+    done = subprocess.run([sys.executable, BENCHMARKS / name, *TINY, *map(str, options), "--json",
+                           tmp_path / "out.json"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, json.loads((tmp_path / "out.json").read_text())
+
+
+@pytest.mark.slow
+def test_the_step_of_every_contender_is_timed(tmp_path):
+    said, found = bench("bench.py", tmp_path, "--only", "step", "--rounds", 1, "--noise", 0.2)
+    results = found["step"]["0.2"]
+    contenders = [name for name, result in results.items() if isinstance(result, dict)]
+    assert len(contenders) == 4 and all(name in said for name in contenders)
+    assert all(results[name]["flops"] > 0 for name in contenders)
+    assert results["difference"] < 1e-6  # between the released recipe and its transcription
+    assert (results["released step"]["flops"] > results["ours, --recipe paper"]["flops"]
+            > results["plain CLIP step, ours"]["flops"])
+
+
+@pytest.mark.slow
+def test_an_epoch_is_trained_and_taken_apart(tmp_path):
+    said, found = bench("epoch.py", tmp_path, "--num_images", 4, "--num_dev", 5, "--some", 3)
+    once = sum(found[name] for name in ("bank: features and judge", "bank: entries",
+                                        "reading images", "reading captions"))
+    each = sum(found[name] for name in ("steps", "dev scores", "checkpoint, logs"))
+    assert abs(found["total"] - once - 5 * each) < 1e-6 and found["steps"] > 0
+    assert "20 captions" in said and "in 5 steps" in said
