@@ -72,7 +72,7 @@ def read(path):
     """The content of a checkpoint but for options that say nothing about the result."""
     content = clip.read_checkpoint(path)
     for name in ("resume", "save_every", "keep_checkpoints", "checkpoint_path", "num_workers",
-                 "dataset_root"):
+                 "data_on", "dataset_root"):
         content["args"].pop(name)
     return content
 
