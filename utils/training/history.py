@@ -26,7 +26,7 @@ class History:
     def state(self):
         """Everything that a resumed run needs to go on as if it had not stopped."""
         return {"lines": self.lines, "steps": self.steps, "weights": torch.from_numpy(self.w),
-                "sums": {name: total.cpu() for name, total in self.sums.items()}}
+                "sums": self.sums}
 
     def load(self, state):
         """Take up a `state`."""
