@@ -354,6 +354,19 @@ def fail_at_step_10():
     after_step(11, functools.partial(time.sleep, 0.5))
 
 
+def test_error_while_a_checkpoint_is_written(data, tmp_path):
+    """The checkpoint gets whole nevertheless, whatever signal comes then."""
+    argv = arguments(data, "npc", tmp_path, "--save_every", 4)
+    said = run(NPC, argv, tmp_path / "out", 2, break_while_writing).splitlines()
+    assert said[-1].startswith("error: step 6 is not finite")
+    assert_finite_checkpoints(tmp_path / "x", ["step4.pt"])
+
+
+def break_while_writing():
+    before_writing(4, lambda _: (time.sleep(0.5), signal_group(signal.SIGTERM)))
+    poison(5, "visual.proj")
+
+
 def test_killed_while_an_epoch_is_written(data, whole, tmp_path):
     """The epochs before it are intact; neither best.pt nor log.jsonl knows of it."""
     argv, folder = arguments(data, "npc", tmp_path, "--resume", "auto"), tmp_path / "x"
