@@ -2,6 +2,7 @@
 
     python benchmarks/bench.py [--only step bank eval loader] [--against nothing] [--json FILE]
     python benchmarks/bench.py --only features [--num_pairs 1000000 --search_among 16384]
+    python benchmarks/bench.py --only save [--checkpoint_path FOLDER]
 
 The released side is a literal transcription: every model pass for itself, captions padded to 77
 tokens, each image once per caption, the state dict copied entry by entry, ranks by two argsorts.
@@ -45,7 +46,10 @@ from utils.method.memorybank import MemoryBank
 from utils.reading.images import ImagesInMemory
 from utils.reading.layout import split_folder, write_lines, write_split
 from utils.report.retrieval import recalls
+from utils.training import checkpoints
+from utils.training.history import History
 from utils.training.run import Run
+from utils.training.saver import Saver
 
 CAPTIONS = 5  # an image
 RECALL = 0.85  # assumed share of the right pairs in the strict clean set
@@ -585,6 +589,30 @@ def watch(command, path):
     return seconds, cpu, np.max(seen, axis=0).tolist(), said
 
 
+def bench_save(options):
+    """How long training stands still for a checkpoint of NPC, in a folder below --checkpoint_path:
+    written at once, and copied, to be written while training goes on."""
+    args = options.run
+    with tempfile.TemporaryDirectory(dir=args.checkpoint_path) as folder:
+        args.checkpoint_path = folder
+        run = Run(args, folder=True)
+        A = run.precision.prepare(new_model(args))
+        pairs = make_pairs(args.batch_size, A.visual.input_resolution, np.random.default_rng(0),
+                           args.device)
+        bank = MemoryBank(np.arange(args.batch_size) * CAPTIONS, np.arange(len(pairs)))
+        npc = NPC(A, run, bank)
+        npc.step(data.Batches(pairs, bank)[np.arange(args.batch_size)].to(args.device))
+        saver = Saver(run, A, npc.optimizers, History(run, pairs, 1), "")
+        saver.cost.start()
+        path = run.folder / "step1.pt"
+        contenders = {"written at once": lambda: checkpoints.save(path, saver.state(0, 1)),
+                      "copied, written behind": lambda: saver.save(path.name, 0, 1)}
+        with saver.writer:
+            results = compare(contenders, args.device, options.rounds, saver.wait)
+        show(f"A checkpoint of {path.stat().st_size / 1e6:.0f} MB", results)
+    return results
+
+
 def tower_cost(model, args, length):
     """FLOPs of an image / FLOPs of an image and a caption of `length` tokens."""
     shape = (1, 3, model.visual.input_resolution, model.visual.input_resolution)
@@ -605,7 +633,7 @@ def new_model(args):
 
 
 BENCHES = {"bank": bench_bank, "eval": bench_eval, "loader": bench_loader,
-           "features": bench_features}
+           "features": bench_features, "save": bench_save}
 
 
 @command

@@ -1,9 +1,12 @@
 """Runs that are interrupted, killed, resumed: the end is that of a run that was left alone."""
 
+import argparse
 import errno
 import functools
+import gc
 import json
 import math
+import multiprocessing
 import os
 import random
 import resource
@@ -11,7 +14,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 import zipfile
+from concurrent import futures
 
 import numpy as np
 import pytest
@@ -22,6 +28,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import clip
 from utils.errors import InputError
+from utils.files import atomic_write
 from utils.training import checkpoints, history, loop
 from utils.training.interruptions import INTERRUPTED
 
@@ -165,9 +172,10 @@ def test_best_of_an_earlier_epoch_comes_along(data, copied, tmp_path):
     assert differences(read(tmp_path / "y" / "best.pt"), read(folder / "epoch1.pt")) == []
 
 
-@pytest.mark.parametrize("function", ["loop.evaluate", "checkpoints.hard_link"])
+@pytest.mark.parametrize("function", ["history.History.record", "checkpoints.hard_link"])
 def test_run_killed_after_its_checkpoint(data, whole, tmp_path, function):
-    """An epoch is on disk before it is scored; the resumed run scores it and gives best.pt."""
+    """An epoch is on disk before its score is recorded; the resumed run scores it and gives
+    best.pt."""
     argv = arguments(data, "npc", tmp_path, "--resume", "auto")
     run(NPC, argv, tmp_path / "first", -signal.SIGKILL, functools.partial(dies_at, function))
     assert [path.name for path in (tmp_path / "x").glob("*.pt")] == ["epoch1.pt"]
@@ -179,8 +187,9 @@ def test_run_killed_after_its_checkpoint(data, whole, tmp_path, function):
 
 
 def dies_at(function):
-    module, name = function.split(".")
-    setattr(globals()[module], name, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    module, *inner, name = function.split(".")
+    owner = functools.reduce(getattr, inner, globals()[module])
+    setattr(owner, name, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
 
 
 def test_scores_of_the_reference_tell_epochs_apart(whole):
@@ -231,6 +240,237 @@ def test_more_epochs_go_on_from_the_last(data, copied):
     assert clip.read_checkpoint(folder / "epoch4.pt")["step"] == 4 * STEPS
     w = np.load(folder / "weights.npz")["w"]
     assert w.shape == (4, 60) and np.isfinite(w).sum() == 4 * STEPS * BATCH
+
+
+# ---- written while training goes on -------------------------------------------------------------
+
+
+def write_late():
+    """Hook: a write ends once two more steps are made, or the epoch is scored; where they are not,
+    the process dies."""
+    made, save, add, evaluate = threading.Condition(), checkpoints.save, history.History.add, \
+        loop.evaluate
+    steps, scored = [0], [0]
+
+    def count(which, function):
+        def counted(*arguments):
+            result = function(*arguments)
+            with made:
+                which[0] += 1
+                made.notify_all()
+            return result
+        return counted
+
+    def late(path, state):
+        with made:
+            if not made.wait_for(lambda: steps[0] >= state["step"] + 2
+                                 or path.name == f"epoch{scored[0]}.pt", timeout=10):
+                os.kill(os.getpid(), signal.SIGKILL)
+        save(path, state)
+
+    history.History.add, loop.evaluate = count(steps, add), count(scored, evaluate)
+    checkpoints.save = late
+
+
+def write_at_once():
+    """Hook: nothing goes on while a checkpoint is written."""
+    save = loop.Saver.save
+    loop.Saver.save = lambda self, *arguments: (save(self, *arguments), self.wait())
+
+
+@pytest.mark.parametrize("script, workers", [("npc", 0), ("clip", 2)])
+def test_training_goes_on_while_a_checkpoint_is_written(data, whole, tmp_path, script, workers):
+    """And none of what it does meanwhile gets into the file; nor do workers forked meanwhile."""
+    for hook in (write_late, write_at_once):
+        argv = arguments(data, script, tmp_path / hook.__name__, "--save_every", STEPS // 2,
+                         "--num_workers", workers)
+        run(SCRIPTS[script][0], argv, tmp_path / "out", hook=hook)
+    late, at_once = (tmp_path / hook / "x" for hook in ("write_late", "write_at_once"))
+    assert_same(late, at_once, ["step12.pt", "step20.pt", "epoch1.pt"])
+    assert_same(late, whole[script])
+    assert all(checkpoints.intact(path) for path in late.glob("*.pt"))
+
+
+def before_writing(step, action):
+    """Hook: do something in the writer's thread with the path of `step{step}.pt`."""
+    save = checkpoints.save
+
+    def act_and_save(path, state):
+        if path.name == f"step{step}.pt":
+            action(path)
+        save(path, state)
+
+    checkpoints.save = act_and_save
+
+
+def terminate_slowly(_):
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.5)
+
+
+def cannot_write(path):
+    raise InputError(f"cannot write {path}")
+
+
+def test_sigterm_while_a_checkpoint_is_written(data, whole, tmp_path):
+    """That one gets whole, then the one of the step at hand."""
+    argv = arguments(data, "npc", tmp_path, "--resume", "auto", "--save_every", 4)
+    hook = functools.partial(before_writing, 4, terminate_slowly)
+    said = run(NPC, argv, tmp_path / "first", INTERRUPTED, hook)
+    (last, step), (before, four) = [(path, step) for step, path
+                                    in checkpoints.by_step(tmp_path / "x")]
+    assert four == 4 < step and checkpoints.intact(last) and checkpoints.intact(before)
+    assert f"interrupted after {'epoch 1' if step == STEPS else f'step {step}'};" in said
+    run(NPC, argv, tmp_path / "second")
+    assert_same(tmp_path / "x", whole["npc"])
+
+
+@pytest.mark.parametrize("step", [STEPS + 3, 2 * STEPS])
+def test_signal_on_a_full_disk(data, tmp_path, step):
+    """Nobody is told that a checkpoint is saved that is not."""
+    said = run(NPC, arguments(data, "npc", tmp_path), tmp_path / "out", 2,
+               functools.partial(after_step, step, full_and_terminated))
+    assert "a checkpoint is saved" not in said and "cannot write" in said.splitlines()[-1]
+    assert {path.name for path in (tmp_path / "x").glob("*.pt")} == {"epoch1.pt", "best.pt"}
+
+
+def full_and_terminated():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
+    signal_group(signal.SIGTERM)
+
+
+def test_failed_write_ends_the_run_within_the_epoch(data, tmp_path):
+    argv = arguments(data, "npc", tmp_path, "--save_every", 2, "--display", 1)
+    said = run(NPC, argv, tmp_path / "out", 2, hook=fail_at_step_10).splitlines()
+    assert said[-1] == f"error: cannot write {tmp_path / 'x' / 'step10.pt'}"
+    assert not any(line.startswith("epoch 2, step 4") for line in said)
+    names = ["best.pt", "epoch1.pt", "step4.pt", "step6.pt"]
+    assert sorted(path.name for path in (tmp_path / "x").glob("*.pt")) == names
+    assert all(checkpoints.intact(tmp_path / "x" / name) for name in names)
+
+
+def fail_at_step_10():
+    before_writing(10, cannot_write)
+    after_step(11, functools.partial(time.sleep, 0.5))
+
+
+def test_error_while_a_checkpoint_is_written(data, tmp_path):
+    """The checkpoint gets whole nevertheless, whatever signal comes then."""
+    argv = arguments(data, "npc", tmp_path, "--save_every", 4)
+    said = run(NPC, argv, tmp_path / "out", 2, break_while_writing).splitlines()
+    assert said[-1].startswith("error: step 6 is not finite")
+    assert_finite_checkpoints(tmp_path / "x", ["step4.pt"])
+
+
+def break_while_writing():
+    before_writing(4, lambda _: (time.sleep(0.5), signal_group(signal.SIGTERM)))
+    poison(5, "visual.proj")
+
+
+def test_killed_while_an_epoch_is_written(data, whole, tmp_path):
+    """The epochs before it are intact; neither best.pt nor log.jsonl knows of it."""
+    argv, folder = arguments(data, "npc", tmp_path, "--resume", "auto"), tmp_path / "x"
+    run(NPC, argv, tmp_path / "first", -signal.SIGKILL, die_before_epoch_2_is_named)
+    assert {path.name for path in folder.glob("*.pt")} == {"epoch1.pt", "best.pt"}
+    for name in ("epoch1.pt", "best.pt"):
+        assert differences(read(folder / name), read(whole["npc"] / "epoch1.pt")) == []
+    assert len((folder / "log.jsonl").read_text().splitlines()) == 1
+    assert "epoch 2: dev" not in (folder / "log.txt").read_text()
+    assert len(list(folder.glob(".epoch2.pt.*.unfinished"))) == 1
+    run(NPC, argv, tmp_path / "second")
+    assert_same(folder, whole["npc"])
+    assert not list(folder.glob(".*.unfinished"))
+
+
+def die_before_epoch_2_is_named():
+    save = torch.save
+
+    def save_and_die(state, f):
+        save(state, f)
+        if state["epoch"] == 2:
+            time.sleep(0.5)  # dev is scored
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    torch.save = save_and_die
+
+
+@pytest.fixture
+def saver(tmp_path):
+    """A `Saver` of next to nothing."""
+    args = argparse.Namespace(name="x", keep_checkpoints=0)
+    scaler = argparse.Namespace(state_dict=dict)
+    run = argparse.Namespace(folder=tmp_path, args=args, state={},
+                             precision=argparse.Namespace(scaler=scaler))
+    model = torch.nn.Linear(2, 2)
+    model.config = {}
+    numbers = argparse.Namespace(check=lambda: None, state=dict)
+    saver = loop.Saver(run, model, {"optimizer": torch.optim.AdamW(model.parameters())}, numbers,
+                       "data")
+    saver.cost.start()
+    with saver.writer:
+        yield saver
+
+
+def test_one_copy_at_a_time(saver, monkeypatch):
+    """The next one waits for the last to be written, which is not time of training."""
+    events, on_host, save = [], checkpoints.on_host, checkpoints.save
+    monkeypatch.setattr(checkpoints, "on_host",
+                        lambda state: (events.append("copied"), on_host(state))[1])
+    monkeypatch.setattr(checkpoints, "save", lambda *arguments: (
+        time.sleep(0.3), save(*arguments), events.append("written")))
+    for step in (1, 2, 3):
+        saver.save(f"step{step}.pt", 0, step)
+    saver.cost.add(4)
+    saver.wait()
+    assert events == ["copied", "written"] * 3
+    assert saver.cost.total["seconds"] < 0.3
+
+
+def test_failed_write_is_told_once(saver, monkeypatch):
+    monkeypatch.setattr(checkpoints, "save", lambda path, _: cannot_write(path.name))
+    for meet in (saver.check, saver.wait, lambda: saver.save("step2.pt", 0, 2)):
+        saver.save("step1.pt", 0, 1)
+        futures.wait([saver.writing])
+        with pytest.raises(InputError, match="cannot write step1.pt"):
+            meet()
+        saver.wait()
+
+
+def test_a_copy_shares_nothing():
+    live = {"a": [torch.ones(2), 1], "b": (torch.zeros(1, dtype=torch.float16), "x")}
+    copy = checkpoints.on_host(live)
+    assert differences(copy, live) == [] and isinstance(copy["b"], tuple)
+    live["a"][0].zero_()
+    live["a"].append(2)
+    assert copy["a"][0].tolist() == [1, 1] and len(copy["a"]) == 2
+
+
+def test_workers_forked_during_a_write_leave_the_file_alone(tmp_path):
+    """What a thread has yet to write is no worker's to flush when it ends."""
+    begun, forked = threading.Event(), threading.Event()
+
+    def write():
+        with atomic_write(tmp_path / "file", "wb") as f:
+            f.write(b"head ")
+            begun.set()
+            forked.wait()
+            f.write(b"tail")
+
+    with futures.ThreadPoolExecutor(1) as writer:
+        writing = writer.submit(write)
+        begun.wait()
+        workers = [multiprocessing.get_context("fork").Process(target=gc.collect)
+                   for _ in range(3)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join(30)
+        assert list(torch.utils.data.DataLoader([1, 2], num_workers=2, batch_size=None,
+                                                multiprocessing_context="fork")) == [1, 2]
+        forked.set()
+        writing.result()
+    assert [worker.exitcode for worker in workers] == [0, 0, 0]
+    assert (tmp_path / "file").read_bytes() == b"head tail"
 
 
 # ---- which checkpoint, which options ------------------------------------------------------------

@@ -98,6 +98,25 @@ def prune(folder, keep):
 # ---- content ------------------------------------------------------------------------------------
 
 
+def on_host(state):
+    """A copy in host memory of nested dicts, lists and tuples with their tensors, which later
+    changes do not reach. A GPU is waited for once."""
+    copy = _copied(state)
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return copy
+
+
+def _copied(value):
+    if isinstance(value, torch.Tensor):  # from a GPU into pinned memory, behind the work at hand
+        return value.detach().to("cpu", non_blocking=True, copy=True)
+    if isinstance(value, dict):
+        return {k: _copied(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_copied(v) for v in value)
+    return value
+
+
 def load_optimizer(optimizer, saved):
     """Take up AdamW's moments from a state dict; rates and decays stay those of this run. Raises
     anything when they do not fit the parameters."""

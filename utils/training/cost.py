@@ -13,8 +13,9 @@ FILE = "cost.jsonl"
 
 
 class Cost:
-    """Sums up what training costs, dev scores and the bank not counted, also over runs of which one
-    continues the other. cost.jsonl has a line for each checkpoint: the cost up to there."""
+    """Sums up what training costs, also over runs of which one continues the other; dev scores, the
+    bank and standing still for checkpoints are not counted. cost.jsonl has a line for each
+    checkpoint: the cost up to there."""
 
     def __init__(self, run):
         self.run, self.lines, self.total = run, [], Counter()

@@ -25,8 +25,7 @@ class History:
 
     def state(self):
         """Everything that a resumed run needs to go on as if it had not stopped."""
-        return {"lines": self.lines, "steps": self.steps, "weights": self.w.cpu(),
-                "sums": {name: total.cpu() for name, total in self.sums.items()}}
+        return {"lines": self.lines, "steps": self.steps, "weights": self.w, "sums": self.sums}
 
     def load(self, state):
         """Take up a `state`."""

@@ -20,10 +20,11 @@ def fit(run, model, dev, optimizers, loader, step):
     dev: the `Pairs` that choose the best epoch. optimizers: name in the checkpoint -> optimiser,
     all on one schedule. step(batch) makes one optimiser step on a `Batch` and returns its numbers:
     scalar tensors by name, `loss` and `grad_norm` among them, and under "w" the weights (B,) of its
-    pairs if it has any. An epoch is on disk before it is scored on dev; then come best.pt,
-    log.jsonl, weights.npz and TensorBoard. SIGTERM, SIGINT and SIGHUP save a checkpoint after the
-    step at hand and exit with status `INTERRUPTED`. Raises InputError when a loss or gradient is
-    not finite.
+    pairs if it has any. Checkpoints are written while training goes on, and while an epoch is
+    scored on dev; once its checkpoint is whole come log.jsonl, weights.npz, TensorBoard and
+    best.pt. SIGTERM, SIGINT and SIGHUP save a checkpoint after the step at hand and exit with
+    status `INTERRUPTED`. Raises InputError when a loss or gradient is not finite, or a checkpoint
+    cannot be written.
     """
     args, pairs, epoch_steps = run.args, loader.dataset.pairs, len(loader)
     schedule = Schedule(args, run.recipe, epoch_steps, len(pairs))
@@ -37,9 +38,10 @@ def fit(run, model, dev, optimizers, loader, step):
     run.write_options("options.json")
 
     def complete(epoch):
-        """Score an epoch (from 1) whose checkpoint is on disk."""
+        """Score an epoch (from 1) whose checkpoint is on disk or being written."""
         with as_it_is(args):
             scores = evaluate(model, dev, args, run.precision)
+        saver.wait()
         run.log(f"epoch {epoch}: dev R@1 i2t {scores['i2t_R@1']:.2f}, t2i "
                 f"{scores['t2i_R@1']:.2f}, mean {scores['mean_R1']:.2f}, rsum "
                 f"{scores['rsum']:.2f}")
@@ -50,7 +52,7 @@ def fit(run, model, dev, optimizers, loader, step):
 
     first_epoch, first_batch = divmod(done, epoch_steps)
     history.open(done)
-    with explain_deaths(), interruptions(run.device) as interrupted:
+    with explain_deaths(), interruptions(run.device) as interrupted, saver.writer:
         if done and not first_batch:  # a run may have ended before its last epoch was scored
             complete(first_epoch)
         if first_epoch >= args.epochs:
@@ -74,15 +76,18 @@ def fit(run, model, dev, optimizers, loader, step):
                 done = epoch * epoch_steps + index + 1
                 batch = batch.to(run.device)
                 history.add(done, rate, batch, step(batch))
+                saver.check()
                 leaving = interrupted()
                 due = args.save_every and done % args.save_every == 0
                 if (leaving or due) and index + 1 < epoch_steps:
                     saver.save(f"step{done}.pt", epoch, done)
                     if leaving:
+                        saver.wait()
                         end_interrupted(run, f"step {done}")
             first_batch = 0
             saver.save(f"epoch{epoch + 1}.pt", epoch + 1, done)
             if interrupted(now=True):
+                saver.wait()
                 end_interrupted(run, f"epoch {epoch + 1}")
             complete(epoch + 1)
     run.log(str(saver.cost))

@@ -2,7 +2,10 @@
 
 import hashlib
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+import torch
 
 from utils.distributed import is_main
 from utils.errors import InputError
@@ -14,11 +17,12 @@ from utils.training.cost import FILE, Cost
 
 class Saver:
     """Writes and restores the checkpoints of a run; see utils.training.checkpoints for what they
-    hold."""
+    hold. A thread of the main process writes them while training goes on."""
 
     def __init__(self, run, model, optimizers, history, trained_on):
         self.run, self.model, self.optimizers, self.history = run, model, optimizers, history
         self.data, self.best, self.best_epoch, self.cost = trained_on, 0.0, 0, Cost(run)
+        self.writer, self.writing = ThreadPoolExecutor(1), None
 
     def restore(self):
         """Take up the state of the checkpoint that the run continues; returns the steps done."""
@@ -96,31 +100,52 @@ class Saver:
             self.best = 0.0
 
     def save(self, name, epoch, step):
-        """Write a checkpoint after `step` steps and `epoch` epochs."""
+        """Copy the state after `step` steps and `epoch` epochs and begin to write it, once the
+        checkpoint before is whole: host memory holds one copy at a time."""
         self.history.check()
-        if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
+        limits = [x for p in self.model.parameters() for x in p.detach().aminmax()]  # NaN passes
+        if not torch.stack(limits).isfinite().all():  # a GPU is waited for once
             raise InputError(f"after step {step} the model's parameters are not finite; lower --lr "
                              "or use --precision fp32; checkpoints before it are intact")
         self.cost.add(step)
-        if not is_main():
-            return
-        run = self.run
-        checkpoints.save(run.folder / name, {
-            "epoch": epoch, "step": step, "name": run.args.name,
-            "state_dict": {k: v.detach().cpu() for k, v in self.model.state_dict().items()},
-            "config": self.model.config,
+        if is_main():
+            self.wait()
+            self.writing = self.writer.submit(
+                self._write, name, checkpoints.on_host(self.state(epoch, step)))
+        self.cost.start()  # to save is not to train
+
+    def state(self, epoch, step):
+        """The content of a checkpoint, which training goes on to change."""
+        args = self.run.args
+        return {
+            "epoch": epoch, "step": step, "name": args.name,
+            "state_dict": self.model.state_dict(), "config": self.model.config,
             **{name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
-            "scaler": run.precision.scaler.state_dict(),
-            "args": checkpoints.stored_options(run.args),
+            "scaler": self.run.precision.scaler.state_dict(),
+            "args": checkpoints.stored_options(args),
             "data": self.data, "best_score": self.best, "best_epoch": self.best_epoch,
             "history": self.history.state(),
-        })
+        }
+
+    def _write(self, name, state):
+        checkpoints.save(self.run.folder / name, state)
         if name.startswith("step"):
-            checkpoints.prune(run.folder, run.args.keep_checkpoints)
+            checkpoints.prune(self.run.folder, self.run.args.keep_checkpoints)
+
+    def check(self):
+        """Raise what ended the write at hand, if anything has."""
+        if self.writing and self.writing.done():
+            self.wait()
+
+    def wait(self):
+        """Wait until the checkpoint at hand is whole. Raises InputError if it cannot be written."""
+        writing, self.writing = self.writing, None
+        if writing:
+            writing.result()
 
     def scored(self, epoch, score):
-        """Take in the dev mean R@1 of an epoch that is saved: where none was better it becomes
-        best.pt (ties go to the later epoch, as in the released code)."""
+        """Take in the dev mean R@1 of an epoch whose checkpoint is whole: where none was better it
+        becomes best.pt (ties go to the later epoch, as in the released code)."""
         if not is_main():
             return
         run, path = self.run, self.run.folder / f"epoch{epoch}.pt"
