@@ -1,7 +1,6 @@
 """How fast, against what: our code and the released procedure, interleaved in one process.
 
     python benchmarks/bench.py [--only step bank eval loader] [--against nothing] [--json FILE]
-    python benchmarks/bench.py --only features [--num_pairs 1000000 --search_among 16384]
     python benchmarks/bench.py --only save [--checkpoint_path FOLDER]
 
 The released side is a literal transcription: every model pass for itself, captions padded to 77
@@ -15,9 +14,7 @@ import itertools
 import json
 import os
 import platform
-import re
 import statistics
-import subprocess
 import sys
 import tempfile
 import threading
@@ -40,11 +37,9 @@ from get_memorybank import build_bank
 from main_CLIP import Baseline
 from main_NPC import NPC
 from params import parse_args
-from utils.errors import InputError, command
-from utils.method.features import first_pairs, write_items
+from utils.errors import command
 from utils.method.memorybank import MemoryBank
 from utils.reading.images import ImagesInMemory
-from utils.reading.layout import split_folder, write_lines, write_split
 from utils.report.retrieval import recalls
 from utils.training import checkpoints
 from utils.training.history import History
@@ -508,87 +503,6 @@ def bench_loader(options):
     return results
 
 
-def bench_features(options):
-    """find_noise.py and get_memorybank.py on --num_pairs pairs, five captions an image, from a
-    folder of half-precision features: time, its parts and memory of each command, once."""
-    args, results = options.run, {}
-    with tempfile.TemporaryDirectory() as place:
-        root = Path(place)
-        ratio = ["--noise_ratio", str(options.noise[0])]
-        size = make_features(root, options.num_pairs, ratio, args.seed)
-        words = ["--dataset_root", place, *ratio, "--judge_features", str(root / "items"),
-                 "--seed", str(args.seed), "--device", str(args.device)]
-        if args.search_among:
-            words += ["--search_among", str(args.search_among)]
-        print(f"\n### {options.num_pairs:,} pairs, {options.noise[0]:.0%} noise, {size / 1e6:.0f} "
-              f"MB of features, --search_among {args.search_among}\n\n| | s | CPU s | peak MB: "
-              "own, of files, together | seconds by part |\n|---|--:|--:|--:|---|", flush=True)
-        for name, more in (("find_noise.py", ["--out", str(root / "out")]),
-                           ("get_memorybank.py", [])):
-            command = [sys.executable, name, *words, *more]
-            seconds, cpu, peaks, said = watch(command, root / "said.txt")
-            parts = said.rpartition("seconds: ")[2].strip()
-            results[name] = {"seconds": seconds, "cpu": cpu, "memory": peaks, "said": said}
-            print(f"| {name} | {seconds:.0f} | {cpu:.0f} | "
-                  f"{', '.join(f'{peak:.0f}' for peak in peaks)} | {parts} |", flush=True)
-    return results
-
-
-def make_features(root, n, ratio, seed):
-    """Make a data set of n pairs, whose images are one and the same file, and its features in the
-    folder items: images of 5,000 kinds, captions like their image. Returns the bytes of both."""
-    num_images, rng = -(-n // CAPTIONS), np.random.default_rng(seed)
-    captions = [f"a photo of something, numbered {i}, beside another thing" for i in range(n)]
-    if n % CAPTIONS:
-        raise InputError(f"--num_pairs {n} is no multiple of {CAPTIONS}, the captions of an image")
-    write_split(split_folder(root), "train", range(num_images),
-                [captions[k : k + CAPTIONS] for k in range(0, n, CAPTIONS)])
-    write_lines(split_folder(root) / "image_name.txt", ["0.jpg"] * num_images)
-    (root / "images").mkdir()
-    Image.fromarray(rng.integers(0, 256, (60, 80, 3), dtype=np.uint8)).save(root / "images/0.jpg")
-    args = parse_args("memorybank", ["--dataset_root", str(root), *ratio, "--seed", str(seed)])
-    pairs = data.training_pairs(args, None)
-    write_items(pairs, root / "items")
-    image_of = np.array([int(pairs.captions[i].split()[5].strip(",")) // CAPTIONS
-                         for i in first_pairs(pairs.text_of)])
-    kinds = rng.standard_normal((5000, 512), np.float32)
-    arrays = [np.lib.format.open_memmap(root / "items" / f"{name}.npy", "w+", np.float16, shape)
-              for name, shape in (("images", (num_images, 512)), ("texts", (n, 512)))]
-    for rows in np.array_split(np.arange(num_images), -(-num_images // 2**14)):
-        kind = kinds[rng.integers(0, len(kinds), len(rows))]
-        arrays[0][rows] = kind + rng.standard_normal(kind.shape, np.float32)
-    for rows in np.array_split(np.arange(n), -(-n // 2**14)):
-        noise = rng.standard_normal((len(rows), 512), np.float32)
-        arrays[1][rows] = 0.4 * arrays[0][image_of[rows]].astype(np.float32) + noise
-    for array in arrays:
-        array.flush()
-    return sum(array.nbytes for array in arrays)
-
-
-def watch(command, path):
-    """(seconds, seconds of all its threads, peaks in MB (own memory, pages of files, both), output)
-    of a command that writes to the file `path`. Raises InputError when it fails."""
-    start, before, seen = time.perf_counter(), os.times(), [(0, 0, 0)]
-    with open(path, "w+") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT,
-                                   cwd=Path(__file__).resolve().parents[1])
-        while process.poll() is None:
-            status = Path(f"/proc/{process.pid}/status").read_text()
-            size = dict(re.findall(r"Rss(Anon|File):\s+(\d+) kB", status))
-            own, files = (int(size.get(kind, 0)) * 1024 / 1e6 for kind in ("Anon", "File"))
-            seen.append((own, files, own + files))
-            time.sleep(0.1)
-        seconds = time.perf_counter() - start
-        out.seek(0)
-        said = out.read()
-    if process.returncode:
-        raise InputError(f"{command[1]} failed: {said.strip().splitlines()[-1]}")
-    after = os.times()
-    cpu = sum(getattr(after, of) - getattr(before, of)
-              for of in ("children_user", "children_system"))
-    return seconds, cpu, np.max(seen, axis=0).tolist(), said
-
-
 def bench_save(options):
     """How long training stands still for a checkpoint of NPC, in a folder below --checkpoint_path:
     written at once, and copied, to be written while training goes on."""
@@ -633,7 +547,7 @@ def new_model(args):
 
 
 BENCHES = {"bank": bench_bank, "eval": bench_eval, "loader": bench_loader,
-           "features": bench_features, "save": bench_save}
+           "save": bench_save}
 
 
 @command
@@ -650,8 +564,6 @@ def main():
     parser.add_argument("--bank_images", type=int, default=60,
                         help="images of the bank, 5 pairs each")
     parser.add_argument("--loader_images", type=int, default=600, help="images of the loader")
-    parser.add_argument("--num_pairs", type=int, default=566_435,
-                        help="pairs of --only features; MSCOCO's")
     parser.add_argument("--json", help="write the results to this file")
     options, words = parser.parse_known_args()
     options.words = ["--vision_model", "ViT-B/32", "--lr", "2e-7", *words]
