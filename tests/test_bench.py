@@ -11,12 +11,18 @@ BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 TINY = ["--vision_model", "tiny", "--batch_size", "4", "--device", "cpu", "--context_length", "77"]
 
 
-def bench(name, tmp_path, *options):
-    """(what it prints, what it writes) of a benchmark of that name."""
-    done = subprocess.run([sys.executable, BENCHMARKS / name, *TINY, *map(str, options), "--json",
-                           tmp_path / "out.json"], capture_output=True, text=True)
+def run(name, *options):
+    """What a benchmark of that name prints."""
+    done = subprocess.run([sys.executable, BENCHMARKS / name, *map(str, options)],
+                          capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return done.stdout, json.loads((tmp_path / "out.json").read_text())
+    return done.stdout
+
+
+def bench(name, tmp_path, *options):
+    """What it prints, and what it writes."""
+    said = run(name, *TINY, *options, "--json", tmp_path / "out.json")
+    return said, json.loads((tmp_path / "out.json").read_text())
 
 
 @pytest.mark.slow
@@ -39,3 +45,12 @@ def test_an_epoch_is_trained_and_taken_apart(tmp_path):
     each = sum(found[name] for name in ("steps", "dev scores", "checkpoint, logs"))
     assert abs(found["total"] - once - 5 * each) < 1e-6 and found["steps"] > 0
     assert "20 captions" in said and "in 5 steps" in said
+
+
+@pytest.mark.slow
+def test_what_is_judged_from_features_is_taken_apart():
+    said = run("million.py", "--num_pairs", 1000, "--search_among", 100)
+    for name, parts in (("find_noise.py", ("reading", "neighbours", "CSV")),
+                        ("get_memorybank.py", ("reading", "losses", "nearest entries"))):
+        line = next(line for line in said.splitlines() if line.startswith(f"| {name}"))
+        assert all(f"{part} " in line for part in parts)
