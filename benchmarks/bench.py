@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -298,6 +299,24 @@ def busy(function):
     return sum(event.self_device_time_total for event in profiler.key_averages()) / 1e6
 
 
+class Operations(TorchDispatchMode):
+    """Counts the operations on tensors that a block launches; views are none."""
+
+    number = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        aliases = [result.alias_info for result in operation._schema.returns]
+        self.number += not any(alias and not alias.is_write for alias in aliases)
+        return operation(*args, **(kwargs or {}))
+
+
+def launched(function):
+    """How many operations on tensors a call launches."""
+    with Operations() as operations:
+        function()
+    return operations.number
+
+
 def time_shares(function, device, most=6):
     """The operations that take most of a call's time, as text: "aten::mm 53 %, ..."."""
     with profile() as profiler:
@@ -402,10 +421,13 @@ def bench_step(options, noise):
         for name, function in contenders.items():
             results[name]["busy"] = busy(function)
         show_gpu(results, args.batch_size, rate)
+    launches = [launched(contenders[name]) for name in ("ours, --recipe paper",
+                                                        "plain CLIP step, ours")]
     print(f"\nu is {u_image:.2f} for images, {u_text:.2f} for captions, {u:.2f} weighted by cost "
           f"(an image is {image_share:.0%} of a pair); captions are cut at {length:.0f} tokens. "
           f"Ours (paper) costs {clip_steps[0]:.2f} ({clip_steps[1]:.2f}-{clip_steps[2]:.2f}) plain "
-          f"CLIP steps, where 1.15 (2 + 4u)/3 is {allowed:.2f}, and does "
+          f"CLIP steps, where 1.15 (2 + 4u)/3 is {allowed:.2f}; they launch {launches[0]} and "
+          f"{launches[1]} operations. Ours does "
           f"{args.batch_size / seconds:.1f} pairs/s. Floor: {flops / rate:.3f} s "
           f"({flops / 1e9:.0f} GFLOP at the measured matrix rate). Its time goes to "
           f"{time_shares(contenders['ours, --recipe paper'], device)}.")
@@ -413,7 +435,8 @@ def bench_step(options, noise):
         print("After one step from the same weights, the parameters of the released recipe and of "
               f"the transcription differ by {difference:.1e} at most.")
     return {**results, "u_image": u_image, "u_text": u_text, "u": u, "clip_steps": clip_steps,
-            "allowed_clip_steps": allowed, "floor": flops / rate, "difference": difference}
+            "allowed_clip_steps": allowed, "launches": launches, "floor": flops / rate,
+            "difference": difference}
 
 
 def bench_bank(options):

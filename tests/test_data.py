@@ -361,13 +361,13 @@ def test_loader_serves_the_sampler_s_batches_in_any_number_of_processes(datasets
 
 
 def served(data, place, device="cpu"):
-    """The batches of two epochs and the dev images, on the CPU, with `--data_on place`."""
+    """The batches of two epochs and the dev images on a device, with `--data_on place`."""
     args = options(data, "--batch_size", 5, "--data_on", place, "--device", device)
     pairs = training_pairs(args, PREPROCESS, quiet)
     dev = retrieval_split(args, "dev", PREPROCESS, quiet)
     loader, steps = training_loader(args, pairs, random_bank(pairs)), []
     for loader.sampler.epoch in (0, 1):
-        steps += [batch.to(args.device).to(torch.device("cpu")) for batch in loader]
+        steps += [batch.to(args.device) for batch in loader]
     return steps, torch.cat([crops.cpu() for crops in image_loader(args, dev.images)])
 
 
@@ -380,10 +380,11 @@ def test_data_come_bit_for_bit_alike_from_everywhere(datasets, place, device):
                                                                                      "workers")
         assert torch.equal(dev, expected_dev) and len(steps) == len(expected) > 1
         for ours, theirs in zip(steps, expected, strict=True):
-            assert torch.equal(ours.indices, theirs.indices)
+            assert torch.equal(ours.indices.cpu(), theirs.indices)
             for one, other in zip(ours[1:], theirs[1:], strict=True):
-                assert torch.equal(one.items, other.items) and torch.equal(one.rows, other.rows)
-                assert one[2:] == other[2:]
+                assert one.items.device.type == one.rows.device.type == device
+                assert torch.equal(one.items.cpu(), other.items)
+                assert torch.equal(one.rows.cpu(), other.rows) and one[2:] == other[2:]
 
 
 @pytest.mark.parametrize("place, times", [("auto", 1), ("device", 1), ("workers", 2)])
