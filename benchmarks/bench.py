@@ -489,7 +489,8 @@ def bench_eval(options):
 
 
 def bench_loader(options):
-    """Reading a step's images: ours without and with a warm cache, and three decodes a pair."""
+    """Reading a step's images: ours without and with a warm cache or from memory, and three decodes
+    a pair."""
     args = options.run
     rng = np.random.default_rng(args.seed)
     with tempfile.TemporaryDirectory() as folder:
@@ -504,17 +505,21 @@ def bench_loader(options):
         pairs = {cache: data.Pairs(images, names, np.arange(n) // CAPTIONS, [""] * n, np.arange(n),
                                    caption_tokens(n, rng), root)
                  for cache, images in (("off", data.Images(root, names, preprocess)),
-                                       ("warm", cached))}
+                                       ("warm", cached),
+                                       ("memory", ImagesInMemory(cached, args.device, args)))}
+        pairs["memory"].images.take(np.arange(1))  # reads them all
         bank = make_bank(pairs["off"], 0.2, rng)
         batches = rng.permutation(n)[: n // args.batch_size * args.batch_size]
         batches = batches.reshape(-1, args.batch_size).tolist()[:4]
 
         def ours(cache):
+            workers = 0 if cache == "memory" else args.num_workers
             loader = DataLoader(data.Batches(pairs[cache], bank), sampler=batches,
-                                batch_size=None, num_workers=args.num_workers)
+                                batch_size=None, num_workers=workers)
             return lambda: [step.images.items for step in loader]
 
-        contenders = {"ours, no cache": ours("off"), "ours, warm cache": ours("warm")}
+        contenders = {"ours, no cache": ours("off"), "ours, warm cache": ours("warm"),
+                      "ours, in memory": ours("memory")}
         if options.against == "released":
             loader = DataLoader(ReleasedPairs(pairs["off"], bank), batch_sampler=batches,
                                 num_workers=args.num_workers)
