@@ -360,7 +360,7 @@ def bench_step(options, noise):
     """Our steps against the released one and one plain CLIP step, which is also a step of --recipe
     robust, on the same batches."""
     args, device = options.run, options.run.device
-    steps = 10 if device.type == "cuda" else 1  # in a row, as in training
+    steps = options.steps or (10 if device.type == "cuda" else 1)
     run = Run(args)
     released_run = Run(parse_args("npc", [*options.words, "--recipe", "released"]))
     model = run.precision.prepare(new_model(args))
@@ -589,6 +589,9 @@ def main():
     parser.add_argument("--noise", nargs="+", type=float, default=[0.2, 0.6],
                         help="noise ratios of the steps")
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds")
+    parser.add_argument("--steps", type=int, default=None,
+                        help="steps of a round, in a row as in training; without it 10 on a GPU, 1 "
+                             "on a CPU")
     parser.add_argument("--bank_images", type=int, default=60,
                         help="images of the bank, 5 pairs each")
     parser.add_argument("--loader_images", type=int, default=600, help="images of the loader")

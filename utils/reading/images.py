@@ -136,10 +136,8 @@ def hold(args, images):
     processes, as each process would hold all."""
     size, place = len(images) * 3 * images.preprocess.resolution**2, args.data_on
     if place == "auto":
-        place = "workers"
-        if world() == 1:
-            place = next((place for place in ("device", "host") if 3 * size <= room(place, args)),
-                         place)
+        fitting = [name for name in ("device", "host") if 3 * size <= room(name, args)]
+        place = fitting[0] if fitting and world() == 1 else "workers"
     if place == "workers":
         return images
     device = args.device if place == "device" else torch.device("cpu")
