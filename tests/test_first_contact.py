@@ -92,6 +92,7 @@ MENDABLE = [
     (RecursionError("maximum recursion depth exceeded"), "nested too deeply"),
     (MemoryError(), "out of memory.*--batch_size"),
     (torch.cuda.OutOfMemoryError("CUDA out of memory"), "out of memory.*--batch_size"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out of memory.*--batch_size"),
     (json.JSONDecodeError("Expecting value", "", 0), "damaged or of another kind"),
     (BadZipFile("File is not a zip file"), "damaged or of another kind .*not a zip")]
 

@@ -57,7 +57,8 @@ def explain(error):
     if isinstance(error, OSError):
         file = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else ""
         return f"{file}: {error.strerror or said}".removeprefix(": ") + _advice(error)
-    if isinstance(error, MemoryError) or "OutOfMemoryError" in type(error).__name__:
+    if (isinstance(error, MemoryError) or "OutOfMemoryError" in type(error).__name__
+            or "allocate memory" in said):  # torch's word for a full host
         return (f"out of memory ({said[:150]}): use a smaller --batch_size or --eval_batch_size, "
                 "--accum_steps, or --grad_checkpointing")
     if isinstance(error, UnicodeError):
