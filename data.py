@@ -28,7 +28,7 @@ from utils.distributed import rank, ship, world
 from utils.errors import InputError, command
 from utils.method.features import write_items
 from utils.method.memorybank import clean_pairs
-from utils.method.passes import Batch, DistinctItems, distinct_items
+from utils.method.passes import Batch, DistinctItems, cut_tokens, distinct_items
 from utils.reading.images import Images, hold, image_loader, in_memory, loader
 from utils.reading.layout import (
     SPLITS,
@@ -148,7 +148,6 @@ class Batches(Dataset):
 
     def __init__(self, pairs, bank=None, random_memory=False, seed=0):
         self.pairs, self.bank, self.seed = pairs, bank, seed
-        self.ends = pairs.tokens.argmax(dim=1)
         device = pairs.images.device if in_memory(pairs.images) else torch.device("cpu")
         self.tokens = pairs.tokens.to(device)
         self.clean = clean_pairs(bank) if random_memory and bank is not None else None
@@ -171,7 +170,7 @@ class Batches(Dataset):
         images, *image_rows = distinct_items(pairs.image_of[wanted])
         texts, *text_rows = distinct_items(pairs.text_of[wanted])
         crops = pairs.images.take(images[self.own])
-        length = int(self.ends[texts].max()) + 1  # what follows no caption reads
+        length = cut_tokens(pairs.tokens[texts]).shape[1]
         own = ship(torch.from_numpy(texts[self.own]), self.tokens.device)
         tokens = self.tokens[own, :length]
         return Batch(torch.as_tensor(indices), DistinctItems(crops, *image_rows, len(images)),

@@ -71,8 +71,8 @@ def one_epoch(args, run, num_images, num_dev):
     verdict = verdict._replace(clean=rng.random(len(pairs)) < 0.8 * (1 - NOISE))
     timed("bank: entries", lambda: bank_of(verdict, *features, pairs, args, {}))
     timed("dev scores", lambda: evaluate(model, dev, args, run.precision))
-    npc = NPC(model, run, make_bank(pairs, NOISE, rng))
-    loader = training_loader(args, pairs, make_bank(pairs, NOISE, rng))
+    bank = make_bank(pairs, NOISE, rng)
+    npc, loader = NPC(model, run, bank), training_loader(args, pairs, bank)
     timed("all", lambda: fit(run, model, dev, npc.optimizers, loader, npc.step))
     lines = (run.folder / "cost.jsonl").read_text().splitlines()
     seconds["steps"] = json.loads(lines[-1])["seconds"]

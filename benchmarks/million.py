@@ -36,10 +36,10 @@ CAPTIONS = 5  # an image
 def make_features(root, n, ratio, seed):
     """Make a data set of n pairs, whose images are one and the same file, and its features in the
     folder items: images of 5,000 kinds, captions like their image. Returns the bytes of both."""
-    num_images, rng = -(-n // CAPTIONS), np.random.default_rng(seed)
-    captions = [f"a photo of something, numbered {i}, beside another thing" for i in range(n)]
     if n % CAPTIONS:
         raise InputError(f"--num_pairs {n} is no multiple of {CAPTIONS}; give one that is")
+    num_images, rng = n // CAPTIONS, np.random.default_rng(seed)
+    captions = [f"a photo of something, numbered {i}, beside another thing" for i in range(n)]
     write_split(split_folder(root), "train", range(num_images),
                 [captions[k : k + CAPTIONS] for k in range(0, n, CAPTIONS)])
     write_lines(split_folder(root) / "image_name.txt", ["0.jpg"] * num_images)
@@ -69,8 +69,7 @@ def watch(command, path):
     of a command that writes to the file `path`. Raises InputError when it fails."""
     start, before, seen = time.perf_counter(), os.times(), [(0, 0, 0)]
     with open(path, "w+") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT,
-                                   cwd=ROOT)
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, cwd=ROOT)
         while process.poll() is None:
             status = Path(f"/proc/{process.pid}/status").read_text()
             size = dict(re.findall(r"Rss(Anon|File):\s+(\d+) kB", status))

@@ -54,7 +54,7 @@ class History:
 
     def add(self, step, rate, batch, numbers):
         """Take in the numbers of a step on a `Batch`, which lies on the device. They are looked at
-        one step later, so that a GPU is never waited for; w stays there until an epoch ends."""
+        one step later, so that a GPU is never waited for; w stays there until a checkpoint."""
         self.check()
         w = numbers.pop("w", None)
         if w is not None:
