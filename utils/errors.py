@@ -24,9 +24,10 @@ def command(main):
 
     @functools.wraps(main)
     def run(*args, **kwargs):
-        for stream in (sys.stdout, sys.stderr):  # a caption may have letters that it cannot show
+        # A caption may have letters that a stream cannot show; in a file lines keep their order
+        for stream in (sys.stdout, sys.stderr):
             if hasattr(stream, "reconfigure"):
-                stream.reconfigure(errors="backslashreplace")
+                stream.reconfigure(errors="backslashreplace", line_buffering=True)
         threading.excepthook = _thread_died
         try:
             return main(*args, **kwargs)
