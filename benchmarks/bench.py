@@ -545,7 +545,6 @@ def bench_save(options):
         npc = NPC(A, run, bank)
         npc.step(data.Batches(pairs, bank)[np.arange(args.batch_size)].to(args.device))
         saver = Saver(run, A, npc.optimizers, History(run, pairs, 1), "")
-        saver.cost.start()
         path = run.folder / "step1.pt"
         contenders = {"written at once": lambda: checkpoints.save(path, saver.state(0, 1)),
                       "copied, written behind": lambda: saver.save(path.name, 0, 1)}

@@ -82,7 +82,7 @@ def bank(trained):
 
 def test_training_writes_its_files_and_no_others(trained):
     own = {"epoch1.pt", "epoch2.pt", "best.pt", "log.txt", "log.jsonl", "options.json",
-           "cost.jsonl", ".lock"}
+           ".lock"}
     for folder, more in ((trained.clip, set()), (trained.npc, {"weights.npz"})):
         files = tree(folder)
         events = {file for file in files if file.startswith("events.out.tfevents")}
@@ -248,23 +248,6 @@ def unscored(monkeypatch):
     """Runs do not score their epochs."""
     nothing = {"i2t_R@1": 0, "t2i_R@1": 0, "mean_R1": 0, "rsum": 0}
     monkeypatch.setattr(loop, "evaluate", lambda *_: nothing)
-
-
-def test_cost_is_what_the_towers_encode_and_take_back(trained, passes, unscored):
-    """A CLIP step encodes each item once and takes its gradient back once, through a frozen tower
-    it does not; a run and the one that continues it add up."""
-    trained.run("cost", main_CLIP.main, "--epochs", 1)
-    for name, *more in (["cost", "--resume", "auto"], ["frozen", "--freeze", "text"]):
-        folder = trained.run(name, main_CLIP.main, *more)
-        cost = json.loads((folder / "cost.jsonl").read_text().splitlines()[-1])
-        images, texts = (sum(passes[tower]) for tower in ("encode_image", "encode_text"))
-        back = {"images_backward": images, **({} if name == "frozen" else
-                                              {"captions_backward": texts})}
-        assert cost.pop("step") == 2 * STEPS and cost.pop("seconds") > 0
-        assert cost == {"images_forward": images, "captions_forward": texts, **back}
-        assert f"encoded {images} images and {texts} captions" in (folder / "log.txt").read_text()
-        for each in passes.values():
-            each.clear()
 
 
 def test_what_saves_memory_computes_everything_twice(trained, passes, unscored):

@@ -21,7 +21,6 @@ BatchNorm in training mode makes a feature depend on what is encoded beside it, 
 and 6: images are then encoded as they lie in the batch, and A' makes passes of its own.
 """
 
-from collections import Counter
 from typing import NamedTuple
 
 import numpy as np
@@ -34,9 +33,7 @@ from utils.distributed import gather, num_own_below, ship
 from utils.method.losses import pair_losses
 
 BATCH, MEMORY_I, MEMORY_T = range(3)  # whose pairs: rows of `DistinctItems.rows`
-TOWERS = ("images", "captions")
 SHAPES, TOKENS = 16, 8  # --compile rounds up to a 16th of a batch, and captions to 8 tokens
-ENCODED = Counter()  # items through the towers so far, of all processes: images_forward, ...
 
 
 class DistinctItems(NamedTuple):
@@ -219,7 +216,7 @@ class Passes:
         """L2-normalised features [(u, D), (v, D)] of the distinct items of a part of the step."""
         result = []
         with self.precision.autocast():
-            for what, encoder, distinct in zip(TOWERS, encoders(model), self.items, strict=True):
+            for encoder, distinct in zip(encoders(model), self.items, strict=True):
                 start, end = span(distinct, part)
                 own = distinct.items[num_own_below(start) : num_own_below(end)]
                 items = rounded_up(own, self.unit, model.context_length) if self.unit else own
@@ -227,17 +224,15 @@ class Passes:
                           checkpoint(encoder, piece, use_reentrant=False, preserve_rng_state=False)
                           for piece in items.chunk(self.accum_steps)]
                 features = F.normalize(torch.cat(pieces)[: len(own)], dim=1)
-                features = gather(features, start, end)
-                result.append(counted(features, what))
+                result.append(gather(features, start, end))
         return result
 
     def _encode_by_pair(self):
         """A's L2-normalised features [(B, D), (B, D)] of the batch, where it matters how often an
         image occurs."""
         with self.precision.autocast():
-            return [counted(F.normalize(encoder(distinct.items[distinct.rows[BATCH]]), dim=1), what)
-                    for what, encoder, distinct in zip(TOWERS, encoders(self.A), self.items,
-                                                       strict=True)]
+            return [F.normalize(encoder(distinct.items[distinct.rows[BATCH]]), dim=1)
+                    for encoder, distinct in zip(encoders(self.A), self.items, strict=True)]
 
 
 def rounded_up(items, unit, longest):
@@ -248,15 +243,6 @@ def rounded_up(items, unit, longest):
         return F.pad(items, (0, 0) * (items.ndim - 1) + (0, more))
     length = items.shape[1]
     return F.pad(items, (0, min(-length % TOKENS, longest - length), 0, more))
-
-
-def counted(features, what):
-    """`features` (u, D), counted in ENCODED, now and whenever a gradient comes back to them. What
-    --accum_steps and --grad_checkpointing compute again is not counted."""
-    ENCODED[f"{what}_forward"] += len(features)
-    if features.requires_grad:
-        features.register_hook(lambda gradient: ENCODED.update({f"{what}_backward": len(gradient)}))
-    return features
 
 
 def span(distinct, part):

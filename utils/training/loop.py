@@ -66,7 +66,6 @@ def fit(run, model, dev, optimizers, loader, step):
             loader.sampler.epoch, loader.sampler.first = epoch, first_batch
             model.train(run.recipe.batch_norm_trains and args.freeze != "image")
             history.start_epoch(epoch, resumed=first_batch > 0)
-            saver.cost.start()
             for index, batch in enumerate(progress(loader, args, epoch, first_batch), first_batch):
                 history.data_arrived()
                 rate = schedule(epoch, index)
@@ -90,7 +89,6 @@ def fit(run, model, dev, optimizers, loader, step):
                 saver.wait()
                 end_interrupted(run, f"epoch {epoch + 1}")
             complete(epoch + 1)
-    run.log(str(saver.cost))
     history.close()
     leave_processes()
 

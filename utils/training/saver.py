@@ -12,7 +12,6 @@ from utils.errors import InputError
 from utils.files import UNFINISHED, reading
 from utils.method.memorybank import fingerprint
 from utils.training import checkpoints
-from utils.training.cost import FILE, Cost
 
 
 class Saver:
@@ -21,7 +20,7 @@ class Saver:
 
     def __init__(self, run, model, optimizers, history, trained_on):
         self.run, self.model, self.optimizers, self.history = run, model, optimizers, history
-        self.data, self.best, self.best_epoch, self.cost = trained_on, 0.0, 0, Cost(run)
+        self.data, self.best, self.best_epoch = trained_on, 0.0, 0
         self.writer, self.writing = ThreadPoolExecutor(1), None
 
     def restore(self):
@@ -43,7 +42,6 @@ class Saver:
                                  "another checkpoint, or start from its weights with "
                                  "--vision_model") from error
             self.run.state = {}  # frees the memory
-            self.cost.load(steps)
         if is_main():
             for path in self.run.folder.glob(f".*{UNFINISHED}"):  # of a run that was killed
                 path.unlink()
@@ -85,8 +83,7 @@ class Saver:
                 raise InputError(f"{folder} holds a run of other options "
                                  f"({', '.join(changed.values())}); {advice} delete it")
             self.run.log(f"{folder} holds an earlier run of the same options: it is replaced")
-            for name in [*(path.name for _, path in there), "best.pt", "log.jsonl", "weights.npz",
-                         FILE]:
+            for name in [*(path.name for _, path in there), "best.pt", "log.jsonl", "weights.npz"]:
                 (folder / name).unlink(missing_ok=True)
 
     def _restore_best(self):
@@ -107,12 +104,10 @@ class Saver:
         if not torch.stack(limits).isfinite().all():  # a GPU is waited for once
             raise InputError(f"after step {step} the model's parameters are not finite; lower --lr "
                              "or use --precision fp32; checkpoints before it are intact")
-        self.cost.add(step)
         if is_main():
             self.wait()
             self.writing = self.writer.submit(
                 self._write, name, checkpoints.on_host(self.state(epoch, step)))
-        self.cost.start()  # to save is not to train
 
     def state(self, epoch, step):
         """The content of a checkpoint, which training goes on to change."""
