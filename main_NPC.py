@@ -71,7 +71,7 @@ class NPC:
         # A' := A
         passes = Passes(A, batch, run.precision, siamese, args.accum_steps,
                         memory_gradient=recipe.trains_on_memory and args.memory_loss_weight > 0,
-                        uniform=not recipe.per_sample, few_shapes=args.compile)
+                        few_shapes=args.compile)
         loss = passes.batch()                     # l(batch; A)           (B,)
         memory_i, memory_t = passes.memory()      # l(M^I; A), l(M^T; A)  (B,), (B,)
         known = {"batch": loss, "memory_i": memory_i, "memory_t": memory_t,

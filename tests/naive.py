@@ -31,7 +31,7 @@ class NaivePasses:
     pairs, bank = None, None
 
     def __init__(self, A, batch, precision, siamese=None, accum_steps=1, memory_gradient=True,
-                 uniform=False, few_shapes=False):
+                 few_shapes=False):
         self.A, self.siamese, self.chosen = A, siamese, batch.indices.numpy()
         self.memory_gradient = memory_gradient
         if siamese is not None:

@@ -29,7 +29,7 @@ from utils.method.memorybank import MemoryBank
 from utils.method.recipes import RECIPES
 from utils.reading.images import ImagesInMemory
 from utils.training.optimizer import adamw
-from utils.training.precision import PRECISIONS, Precision
+from utils.training.precision import Precision
 
 TEXT = {"context_length": 12, "vocab_size": 50, "transformer_width": 64, "transformer_heads": 1,
         "transformer_layers": 1, "embed_dim": 16, "image_resolution": 32}
@@ -273,11 +273,6 @@ def test_a_gradient_crosses_the_batch_twice_and_the_rest_once(monkeypatch):
     assert found.crossed == 3 and found.kept
 
 
-def test_one_backward_pass_serves_both_models_under_the_released_recipe(monkeypatch):
-    found = count(monkeypatch, recipe="released")
-    assert found.crossed == 1 and not found.kept  # the graph is freed at once
-
-
 @pytest.mark.parametrize("recipe, weighting", [("paper", "none"), ("paper", "gmm"),
                                                ("robust", "none")])
 def test_without_memory_loss_and_look_ahead_a_step_is_plain_clip(monkeypatch, recipe, weighting):
@@ -355,30 +350,6 @@ def test_passes_can_be_replaced_by_the_naive_ones(monkeypatch):
 
 
 # ---- precision, fixed weights, special cases -----------------------------------------------------
-
-
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_the_gradient_of_both_models_in_any_precision(monkeypatch, precision):
-    """With one weight for all, A takes over the gradient of A'; a memory loss of weight 0 makes it
-    compute its own, which is the same but for rounding."""
-    monkeypatch.setitem(RECIPES, "own", dataclasses.replace(RECIPES["released"],
-                                                            trains_on_memory=True))
-    pairs, bank = make_data()
-    moves, norms = [], []
-    for recipe in ("released", "own"):
-        run = StubRun(options(recipe=recipe, memory_loss_weight=0.0))
-        run.precision = Precision(precision, run.device)
-        run.precision.scaler = torch.amp.GradScaler("cpu", 16.0, enabled=precision == "amp_fp16")
-        A = run.precision.prepare(make_model("vit").float())
-        before = torch.cat([p.detach().flatten().float() for p in A.parameters()])
-        npc, data = NPC(A, run, bank), Batches(pairs, bank)
-        norms.append(npc.step(data[list(range(BATCH))])["grad_norm"].item())
-        moves.append(torch.cat([p.detach().flatten().float() for p in A.parameters()]) - before)
-    cosine = torch.cosine_similarity(*moves, dim=0).item()
-    exact = precision == "fp32"
-    assert norms[0] == pytest.approx(norms[1], rel=1e-5 if exact else 0.02)
-    assert norms[0] > 0 and moves[0].norm() > 0
-    assert cosine > (1 - 1e-5 if exact else 0.98)
 
 
 def test_the_state_of_the_siamese_lives_on(monkeypatch):

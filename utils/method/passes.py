@@ -13,12 +13,10 @@ The equalities that save passes:
 5. The text tower is causal and read at the end token: captions are cut at the longest of a step.
    For a compiler, which wants few shapes, that length and the numbers of items are rounded up:
    nobody reads the features of the items that are added, and so they have no gradient.
-6. Where all pairs of a batch count alike and the memory has no gradient, the gradient of A is that
-   of A' but for one factor.
-7. What nobody asks for is not computed: a step without A' and memory is a plain CLIP step.
+6. What nobody asks for is not computed: a step without A' and memory is a plain CLIP step.
 
-BatchNorm in training mode makes a feature depend on what is encoded beside it, and so forbids 1, 3
-and 6: images are then encoded as they lie in the batch, and A' makes passes of its own.
+BatchNorm in training mode makes a feature depend on what is encoded beside it, and so forbids 1 and
+3: images are then encoded as they lie in the batch, and A' makes passes of its own.
 """
 
 from typing import NamedTuple
@@ -116,12 +114,12 @@ class Passes:
     precision: a utils.training.precision.Precision, whose scaler scales both gradients.
     accum_steps: number of pieces in which items are encoded, each once more in the backward pass,
     so that the activations of one piece are held at a time (GradCache, Gao et al. 2021).
-    memory_gradient: whether losses on the memory have one. uniform: a promise that all losses of
-    the batch get the same gradient. few_shapes: round up what the towers get, see 5.
+    memory_gradient: whether losses on the memory have one. few_shapes: round up what the towers
+    get, see 5.
     """
 
     def __init__(self, A, batch, precision, siamese=None, accum_steps=1, memory_gradient=True,
-                 uniform=False, few_shapes=False):
+                 few_shapes=False):
         self.A, self.siamese, self.items = A, siamese, (batch.images, batch.texts)
         self.precision, self.accum_steps = precision, accum_steps
         self.memory_gradient = memory_gradient
@@ -129,7 +127,6 @@ class Passes:
         if siamese is not None:
             copy_parameters(A, siamese)
         self.model = siamese if uses_batch_statistics(A) else A  # that computes as A' at its start
-        self.one_gradient = uniform and not memory_gradient and self.model is A
         self.features = None  # of the batch under self.model
         self.losses, self.leaves = {}, {}  # by name: in the graph, and as handed out
 
@@ -172,25 +169,14 @@ class Passes:
     def siamese_backward(self, total):
         """Give the parameters of A' the gradient of `total`, made of `siamese_batch`."""
         losses, seeds = self._seeds(self.precision.scaler.scale(total))
-        parameters = trained(self.model)
-        gradients = torch.autograd.grad(
-            losses, parameters, seeds,
-            retain_graph=self.model is self.A and not self.one_gradient)
+        gradients = torch.autograd.grad(losses, trained(self.model), seeds,
+                                        retain_graph=self.model is self.A)
         for parameter, gradient in zip(trained(self.siamese), gradients, strict=True):
             parameter.grad = gradient
-        if self.one_gradient:  # kept for A as that of the mean loss
-            self.losses.clear()
-            for parameter, gradient in zip(parameters, gradients, strict=True):
-                parameter.grad = gradient / seeds[0].sum().to(gradient.dtype)
 
     def backward(self, total):
         """Give the parameters of A the gradient of `total`, made of `batch` and `memory`."""
-        total = self.precision.scaler.scale(total)
-        if self.one_gradient and not self.losses:
-            seed = torch.autograd.grad(total, self.leaves["siamese batch"])[0]
-            torch._foreach_mul_([p.grad for p in trained(self.A)], seed.sum())
-        else:
-            torch.autograd.backward(*self._seeds(total))
+        torch.autograd.backward(*self._seeds(self.precision.scaler.scale(total)))
 
     def _hand_out(self, name, loss):
         self.losses[name] = loss
