@@ -36,7 +36,6 @@ from utils.report.noise_page import Suspect, noise_page
 from utils.report.pair_weights import mean_weights, read_weights
 from utils.report.survey import draw_sample
 from utils.report.tables import text_cell
-from utils.timing import part, took
 from utils.training.run import Run
 
 THUMBNAIL = 160  # pixels
@@ -98,26 +97,24 @@ def main(argv=None):
                       labels.sample or draw_sample(scored, args.seed))
 
     out = Path(args.out)
-    with part("nearest entries"):
-        nearest_pair = nearest_clean(images, pairs.image_of, verdict.clean,
-                                     most=args.search_among, seed=args.seed)[pairs.image_of]
+    nearest_pair = nearest_clean(images, pairs.image_of, verdict.clean,
+                                 most=args.search_among, seed=args.seed)[pairs.image_of]
     nearest_pair[verdict.clean] = np.flatnonzero(verdict.clean)  # a clean pair is its own
-    with part("best captions"):
-        some = random_rows(len(texts), args.search_among, args.seed)
-        keys = Rows(texts, chosen=torch.from_numpy(some).to(texts.device))
-        best_text = nearest(images, keys, title="best captions")[1][:, 0].cpu().numpy()
-        best_text = some[best_text]  # of each image
-    with part("CSV"), atomic_write(out / "suspicious_pairs.csv") as f:
+    some = random_rows(len(texts), args.search_among, args.seed)
+    keys = Rows(texts, chosen=torch.from_numpy(some).to(texts.device))
+    best_text = nearest(images, keys, title="best captions")[1][:, 0].cpu().numpy()
+    best_text = some[best_text]  # of each image
+    with atomic_write(out / "suspicious_pairs.csv") as f:
         write_table(f, pairs, verdict, ranking, rows, best_text, nearest_pair)
     about = (f"{len(pairs)} pairs by {args.score}, from {pairs.source}; "
              + (f"features {args.judge_features}" if args.judge_features
                 else f"model {args.vision_model}"))
-    with part("page"), atomic_write(out / "suspicious_pairs.html") as f:
+    with atomic_write(out / "suspicious_pairs.html") as f:
         f.write(noise_page(suspects(args, pairs, verdict, ranking, images, texts, best_text),
                            args.score, about, findings, verdict, pairs.wrong, fingerprint(pairs)))
     run.log(f"wrote {out}/suspicious_pairs.csv, all {len(pairs)} pairs, and "
             f"{out}/suspicious_pairs.html, the worst {len(ranking.worst)} and a random "
-            f"{len(ranking.sample)}; {took()}")
+            f"{len(ranking.sample)}")
     if args.write_clean:
         keep = np.where(labels.answer == 0, verdict.posterior >= args.keep_above, labels.answer < 0)
         write_clean(args, pairs, keep, rows, run.log)

@@ -38,7 +38,6 @@ from utils.method.passes import Passes
 from utils.method.recipes import RECIPES
 from utils.method.released_bank import save_released
 from utils.reading.layout import BANK_FOLDERS, ratio_name
-from utils.timing import part, took
 from utils.training.optimizer import adamw
 from utils.training.precision import Precision
 from utils.training.run import Run
@@ -62,15 +61,13 @@ def judge_pairs(model, pairs, args, precision, log=print):
     numbers about it). With `--judge_features` no model is asked.
     """
     if args.judge_features:
-        with part("features"):
-            features, scale = read_features(args.judge_features, pairs, args.device)
+        features, scale = read_features(args.judge_features, pairs, args.device)
         verdict = judge(*map(unit, features), scale, pairs, args)
         report(pairs, verdict, args, log)
         return verdict, features, {}
     if args.judge:
         model, pairs = other_judge(args, precision)
-    with part("features"):
-        features = embed_pairs(model, pairs, args, precision, normalise=False)
+    features = embed_pairs(model, pairs, args, precision, normalise=False)
     verdict = judge(*map(unit, features), model.logit_scale, pairs, args)
     info = {"beta": mean_random_cosine(model, args, precision)}
     cosine = verdict.cosine  # of the initial model
@@ -80,9 +77,8 @@ def judge_pairs(model, pairs, args, precision, log=print):
         info["judge_rate"] = rate
         log(f"judge, round {number} of {args.judge_rounds}: {args.judge_steps} steps at "
             f"{rate:g} on {verdict.clean.sum()} pairs")
-        with part("rounds"):
-            taught = teach(model, pairs, verdict.clean, rate, args, number)
-            features = embed_pairs(taught, pairs, args, precision, normalise=False)
+        taught = teach(model, pairs, verdict.clean, rate, args, number)
+        features = embed_pairs(taught, pairs, args, precision, normalise=False)
         verdict = judge(*map(unit, features), taught.logit_scale, pairs, args, number)
     report(pairs, verdict, args, log)
     return verdict._replace(cosine=cosine), features, info
@@ -93,8 +89,7 @@ def model_and_pairs(run):
     model, and neither tokens nor images are prepared for one."""
     args = run.args
     model, preprocess = (None, None) if args.judge_features else run.load_model()
-    with part("reading"):
-        return model, training_pairs(args, preprocess, run.log)
+    return model, training_pairs(args, preprocess, run.log)
 
 
 def other_judge(args, precision):
@@ -170,9 +165,8 @@ def bank_of(verdict, raw_images, raw_texts, pairs, args, info):
     """
     by_cosine, clean = RECIPES[args.recipe].cosine_bank, verdict.clean
     images, texts = (unit(raw_images), unit(raw_texts)) if by_cosine else (raw_images, raw_texts)
-    with part("nearest entries"):
-        image_entry = nearest_clean(images, pairs.image_of, clean, by_cosine)
-        caption_entry = nearest_clean(texts, pairs.text_of, clean, by_cosine)
+    image_entry = nearest_clean(images, pairs.image_of, clean, by_cosine)
+    caption_entry = nearest_clean(texts, pairs.text_of, clean, by_cosine)
     caption_entry = caption_entry[pairs.text_of]  # (n,)
     if by_cosine:
         caption_entry[clean] = np.flatnonzero(clean)
@@ -229,7 +223,7 @@ def main(argv=None):
     else:
         paths = [bank_path(args.dataset_root, args.noise_ratio, judge_name(args))]
         save_bank(bank, pairs, paths[0])
-    run.log(f"wrote {' and '.join(map(str, paths))}; {took()}")
+    run.log(f"wrote {' and '.join(map(str, paths))}")
 
 
 if __name__ == "__main__":

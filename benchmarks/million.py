@@ -1,5 +1,5 @@
-"""Judging from features: how long find_noise.py and get_memorybank.py take, by their parts, and how
-much memory.
+"""Judging from features: how long find_noise.py and get_memorybank.py take, and how much
+memory.
 
     python benchmarks/million.py [--num_pairs 1000000] [get_memorybank.py's options]
 
@@ -65,8 +65,8 @@ def make_features(root, n, ratio, seed):
 
 
 def watch(command, path):
-    """(seconds, seconds of all its threads, peaks in MB (own memory, pages of files, both), output)
-    of a command that writes to the file `path`. Raises InputError when it fails."""
+    """(seconds, seconds of all its threads, peaks in MB (own memory, pages of files, both)) of a
+    command that writes to the file `path`. Raises InputError when it fails."""
     start, before, seen = time.perf_counter(), os.times(), [(0, 0, 0)]
     with open(path, "w+") as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, cwd=ROOT)
@@ -84,7 +84,7 @@ def watch(command, path):
     after = os.times()
     cpu = sum(getattr(after, of) - getattr(before, of)
               for of in ("children_user", "children_system"))
-    return seconds, cpu, np.max(seen, axis=0).tolist(), said
+    return seconds, cpu, np.max(seen, axis=0).tolist()
 
 
 @command
@@ -101,15 +101,13 @@ def main():
         print(f"### {options.num_pairs:,} pairs, {options.noise:.0%} noise, {size / 1e6:.0f} MB of "
               f"features; {' '.join(words)}; {platform.machine()} CPU, {torch.get_num_threads()} "
               f"threads, torch {torch.__version__}\n\n| | s | CPU s | peak MB: own, of files, "
-              "together | seconds by part |\n|---|--:|--:|--:|---|", flush=True)
+              "together |\n|---|--:|--:|--:|", flush=True)
         words += ["--dataset_root", place, *ratio, "--judge_features", str(root / "items")]
         for name, more in (("find_noise.py", ["--out", str(root / "out")]),
                            ("get_memorybank.py", [])):
-            seconds, cpu, peaks, said = watch([sys.executable, name, *words, *more],
-                                              root / "said.txt")
+            seconds, cpu, peaks = watch([sys.executable, name, *words, *more], root / "said.txt")
             print(f"| {name} | {seconds:.0f} | {cpu:.0f} | "
-                  f"{', '.join(f'{peak:.0f}' for peak in peaks)} | "
-                  f"{said.rpartition('seconds: ')[2].strip()} |", flush=True)
+                  f"{', '.join(f'{peak:.0f}' for peak in peaks)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -48,9 +48,7 @@ def test_an_epoch_is_trained_and_taken_apart(tmp_path):
 
 
 @pytest.mark.slow
-def test_what_is_judged_from_features_is_taken_apart():
+def test_judging_from_features_is_timed():
     said = run("million.py", "--num_pairs", 1000, "--search_among", 100)
-    for name, parts in (("find_noise.py", ("reading", "neighbours", "CSV")),
-                        ("get_memorybank.py", ("reading", "losses", "nearest entries"))):
-        line = next(line for line in said.splitlines() if line.startswith(f"| {name}"))
-        assert all(f"{part} " in line for part in parts)
+    for name in ("find_noise.py", "get_memorybank.py"):
+        assert next(line for line in said.splitlines() if line.startswith(f"| {name}"))

@@ -411,7 +411,7 @@ def test_a_folder_of_features_that_does_not_fit_is_refused(features, tmp_path, c
     assert error.startswith("error: ") and error.count("\n") == 1
 
 
-def test_features_need_neither_model_nor_tokens(features, tmp_path, monkeypatch, capsys):
+def test_features_need_neither_model_nor_tokens(features, tmp_path, monkeypatch):
     place, options, arrays = features
     write_folder(tmp_path / "folder", arrays)
     called = []
@@ -420,13 +420,7 @@ def test_features_need_neither_model_nor_tokens(features, tmp_path, monkeypatch,
     words = [*options[: options.index("--vision_model")], "--judge_features",
              str(tmp_path / "folder")]
     get_memorybank.main(words)
-    said = capsys.readouterr().out
-    assert re.search(r"seconds: reading [\d.]+, features [\d.]+, losses [\d.]+, posterior [\d.]+, "
-                     r"nearest entries [\d.]+$", said)
     find_noise.main([*words, "--out", str(tmp_path / "out"), "--worst", "3"])
-    said = capsys.readouterr().out
-    for part in ("neighbours", "agreement", "best captions", "CSV", "page"):
-        assert re.search(rf"seconds: .*\b{part} [\d.]+", said)
     assert f"features {tmp_path}/folder" in (tmp_path / "out/suspicious_pairs.html").read_text()
     data.main(["--list_items", str(tmp_path / "items"), *options[:2], "--dataset_root",
                str(place / "target"), "--noise_ratio", "0.4"])

@@ -27,7 +27,6 @@ from utils.errors import InputError
 from utils.method.losses import pair_losses
 from utils.method.neighbours import Rows, nearest, random_rows
 from utils.method.recipes import RECIPES
-from utils.timing import part
 
 DRAWS = 4  # of random batches, over which a loss is averaged
 MISMATCHES = 4  # other captions that each image is tried with
@@ -68,38 +67,34 @@ def judge(images, texts, logit_scale, pairs, args, number=0):
     if as_paper:
         in_order = not RECIPES[args.recipe].random_bank_batches
         batches = draw_batches(n, args.batch_size, None if in_order else rng)
-        with part("losses"):
-            loss = score = losses_in_batches(images, texts, image_of, text_of, logit_scale, batches)
+        loss = score = losses_in_batches(images, texts, image_of, text_of, logit_scale, batches)
     else:
         others = [torch.from_numpy(mismatched(pairs.image_of, rng)) for _ in range(MISMATCHES)]
         other_texts = [text_of[other.to(device)] for other in others]
         draws = [draw_batches(n, args.batch_size, rng) for _ in range(DRAWS)]
-        with part("losses"):
-            loss = mean(losses_in_batches(images, texts, image_of, text_of, logit_scale, draw)
-                        for draw in draws)
-            mismatches = mean(losses_if(images, texts, image_of, text_of, other_texts, logit_scale,
-                                        draw) for draw in draws)
+        loss = mean(losses_in_batches(images, texts, image_of, text_of, logit_scale, draw)
+                    for draw in draws)
+        mismatches = mean(losses_if(images, texts, image_of, text_of, other_texts, logit_scale,
+                                    draw) for draw in draws)
         score = loss
         if args.judge_neighbours and not number:
             agreements = Agreements(images, texts, pairs, args.judge_neighbours,
                                     args.search_among, args.seed)
-            with part("agreement"):
-                own = agreements(text_of)
-                standard = [Standard(values) for values in (loss, *own)]
-                score = combined(standard, loss, own)
-                mismatches = [combined(standard, bad, agreements(other))
-                              for bad, other in zip(mismatches, other_texts, strict=True)]
+            own = agreements(text_of)
+            standard = [Standard(values) for values in (loss, *own)]
+            score = combined(standard, loss, own)
+            mismatches = [combined(standard, bad, agreements(other))
+                          for bad, other in zip(mismatches, other_texts, strict=True)]
         mismatches = torch.cat(list(mismatches)).double().cpu().numpy()
     loss, score = loss.double().cpu().numpy(), score.double().cpu().numpy()
     if not np.isfinite(loss).all():
         raise InputError(f"the model's losses are not finite; its logit_scale is "
                          f"{logit_scale.item():.4g}, a log temperature of at most ln 100 is usual")
-    with part("posterior"):
-        if as_paper:
-            posterior, components = mixture_posterior(score, args.seed)
-            wrong_share = 1 - posterior.mean()
-        else:
-            posterior, wrong_share = posterior_by_mismatches(score, mismatches)
+    if as_paper:
+        posterior, components = mixture_posterior(score, args.seed)
+        wrong_share = 1 - posterior.mean()
+    else:
+        posterior, wrong_share = posterior_by_mismatches(score, mismatches)
     clean = strict_clean_set(posterior, score, args.clean_threshold, args.min_clean)
     cosine = torch.cat([(images[i] * texts[t]).sum(1) for i, t in
                         zip(image_of.split(ROWS), text_of.split(ROWS), strict=True)])
@@ -183,14 +178,10 @@ class Agreements:
         self.images, self.texts = centred(images, self.image_of), centred(texts, text_of)
         self.some_images, self.some_texts = (
             torch.from_numpy(random_rows(len(x), most, seed)).to(device) for x in (images, texts))
-        with part("neighbours"):
-            self.near_images = nearest_others(self.images, k, self.some_images,
-                                              "image neighbours")
-            self.near_texts = nearest_others(self.texts, k, self.some_texts,
-                                             "caption neighbours")
-        with part("agreement"):
-            self.captions_of = partners(self.texts, self.image_of, text_of, self.some_images)
-            self.images_of = partners(self.images, text_of, self.image_of, self.some_texts)
+        self.near_images = nearest_others(self.images, k, self.some_images, "image neighbours")
+        self.near_texts = nearest_others(self.texts, k, self.some_texts, "caption neighbours")
+        self.captions_of = partners(self.texts, self.image_of, text_of, self.some_images)
+        self.images_of = partners(self.images, text_of, self.image_of, self.some_texts)
         # how often each image stands beside each caption
         keys = self.image_of * len(texts) + text_of
         self.keys, self.counts = keys.unique(return_counts=True)
