@@ -164,20 +164,3 @@ def test_pages_that_the_code_names_exist():
              for name in re.findall(r"\b(?:docs|dataset)/\w+\.md", path.read_text("utf-8"))}
     assert "docs/fidelity.md" in named
     assert not [name for name in named if not (ROOT / name).exists()]
-
-
-# ---- length, and each figure once ----------------------------------------------------------------
-
-
-def test_the_readme_is_short():
-    assert len(README.read_text(encoding="utf-8").splitlines()) <= 130
-
-
-def test_the_demo_s_figures_stand_in_one_place():
-    """No mean ± standard deviation of the README's table stands on another page."""
-    figure = re.compile(r"\d+\.\d+ ± \d+\.\d+")
-    demo = set(figure.findall(README.read_text(encoding="utf-8"))) - {"0.0 ± 0.0"}
-    assert len(demo) > 10
-    for page in PAGES[1:]:
-        twice = demo & set(figure.findall(page.read_text(encoding="utf-8")))
-        assert not twice, f"{name_of(page)} repeats {twice}"
