@@ -123,13 +123,12 @@ def add_data(group, command):
                        help="longest caption in tokens, both end marks included; longer ones are "
                             "cut; at most the model's (77 for all published ones)")
     if command not in ("cache", "search"):
-        group.add_argument("--data_on", choices=("auto", "device", "host", "workers"),
-                           default="auto",
+        group.add_argument("--data_on", choices=("auto", "device", "workers"), default="auto",
                            help="where the decoded images stay between steps and passes: in the "
-                                "memory of the device or of the host, or nowhere, and worker "
-                                "processes read them each time; auto: on the device if they fill "
-                                "at most a third of it, else on the host likewise, else with "
-                                "workers, as always under torchrun or where one pass is made")
+                                "memory of the device, or nowhere, and worker processes read them "
+                                "each time; auto: on the device if they fill at most a third of "
+                                "it, else with workers, as always under torchrun or where one pass "
+                                "is made")
     group.add_argument("--num_workers", type=natural_int, default=min(8, os.cpu_count() or 1),
                        help="processes that read images; 0 reads in the main process, which is "
                             "best for very small images")

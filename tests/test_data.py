@@ -372,8 +372,8 @@ def served(data, place, device="cpu"):
 
 
 @pytest.mark.parametrize("place, device", [
-    ("device", "cpu"), ("host", "cpu"), *(pytest.param(place, "cuda", marks=pytest.mark.gpu)
-                                          for place in ("device", "host", "workers"))])
+    ("device", "cpu"), *(pytest.param(place, "cuda", marks=pytest.mark.gpu)
+                         for place in ("device", "workers"))])
 def test_data_come_bit_for_bit_alike_from_everywhere(datasets, place, device):
     for data in datasets.values():
         (steps, dev), (expected, expected_dev) = served(data, place, device), served(data,
@@ -411,7 +411,8 @@ def test_where_images_are_held_by_default(datasets, monkeypatch):
     size = 12 * 3 * 32 * 32
     for room, fits in ((3 * size, True), (3 * size - 1, False)):
         monkeypatch.setattr("utils.reading.images.room", lambda *_, room=room: room)
-        assert place() == fits and place("--data_on", "host") and not place("--data_on", "workers")
+        assert place() == fits and place("--data_on", "device")
+        assert not place("--data_on", "workers")
         assert place("--judge_rounds", 1, command="memorybank") == fits
         assert not place(command="memorybank")  # which reads them once
     monkeypatch.setattr("utils.reading.images.room", lambda *_: 3 * size)

@@ -85,12 +85,11 @@ def open_image(file):
 
 
 class ImagesInMemory(Dataset):
-    """The crops of all `Images`, or a tensor of crops, on a device or on the host. They are read,
-    each image once, when the first one is asked for; a step then ships row numbers alone."""
+    """The crops of all `Images`, or a tensor of crops, on a device. They are read, each image once,
+    when the first one is asked for; a step then ships row numbers alone."""
 
     def __init__(self, images, device, args=None):
         self.images, self.device, self.args = images, device, args
-        self.pinned = args is not None and args.device.type != device.type  # bound for the device
 
     def __len__(self):
         return len(self.images)
@@ -115,13 +114,8 @@ class ImagesInMemory(Dataset):
         return crops
 
     def take(self, ks):
-        """Crops (k, 3, R, R) of the images `ks`, (k,) int64, where they are held; those on the host
-        in pinned memory, if they are bound for a GPU."""
-        if not self.pinned:
-            return self.crops[ship(torch.from_numpy(ks), self.device)]
-        shape = len(ks), *self.crops.shape[1:]
-        crops = torch.empty(shape, dtype=torch.uint8, pin_memory=True)
-        return torch.index_select(self.crops, 0, torch.from_numpy(ks), out=crops)
+        """Crops (k, 3, R, R) of the images `ks`, (k,) int64, where they are held."""
+        return self.crops[ship(torch.from_numpy(ks), self.device)]
 
     def __getitem__(self, k):
         return self.take(np.array([k]))[0]
@@ -131,23 +125,19 @@ class ImagesInMemory(Dataset):
 
 
 def hold(args, images):
-    """`images`, in memory where `--data_on` wants them there or, by auto, where they fit: into a
-    third of the GPU's memory, or else of the machine's. Under torchrun, auto leaves them to worker
-    processes, as each process would hold all."""
+    """`images`, in the device's memory if `--data_on` wants them there or, by auto, if they fill a
+    third of it at most. Under torchrun, auto leaves them to worker processes, as each process would
+    hold all."""
     size, place = len(images) * 3 * images.preprocess.resolution**2, args.data_on
     if place == "auto":
-        fitting = [name for name in ("device", "host") if 3 * size <= room(name, args)]
-        place = fitting[0] if fitting and world() == 1 else "workers"
-    if place == "workers":
-        return images
-    device = args.device if place == "device" else torch.device("cpu")
-    return ImagesInMemory(images, device, args)
+        place = "device" if 3 * size <= room(args.device) and world() == 1 else "workers"
+    return images if place == "workers" else ImagesInMemory(images, args.device, args)
 
 
-def room(place, args):
-    """Bytes of memory of the device, or of the host."""
-    if place == "device" and args.device.type == "cuda":
-        return torch.cuda.get_device_properties(args.device).total_memory
+def room(device):
+    """Bytes of memory of a device; of the CPU, that of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
