@@ -4,7 +4,6 @@ its banks and its relatives through the commands."""
 import csv
 import hashlib
 import json
-import re
 
 import numpy as np
 import pytest
