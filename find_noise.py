@@ -22,6 +22,11 @@ import torch
 import clip
 from get_memorybank import judge_pairs, model_and_pairs
 from params import parse_args
+from utils.cleaning.labels import NAMES, cells, label_findings, no_labels, read_labels
+from utils.cleaning.noise_page import Suspect, noise_page
+from utils.cleaning.survey import draw_sample
+from utils.cleaning.tables import SOURCE, copy_rows, copy_suffix, source_of
+from utils.cleaning.text import text_cell
 from utils.errors import InputError, command
 from utils.files import atomic_write, new_folder, require_new
 from utils.method.features import first_pairs
@@ -29,13 +34,8 @@ from utils.method.memorybank import fingerprint, nearest_clean
 from utils.method.neighbours import Rows, nearest, random_rows, unit
 from utils.reading.images import Images
 from utils.reading.layout import split_folder, write_lines, write_split
-from utils.reading.tables import SOURCE, copy_rows, copy_suffix, source_of
-from utils.report.diagnostics import noise_measures
-from utils.report.labels import NAMES, cells, label_findings, no_labels, read_labels
-from utils.report.noise_page import Suspect, noise_page
-from utils.report.pair_weights import mean_weights, read_weights
-from utils.report.survey import draw_sample
-from utils.report.tables import text_cell
+from utils.scoring.diagnostics import noise_measures
+from utils.training.pair_weights import mean_weights, read_weights
 from utils.training.run import Run
 
 THUMBNAIL = 160  # pixels

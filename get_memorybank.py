@@ -34,11 +34,11 @@ from utils.method.memorybank import (
     save_bank,
 )
 from utils.method.neighbours import unit
+from utils.method.optimizer import adamw
 from utils.method.passes import Passes
 from utils.method.recipes import RECIPES
 from utils.method.released_bank import save_released
 from utils.reading.layout import BANK_FOLDERS, ratio_name
-from utils.training.optimizer import adamw
 from utils.training.precision import Precision
 from utils.training.run import Run
 

@@ -15,7 +15,7 @@ from data import retrieval_split
 from params import parse_args
 from utils.distributed import is_main, main_first
 from utils.errors import InputError, command
-from utils.report.retrieval import evaluate
+from utils.scoring.retrieval import evaluate
 from utils.training import checkpoints
 from utils.training.run import Run, table
 

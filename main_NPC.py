@@ -16,10 +16,10 @@ from get_memorybank import memory_bank
 from params import parse_args
 from utils.errors import command
 from utils.method.memorybank import arrays_on, clean_pairs
+from utils.method.optimizer import adamw, prepare_training, update
 from utils.method.passes import Passes
 from utils.method.weightings import WEIGHTINGS
 from utils.training.loop import fit
-from utils.training.optimizer import adamw, prepare_training, update
 from utils.training.run import Run
 
 

@@ -25,12 +25,12 @@ import demo
 from construct_noise import SUFFIX
 from data import first_seen, wrong_pairs
 from demo import NPC_COMPUTE, spread
+from utils.cleaning.text import markdown
 from utils.errors import command
 from utils.method.memorybank import bank_path
 from utils.reading.layout import find_by_ratio, read_captions, read_ids, split_folder
-from utils.report.diagnostics import noise_measures
-from utils.report.pair_weights import mean_weights, read_weights
-from utils.report.tables import markdown
+from utils.scoring.diagnostics import noise_measures
+from utils.training.pair_weights import mean_weights, read_weights
 
 RATES = (1e-4, 3e-4, 1e-3)
 GRID_SEED, GRID_RATIO = 0, 0.4

@@ -41,7 +41,7 @@ from params import parse_args
 from utils.errors import command
 from utils.method.memorybank import MemoryBank
 from utils.reading.images import ImagesInMemory
-from utils.report.retrieval import recalls
+from utils.scoring.retrieval import recalls
 from utils.training import checkpoints
 from utils.training.history import History
 from utils.training.run import Run

@@ -28,8 +28,8 @@ from tqdm import tqdm
 ROOT = Path(os.path.relpath(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(ROOT.resolve()))  # of the processes below as well
 
+from utils.cleaning.text import markdown
 from utils.errors import command
-from utils.report.tables import markdown
 
 # Each command is a process of its own, forked from one that has imported what they need: seconds
 os.environ["OMP_NUM_THREADS"] = "1"  # of each, as several run at a time

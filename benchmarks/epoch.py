@@ -28,7 +28,7 @@ from main_NPC import NPC
 from params import parse_args
 from utils.errors import command
 from utils.reading.images import Images, ImagesInMemory
-from utils.report.retrieval import evaluate
+from utils.scoring.retrieval import evaluate
 from utils.training.loop import fit
 from utils.training.run import Run
 

@@ -16,8 +16,8 @@ import clip
 from data import training_pairs
 from utils.errors import command
 from utils.files import atomic_write, reading
-from utils.report.diagnostics import LOWEST, pairs_figure
-from utils.report.pair_weights import read_weights
+from utils.scoring.diagnostics import LOWEST, pairs_figure
+from utils.training.pair_weights import read_weights
 
 
 @command

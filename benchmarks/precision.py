@@ -25,10 +25,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import clip
 from clip.weights import CONFIGS
+from utils.cleaning.text import markdown
 from utils.errors import command
 from utils.method.losses import pair_losses
-from utils.report.tables import markdown
-from utils.training.optimizer import adamw
+from utils.method.optimizer import adamw
 from utils.training.precision import clip_gradients
 from utils.training.schedule import warmup_cosine
 

@@ -24,11 +24,11 @@ from matplotlib.figure import Figure
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from params import Parser
+from utils.cleaning.text import markdown
 from utils.errors import InputError, command
 from utils.files import atomic_write, reading
 from utils.reading.layout import ratio_name
-from utils.report.pair_weights import read_weights
-from utils.report.tables import markdown
+from utils.training.pair_weights import read_weights
 
 PUBLISHED = Path(__file__).with_name("published.csv")
 METRICS = [f"{way}_R@{k}" for way in ("i2t", "t2i") for k in (1, 5, 10)]

@@ -36,9 +36,9 @@ from dataset.common import (
     write_splits,
 )
 from params import Parser, positive_int
+from utils.cleaning.tables import IMAGES, Member, read_rows
 from utils.errors import InputError, command
 from utils.reading.layout import few, read_lines, read_text
-from utils.reading.tables import IMAGES, Member, read_rows
 
 PLAIN_KEY = re.compile(r"[\w-]+", re.ASCII)
 

@@ -39,10 +39,10 @@ from dataset.common import (
     write_splits,
 )
 from params import Parser
+from utils.cleaning.tables import SOURCE, Member, read_rows
 from utils.errors import InputError, command
 from utils.files import atomic_write
 from utils.reading.layout import SPLITS, write_lines
-from utils.reading.tables import SOURCE, Member, read_rows
 
 
 def amount(text):

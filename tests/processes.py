@@ -17,7 +17,7 @@ import clip
 import get_memorybank
 import main_CLIP
 import main_NPC
-from utils.report import diagnostics
+from utils.scoring import diagnostics
 
 START_METHOD = multiprocessing.get_context().get_start_method()
 ROOT = Path(__file__).resolve().parents[1]

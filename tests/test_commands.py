@@ -23,7 +23,7 @@ from clip.model import ResidualAttentionBlock
 from data import retrieval_split
 from params import parse_args
 from utils.reading.layout import read_lines
-from utils.report.retrieval import evaluate
+from utils.scoring.retrieval import evaluate
 from utils.training import loop
 from utils.training.precision import Precision
 

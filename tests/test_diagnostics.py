@@ -7,7 +7,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.tensorboard import SummaryWriter
 
 from data import Pairs
-from utils.report.diagnostics import noise_measures, pairs_figure, show_weights
+from utils.scoring.diagnostics import noise_measures, pairs_figure, show_weights
 
 
 def make_pairs(wrong):

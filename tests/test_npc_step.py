@@ -26,9 +26,9 @@ from main_NPC import NPC
 from utils.errors import InputError
 from utils.method import passes
 from utils.method.memorybank import MemoryBank
+from utils.method.optimizer import adamw
 from utils.method.recipes import RECIPES
 from utils.reading.images import ImagesInMemory
-from utils.training.optimizer import adamw
 from utils.training.precision import Precision
 
 TEXT = {"context_length": 12, "vocab_size": 50, "transformer_width": 64, "transformer_heads": 1,

@@ -13,7 +13,7 @@ import main_NPC
 from benchmarks.precision import Weights, displacements, resemblance, spacing, steps_kept, train
 from utils.errors import InputError
 from utils.method.losses import pair_losses
-from utils.training.optimizer import adamw
+from utils.method.optimizer import adamw
 from utils.training.precision import PRECISIONS, clip_gradients
 
 ADAMW = {"lr": 1e-5, "beta1": 0.9, "beta2": 0.98, "eps": 1e-6, "weight_decay": 0.2}

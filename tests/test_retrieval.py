@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from conftest import Lookup, pairs_for
 
-import utils.report.retrieval
+import utils.scoring.retrieval
 from utils.errors import InputError
-from utils.report.retrieval import (
+from utils.scoring.retrieval import (
     KS,
     best_ranks,
     evaluate,
@@ -60,7 +60,7 @@ def captions_of(n, seed, most=4):
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("block", [1, 37, 2**24])
 def test_ranks_are_those_of_a_full_sort_with_ties_by_index(monkeypatch, seed, block):
-    monkeypatch.setattr(utils.report.retrieval, "BLOCK", block)
+    monkeypatch.setattr(utils.scoring.retrieval, "BLOCK", block)
     images, image_of = small_integers(15, 3, seed), captions_of(15, seed)
     texts = small_integers(len(image_of), 3, seed + 100)
     own = torch.arange(15)
@@ -72,7 +72,7 @@ def test_ranks_are_those_of_a_full_sort_with_ties_by_index(monkeypatch, seed, bl
 
 @pytest.mark.parametrize("block", [1, 2**24])
 def test_a_query_without_a_correct_item_ranks_behind_all_and_spoils_no_other(monkeypatch, block):
-    monkeypatch.setattr(utils.report.retrieval, "BLOCK", block)
+    monkeypatch.setattr(utils.scoring.retrieval, "BLOCK", block)
     queries, gallery = torch.ones(3, 2), torch.ones(2, 2)
     ranks = best_ranks(queries, gallery, torch.tensor([7, 1, 9]), torch.tensor([0, 1]))
     assert ranks.tolist() == [2, 1, 2]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from utils.report.survey import Estimate, draw_sample, estimate
+from utils.cleaning.survey import Estimate, draw_sample, estimate
 
 
 def exact(hits, n):

@@ -14,9 +14,9 @@ import pytest
 from test_prepare import as_csv, jpeg, lines, put, tree
 
 from dataset import prepare_pairs
+from utils.cleaning.tables import copy_rows, copy_suffix, read_rows, source_of
 from utils.errors import InputError
 from utils.reading.layout import image_names, read_captions, read_ids
-from utils.reading.tables import copy_rows, copy_suffix, read_rows, source_of
 
 COUNT = 12
 CAPTIONS = [f'Row {i}, "é"' for i in range(COUNT)]

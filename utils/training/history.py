@@ -11,7 +11,7 @@ from torch.utils.tensorboard import SummaryWriter
 from utils.distributed import Later, is_main
 from utils.errors import InputError
 from utils.files import atomic_write
-from utils.report.pair_weights import write_weights
+from utils.training.pair_weights import write_weights
 
 
 class History:
@@ -122,7 +122,7 @@ class History:
         w = weights[record["epoch"] - 1]
         if np.isfinite(w).any():
             write_weights(self.run.folder / "weights.npz", weights, self.pairs)
-            from utils.report.diagnostics import show_weights  # seconds to import
+            from utils.scoring.diagnostics import show_weights  # seconds to import
 
             show_weights(self.writer, done, w, self.pairs)
         self._scalars("dev", record["dev"], done)

@@ -7,7 +7,7 @@ from tqdm import tqdm
 
 from utils.distributed import is_main, leave_processes
 from utils.reading.images import check_images, explain_deaths
-from utils.report.retrieval import evaluate
+from utils.scoring.retrieval import evaluate
 from utils.training.history import History
 from utils.training.interruptions import end_interrupted, interruptions
 from utils.training.saver import Saver, hash_of_data

@@ -13,7 +13,7 @@ from utils import distributed
 from utils.errors import InputError
 from utils.files import atomic_write, lock
 from utils.method.recipes import RECIPES
-from utils.report.retrieval import KS, evaluate, evaluate_coco
+from utils.scoring.retrieval import KS, evaluate, evaluate_coco
 from utils.training import checkpoints
 from utils.training.interruptions import LastingStream
 from utils.training.precision import Precision

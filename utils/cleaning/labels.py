@@ -2,7 +2,7 @@
 
 A CSV file with the columns `COLUMNS`, of which the page's decisions.csv has no others and
 suspicious_pairs.csv some more. `pair` is the key; image and caption are checked against the data.
-`stratum` and `stratum_size` are there for the pairs of the random sample (utils.report.survey).
+`stratum` and `stratum_size` are there for the pairs of the random sample (utils.cleaning.survey).
 """
 
 import csv
@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from utils.cleaning.survey import Estimate, estimate
+from utils.cleaning.text import markdown, text_cell
 from utils.errors import InputError
 from utils.files import reading
-from utils.report.survey import Estimate, estimate
-from utils.report.tables import markdown, text_cell
 
 COLUMNS = ("pair", "image", "caption", "stratum", "stratum_size", "decision")
 ANSWERS = {"wrong": 1, "right": -1, "skip": 0, "": 0}

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from scipy.stats import norm
 
-from utils.report.labels import COLUMNS
+from utils.cleaning.labels import COLUMNS
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 BINS = 60
