@@ -22,7 +22,6 @@ from torch.utils.data import Dataset, Sampler, Subset
 from tqdm import tqdm
 
 import clip
-from construct_noise import training_captions
 from params import parse_args
 from utils.distributed import rank, ship, world
 from utils.errors import InputError, command
@@ -38,6 +37,7 @@ from utils.reading.layout import (
     require_images,
     split_folder,
 )
+from utils.reading.noise import training_captions
 
 
 def first_seen(items):
@@ -106,7 +106,7 @@ def training_pairs(args, preprocess, log=print):
     clean_captions = read_captions(clean) if clean.exists() else []
     if clean_captions:  # checked before a noisy file is made of them
         read_ids(args.dataset_root, "train", len(clean_captions), args.num_anns, clean)
-    captions, path = training_captions(args.dataset_root, args.noise_ratio, args.seed, log)
+    captions, path = training_captions(args, log)
     ids = read_ids(args.dataset_root, "train", len(captions), args.num_anns, path)
     if "epochs" in args:  # a training run, which should not build a bank in vain
         require_batch(args, len(captions))

@@ -26,9 +26,10 @@ from utils.errors import InputError, command
 from utils.method.features import embed_pairs, mean_random_cosine, read_features
 from utils.method.judge import judge, report, separation
 from utils.method.memorybank import (
+    MADE_WITH,
     MemoryBank,
+    bank_name,
     bank_path,
-    judge_name,
     load_bank,
     nearest_clean,
     save_bank,
@@ -42,10 +43,6 @@ from utils.reading.layout import BANK_FOLDERS, ratio_name
 from utils.training.precision import Precision
 from utils.training.run import Run
 
-COMPARED = ("vision_model", "activation", "recipe", "clean_threshold", "min_clean", "batch_size",
-            "seed", "judge", "judge_features", "judge_rounds", "judge_steps", "judge_neighbours",
-            "search_among", "judge_lr")
-OF_MODEL = ("vision_model", "activation")
 RATES = (1e-6, 1e-5, 1e-4, 1e-3)  # learning rates that a judge chooses from
 WARMUP = 4  # steps of a round
 HELD_OUT, MOST_HELD_OUT = 0.2, 2000  # share of the images that it chooses by, and their number
@@ -60,6 +57,7 @@ def judge_pairs(model, pairs, args, precision, log=print):
     Returns (`Verdict`, raw features (u, D) and (v, D) of the judge, tensors or `Rows`, dict of
     numbers about it). With `--judge_features` no model is asked.
     """
+    args = argparse.Namespace(**{**vars(args), "seed": args.noise_seed})
     if args.judge_features:
         features, scale = read_features(args.judge_features, pairs, args.device)
         verdict = judge(*map(unit, features), scale, pairs, args)
@@ -170,43 +168,41 @@ def bank_of(verdict, raw_images, raw_texts, pairs, args, info):
     caption_entry = caption_entry[pairs.text_of]  # (n,)
     if by_cosine:
         caption_entry[clean] = np.flatnonzero(clean)
-    options = {name: getattr(args, name) for name in (*COMPARED, "resume")}
-    options["vision_model"] = str(args.vision_model)
-    if args.judge_features:  # no model had a part in it
-        options = {name: options[name] for name in COMPARED if name not in OF_MODEL}
+    options = {name: getattr(args, name) for name in MADE_WITH} | {"seed": args.noise_seed}
+    if not args.judge_features:
+        options |= {name: getattr(args, name) for name in ("vision_model", "activation", "resume")}
     return MemoryBank(image_entry, caption_entry, clean, verdict.loss.astype(np.float32),
                       verdict.posterior.astype(np.float32), verdict.cosine,
                       {**options, **info, "wrong_share": verdict.wrong_share})
 
 
-def memory_bank(model, pairs, args, precision, log=print, resumed=False):
-    """The bank of `pairs` from the data folder, or a new one, built by `model` and kept there.
+def memory_bank(model, pairs, args, precision, log=print, resumed=None):
+    """The bank of `pairs` from the data folder, or a new one, built by `model` and kept there. Its
+    file's name becomes args.bank.
 
-    Raises InputError when none is there and the run is `resumed`: `model` is no initial one then.
+    resumed: the options (dict) that the checkpoint holds which this run continues, whose bank it
+    takes. Raises InputError when that is not there, as `model` is no initial one then.
     """
-    judge = judge_name(args)
-    path = bank_path(args.dataset_root, args.noise_ratio, judge)
-    found = load_bank(args.dataset_root, args.noise_ratio, pairs, judge)
+    name = resumed.get("bank") if resumed else bank_name(model, pairs, args)
+    found = load_bank(name, pairs, args, log)
     if any_process(not found, args.device):
         if resumed:
-            raise InputError(f"{path} does not exist, and only the initial model can build it, not "
-                             f"{args.resume}: run get_memorybank.py with that model first, or "
-                             "start from these weights with --vision_model")
+            raise InputError(f"the memory bank {name or 'of this run'} is not in "
+                             f"{args.dataset_root}, and only the initial model can build it, not "
+                             f"{args.resume}: run get_memorybank.py with that model and the same "
+                             "options first, or start from these weights with --vision_model")
+        path = bank_path(args.dataset_root, name)
         log(f"No memory bank for noise ratio {ratio_name(args.noise_ratio)} yet: building {path}")
         verdict, features, info = judge_pairs(model, pairs, args, precision, log)
         with main_first():
             if is_main():
                 bank = bank_of(verdict, *features, pairs, args, info)
                 save_bank(bank, pairs, path, replace=False)  # of two runs the first one's stays
-        found = load_bank(args.dataset_root, args.noise_ratio, pairs, judge)
+        found = load_bank(name, pairs, args, log)
     else:
         log(f"memory bank: {found[1]}")
-    bank = found[0]
-    for key in COMPARED:
-        if key in bank.info and bank.info[key] != getattr(args, key):
-            log(f"warning: that bank was built with --{key} {bank.info[key]}, this run has "
-                f"{getattr(args, key)}; get_memorybank.py builds it anew")
-    return bank
+    args.bank = found[1].name
+    return found[0]
 
 
 @command
@@ -221,7 +217,7 @@ def main(argv=None):
         folder = Path(args.dataset_root) / "annotations" / BANK_FOLDERS[1]
         paths = save_released(bank, pairs, folder, args.noise_ratio)
     else:
-        paths = [bank_path(args.dataset_root, args.noise_ratio, judge_name(args))]
+        paths = [bank_path(args.dataset_root, bank_name(model, pairs, args))]
         save_bank(bank, pairs, paths[0])
     run.log(f"wrote {' and '.join(map(str, paths))}")
 

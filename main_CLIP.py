@@ -27,7 +27,8 @@ def main(argv=None):
     dev = retrieval_split(args, "dev", preprocess, run.log)
     chosen = None
     if args.train_on == "clean":
-        bank = memory_bank(model, pairs, args, run.precision, run.log, resumed=bool(run.state))
+        bank = memory_bank(model, pairs, args, run.precision, run.log,
+                           run.state.get("args"))
         chosen = clean_pairs(bank)
     loader = training_loader(args, pairs, chosen=chosen)
     baseline = Baseline(model, run)

@@ -34,7 +34,7 @@ def main(argv=None):
     # The memory bank: clean pairs that resemble each training image and caption, found by A_0
     pairs = training_pairs(args, preprocess, run.log)
     dev = retrieval_split(args, "dev", preprocess, run.log)
-    bank = memory_bank(A, pairs, args, run.precision, run.log, resumed=bool(run.state))
+    bank = memory_bank(A, pairs, args, run.precision, run.log, run.state.get("args"))
 
     npc = NPC(A, run, bank)
     loader = training_loader(args, pairs, bank if npc.uses_memory else None,

@@ -11,6 +11,7 @@ import torch
 from utils.method.recipes import RECIPES
 from utils.method.weightings import WEIGHTINGS
 from utils.reading.layout import DATASETS, SPLITS, split_folder
+from utils.reading.noise import KINDS, SEED
 from utils.training.precision import PRECISIONS
 
 SCORES = ("judge", "loss", "cosine", "npc")
@@ -116,7 +117,15 @@ def add_data(group, command):
                             "1 for cc, whatever fits for pairs")
     group.add_argument("--noise_ratio", type=ratio, default=0.0,
                        help="share of training captions that are shuffled, in [0, 1); the caption "
-                            "file of this ratio is made when it is missing")
+                            "file of this ratio, kind and seed is made when it is missing")
+    group.add_argument("--noise_kind", choices=KINDS, default="random",
+                       help="random: the drawn captions are shuffled, as in the paper; similar: "
+                            "each changes places with the most similar one of another image, a "
+                            "near miss, as mistakes often are")
+    group.add_argument("--noise_seed", type=seed, default=None,
+                       help="seed of the noise and of the memory bank; without it --seed. Give "
+                            "that of another run to repeat its training alone, on the same noise "
+                            "and bank")
     if command == "noise":
         return
     group.add_argument("--context_length", type=at_least_two, default=77,
@@ -337,9 +346,9 @@ def add_search(group):
 
 
 def add_run(group, command):
-    group.add_argument("--seed", type=seed, default=99,
-                       help="seed of the noise, the order of the pairs, the mixture and random "
-                            "weights; change it for another repetition")
+    group.add_argument("--seed", type=seed, default=SEED,
+                       help="seed of the noise, the bank, the order of the pairs and random "
+                            "weights; change it for another repetition of all of it")
     if command not in ("noise", "cache", "search", "interpolate"):
         group.add_argument("--batch_size", type=at_least_two, default=256,
                            help="pairs in a step; every pair is contrasted with the others of its "
@@ -391,6 +400,8 @@ def check(parser, args):
         args.dataset = "pairs" if named else "coco"
     if args.num_anns is None:
         args.num_anns = DATASETS[args.dataset]
+    if args.noise_seed is None:
+        args.noise_seed = args.seed
     if "precision" in args:
         if args.device is None:
             args.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -22,13 +22,12 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import demo
-from construct_noise import SUFFIX
-from data import first_seen, wrong_pairs
+from data import training_pairs
 from demo import NPC_COMPUTE, spread
 from utils.cleaning.text import markdown
 from utils.errors import command
 from utils.method.memorybank import bank_path
-from utils.reading.layout import find_by_ratio, read_captions, read_ids, split_folder
+from utils.reading.layout import split_folder
 from utils.scoring.diagnostics import noise_measures
 from utils.training.pair_weights import mean_weights, read_weights
 
@@ -36,7 +35,8 @@ RATES = (1e-4, 3e-4, 1e-3)
 GRID_SEED, GRID_RATIO = 0, 0.4
 JUDGE = ("--judge_rounds", "2", "--judge_lr", "3e-4")
 NO_MEMORY = ("--memory_loss_weight", "0")
-BANKS = {"initial model, mixture (paper)": "", "better judge": "rounds2x16_neighbours15"}
+BEST = "CLIP on the judge's clean set, NPC's compute (robust)"
+JUDGES = {"initial model, mixture (paper)": "NPC", "better judge": BEST}  # and a row of each
 
 
 # ---- controls that no option offers; each changes the process that runs a command ---------------
@@ -110,7 +110,7 @@ ROWS = {
     "CLIP, NPC's compute": Row("clip_long", "main_CLIP.py", NPC_COMPUTE),
     "CLIP on the paper's clean set, NPC's compute":
         Row("clip_clean", "main_CLIP.py", NPC_COMPUTE, ("--train_on", "clean")),
-    "CLIP on the judge's clean set, NPC's compute (robust)":
+    BEST:
         Row("robust", epochs=NPC_COMPUTE, options=("--recipe", "robust", *JUDGE)),
     "CLIP on the truly right pairs, NPC's compute":
         Row("oracle_pairs", "main_CLIP.py", NPC_COMPUTE, ("--train_on", "clean"), oracle_pairs,
@@ -203,30 +203,28 @@ class Ablation(demo.Demo):
         """Mean R@1 after the last epoch."""
         return demo.read_scores(self.found(seed, name, ratio) / "last")["mean_R1"]
 
-    def truth(self, seed, ratio, judge=""):
-        """(bank's arrays, which pairs are wrong (n,) bool) of the target at a noise ratio."""
-        root = self.folder(seed) / "target"
-        clean = read_captions(split_folder(root) / "train_caps.txt")
-        path = find_by_ratio(split_folder(root), SUFFIX, ratio) if ratio else None
-        captions = read_captions(path) if path else clean
-        _, image_of = first_seen(read_ids(root, "train", len(clean), 5, "train_caps.txt"))
-        with np.load(bank_path(root, ratio, judge), allow_pickle=False) as bank:
-            return dict(bank), wrong_pairs(clean, captions, image_of)
+    def truth(self, seed, name, ratio):
+        """(arrays of a row's bank, which pairs are wrong (n,) bool) of the target."""
+        options = json.loads((self.found(seed, name, ratio) / "options.json").read_text())
+        args = argparse.Namespace(**options | {"dataset_root": self.folder(seed) / "target"})
+        pairs = training_pairs(args, None, lambda _: None)
+        with np.load(bank_path(args.dataset_root, args.bank), allow_pickle=False) as bank:
+            return dict(bank), pairs.wrong if ratio else np.zeros(len(pairs), bool)
 
-    def of_loss(self, seed, judge, ratio):
-        """`noise_measures` of a judge's losses."""
-        bank, wrong = self.truth(seed, ratio, judge)
+    def of_loss(self, seed, name, ratio):
+        """`noise_measures` of the losses of a row's judge."""
+        bank, wrong = self.truth(seed, name, ratio)
         return noise_measures(bank["loss"], wrong)
 
     def of_w(self, seed, name, ratio):
         """`noise_measures` of the weights w of a row."""
         w = mean_weights(read_weights(self.found(seed, name, ratio) / "weights.npz"))
         drawn = np.isfinite(w)
-        return noise_measures(-w[drawn], self.truth(seed, ratio)[1][drawn])
+        return noise_measures(-w[drawn], self.truth(seed, name, ratio)[1][drawn])
 
-    def clean_set(self, seed, judge, ratio):
-        """Precision, recall and estimated share of wrong pairs, in percent."""
-        bank, wrong = self.truth(seed, ratio, judge)
+    def clean_set(self, seed, name, ratio):
+        """Precision, recall and estimated share of wrong pairs of a row's judge, in percent."""
+        bank, wrong = self.truth(seed, name, ratio)
         hits = (bank["clean"] & ~wrong).sum()
         info = json.loads(bank["info"].tobytes())
         return [100 * hits / bank["clean"].sum(), 100 * hits / (~wrong).sum(),
@@ -245,14 +243,13 @@ def report(ablation):
                             for ratio in demo.RATIOS),
                      f"{ablation.rates[row] * ROWS[row].lr_factor:g}", f"{seconds:.0f}"])
     scores = markdown(["mean R@1, last epoch", *percent, "lr", "seconds"], rows)
-    best = "CLIP on the judge's clean set, NPC's compute (robust)"
-    paired = markdown([f"{best.split(',')[0]}, less", *percent], [
-        [row, *(spread([ablation.score(seed, best, ratio) - ablation.score(seed, row, ratio)
+    paired = markdown([f"{BEST.split(',')[0]}, less", *percent], [
+        [row, *(spread([ablation.score(seed, BEST, ratio) - ablation.score(seed, row, ratio)
                         for seed in seeds]) for ratio in demo.RATIOS)]
-        for row in ROWS if row != best])
+        for row in ROWS if row != BEST])
     rows = []
     for name, measure, which in [
-            *((f"loss: {name}", ablation.of_loss, judge) for name, judge in BANKS.items()),
+            *((f"loss: {name}", ablation.of_loss, row) for name, row in JUDGES.items()),
             *((f"w: {row}", ablation.of_w, row) for row in OF_WEIGHTS)]:
         found = {ratio: [measure(seed, which, ratio) for seed in seeds] for ratio in noisy}
         rows.append([name, *(spread([m[key] for m in found[ratio]], 3)
@@ -260,9 +257,9 @@ def report(ablation):
     auc = markdown(["against the injected noise", *(f"{key}, {share}" for key in ("AUC", "AP")
                                                     for share in percent[1:])], rows)
     sets = markdown(["strict clean set, %", *percent], [
-        [f"{what}: {name}", *(spread([ablation.clean_set(seed, judge, ratio)[k] for seed in seeds])
+        [f"{what}: {name}", *(spread([ablation.clean_set(seed, row, ratio)[k] for seed in seeds])
                               for ratio in demo.RATIOS)]
-        for name, judge in BANKS.items()
+        for name, row in JUDGES.items()
         for k, what in enumerate(("precision", "recall", "estimated share of wrong pairs"))])
     return f"{scores}\n\n{paired}\n\n{auc}\n\n{sets}\n"
 

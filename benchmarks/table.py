@@ -36,10 +36,10 @@ COLUMNS = [*METRICS, "rsum"]
 RUN_COLUMNS = ["folder", "noise", "seed", "epochs", "best epoch", "dev mean R@1", "mean w"]
 TITLES = {"f30k": "Flickr30K", "cc": "CC120K"}
 ROUTINE = {  # options that say where and how fast, but not what is trained; or are columns here
-    "dataset", "dataset_root", "num_anns", "noise_ratio", "seed", "num_workers", "data_on",
-    "image_cache", "eval_batch_size", "dev_length", "resume", "force_resume", "device",
-    "accum_steps", "grad_checkpointing", "compile", "checkpoint_path", "experiments", "name",
-    "display", "save_every", "keep_checkpoints", "eval",
+    "dataset", "dataset_root", "num_anns", "noise_ratio", "seed", "noise_seed", "bank",
+    "num_workers", "data_on", "image_cache", "eval_batch_size", "dev_length", "resume",
+    "force_resume", "device", "accum_steps", "grad_checkpointing", "compile", "checkpoint_path",
+    "experiments", "name", "display", "save_every", "keep_checkpoints", "eval",
 }
 STAR = ("\\* The authors' MSCOCO 1K rows repeat image-to-text R@10 in the column of text-to-image "
         "R@10, as their script sums the wrong one; the true values are not known.")

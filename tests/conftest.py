@@ -1,5 +1,6 @@
 """Small data sets in the three layouts of the released data, made on the fly."""
 
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -94,6 +95,17 @@ def tree(folder):
     return {str(p.relative_to(folder)) for p in Path(folder).rglob("*") if not p.is_dir()}
 
 
+def banks(root):
+    """{name: path} of the memory banks below a data set, by their names without model, kind of
+    noise, seed and hash."""
+    found = {}
+    for path in sorted(Path(root).glob("annotations/*/*_mbank_*.npz")):
+        name = re.sub(r"(_random|_similar)?_seed\d+_[0-9a-f]{8}\.npz$", "", path.name)
+        assert name != path.name
+        found[re.sub(r"_mbank_(?!features)[^_]+", "_mbank", name)] = path
+    return found
+
+
 def options(dataset, *more, command="npc"):
     """The namespace of options of a command on a data set: small batches, no worker processes."""
     return parse_args(command, [*dataset.options, "--num_workers", "0", "--device", "cpu",
@@ -117,6 +129,9 @@ class Lookup:
 
     def eval(self):
         return self
+
+    def state_dict(self):
+        return {"images": self.images, "texts": self.texts}
 
     def encode_image(self, pictures):
         self.encoded["images"] += len(pictures)
@@ -151,7 +166,7 @@ def pairs_for(image_of, text_of):
     pictures = [torch.full((3, 2, 2), k, dtype=torch.uint8) for k in range(n)]
     captions = [f"caption {k}" for k in text_of]
     return Pairs(pictures, [str(k) for k in range(n)], np.array(image_of), captions,
-                 np.array(text_of), tokens.int(), Path("caps.txt"))
+                 np.array(text_of), tokens.int(), Path("0.4_noise_train_caps.txt"))
 
 
 # ---- fixtures -----------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import make_dataset, options, tree, write_lines
+from conftest import banks, make_dataset, options, tree, write_lines
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -72,7 +72,7 @@ def trained(tmp_path_factory):
 @pytest.fixture(scope="module")
 def bank(trained):
     """The bank that main_NPC.py built."""
-    with np.load(trained.data.root / "annotations/frozen_memory_bank/0.4_mbank.npz") as data:
+    with np.load(banks(trained.data.root)["0.4_mbank"]) as data:
         arrays = {key: data[key] for key in data.files}
     return SimpleNamespace(**{**arrays, "info": json.loads(arrays["info"].tobytes())})
 
@@ -91,8 +91,9 @@ def test_training_writes_its_files_and_no_others(trained):
 
 def test_training_makes_the_noise_file_and_the_bank_that_are_missing(trained, datasets):
     made = tree(trained.data.root) - tree(datasets["f30k"].root)
+    (bank,) = banks(trained.data.root).values()
     assert made == {"annotations/scan_split/0.4_noise_train_caps.txt",
-                    "annotations/frozen_memory_bank/0.4_mbank.npz"}
+                    str(bank.relative_to(trained.data.root))}
 
 
 @pytest.mark.parametrize("name", ["CLIP", "NPC"])
@@ -369,7 +370,7 @@ def test_interpolation_of_different_architectures_is_refused(trained, tmp_path, 
 def test_construct_noise_command(dataset, capsys):
     data = dataset("coco")
     construct_noise.main([*data.options, "--noise_ratio", "0.60", "--seed", "3"])
-    path = data.split_folder / "0.6_noise_train_caps.txt"
+    path = data.split_folder / "0.6_noise_random_seed3_train_caps.txt"
     clean, noisy = data.lines("train_caps.txt"), read_lines(path)
     assert sorted(noisy) == sorted(clean) and noisy != clean
     changed = sum(a != b for a, b in zip(clean, noisy, strict=True))
@@ -384,10 +385,34 @@ def test_memory_bank_command_takes_a_trained_checkpoint(trained, dataset, layout
     get_memorybank.main([*options, "--resume", str(trained.npc / "best.pt")])
     said = capsys.readouterr().out
     assert "mixture" in said and "strict clean set" in said and "precision" in said
-    with np.load(data.root / "annotations/frozen_memory_bank/0.2_mbank.npz") as arrays:
+    with np.load(banks(data.root)["0.2_mbank"]) as arrays:
         n = len(data.lines("train_caps.txt"))
         assert arrays["image_entry"].shape == (12,) and arrays["caption_entry"].shape == (n,)
         assert arrays["clean"][arrays["caption_entry"]].all()
+
+
+def test_each_seed_has_its_noise_and_its_bank(trained, dataset, capsys):
+    data = dataset("f30k")
+    initial = ["--vision_model", str(trained.npc / "best.pt")]  # else random weights, of --seed
+
+    def train(seed, *more):
+        main_NPC.main([*data.options, *COMMON, *initial, "--epochs", "1", "--batch_size", "12",
+                       "--noise_ratio", "0.4", "--checkpoint_path", str(data.root.parent),
+                       "--experiments", f"s{seed}", "--seed", str(seed), *more])
+        return json.loads((data.root.parent / f"s{seed}" / "options.json").read_text())["bank"]
+
+    found = {train(seed) for seed in (1, 2, 99)}
+    made = tree(data.root) - tree(trained.data.root)
+    assert len(found) == 3 and {name for name in made if "mbank" in name} == {
+        f"annotations/frozen_memory_bank/{name}" for name in found}
+    noise = [data.lines(f"0.4_noise_{name}train_caps.txt")
+             for name in ("random_seed1_", "random_seed2_", "")]
+    assert len({str(captions) for captions in noise}) == 3
+    before = tree(data.root)
+    assert train(3, "--noise_seed", "2") in found and tree(data.root) == before
+    assert "0.4_noise_random_seed2_train_caps.txt" in capsys.readouterr().out.split("training:")[-2]
+    assert train(4, "--noise_kind", "similar") not in found
+    assert "0.4_noise_similar_seed4_train_caps.txt" in {p.name for p in data.split_folder.iterdir()}
 
 
 def test_memory_bank_command_writes_the_authors_format(trained, dataset):
@@ -405,7 +430,7 @@ def test_bank_command_says_when_the_strict_clean_set_is_too_small(dataset, capsy
     get_memorybank.main([*data.options, *COMMON, "--clean_threshold", "0.9999999",
                          "--min_clean", "0.99"])
     assert "warning: only" in capsys.readouterr().out
-    with np.load(data.root / "annotations/frozen_memory_bank/0_mbank.npz") as arrays:
+    with np.load(banks(data.root)["0_mbank"]) as arrays:
         assert arrays["clean"].sum() == 12
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import describe, draw, make_dataset, write_lines
+from conftest import banks, describe, draw, make_dataset, write_lines
 from processes import (
     BANK,
     CLIP,
@@ -154,9 +154,9 @@ def test_the_first_process_alone_writes_and_makes_each_file_once(data, tmp_path)
     said = run_in_two(NPC, training(copy, tmp_path / "logs"), tmp_path / "out", hooks=hooks)
     writes = [(tmp_path / f"writes{k}").read_text().splitlines() for k in (0, 1)]
     assert [line for line in writes[1] if str(tmp_path) in line] == []
-    for name in ("noise_train_caps.txt", "mbank.npz", "epoch2.pt", "weights.npz"):
+    for name in ("noise_train_caps.txt", "_mbank_", "epoch2.pt", "weights.npz"):
         assert any(name in line for line in writes[0])
-    assert said[0].count("No noise file") == said[0].count("No memory bank") == 1
+    assert said[0].count("No random noise") == said[0].count("No memory bank") == 1
     assert said[1] == ""
 
 
@@ -167,8 +167,7 @@ def test_bank_is_the_same(data, tmp_path):
     copies = [fresh(data, tmp_path / f"data{k}") for k in (1, 2)]
     run(BANK, arguments(copies[0]), tmp_path / "out1")
     run_in_two(BANK, arguments(copies[1]), tmp_path / "out2")
-    one, two = (np.load(c.root / "annotations" / "frozen_memory_bank" / "0.4_mbank.npz")
-                for c in copies)
+    one, two = (np.load(banks(c.root)["0.4_mbank"]) for c in copies)
     for name in ("image_entry", "caption_entry", "clean"):
         np.testing.assert_array_equal(one[name], two[name])
     for name in ("loss", "posterior", "cosine"):

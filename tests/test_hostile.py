@@ -25,6 +25,7 @@ from processes import BANK, CLIP, NPC, SMALL, VIT, differences, run, save_small
 import clip
 from data import retrieval_split, training_pairs
 from dataset.common import image_format
+from params import parse_args
 from utils.errors import InputError
 from utils.method.memorybank import MemoryBank, bank_path, load_bank, save_bank
 from utils.reading import layout
@@ -178,6 +179,14 @@ def test_damaged_checkpoints_are_refused_or_whole(trained, tmp_path, seed):
 # ---- banks --------------------------------------------------------------------------------------
 
 
+NAME = "0.4_mbank_lookup_random_seed99_0123abcd.npz"
+
+
+def load(root, pairs):
+    args = parse_args("memorybank", ["--dataset_root", str(root), "--noise_ratio", "0.4"])
+    return load_bank(NAME, pairs, args)
+
+
 @pytest.fixture
 def bank(tmp_path):
     """A good bank of six pairs on disk: (pairs, root, path)."""
@@ -185,15 +194,15 @@ def bank(tmp_path):
     numbers = np.linspace(0, 1, 6).astype(np.float32)
     bank = MemoryBank(np.array([0, 2, 4]), np.arange(6), numbers > 0.2, numbers, numbers, numbers,
                       {"beta": 0.1})
-    path = bank_path(tmp_path, 0.4)
+    path = bank_path(tmp_path, NAME)
     save_bank(bank, pairs, path)
-    assert load_bank(tmp_path, 0.4, pairs) is not None
+    assert load(tmp_path, pairs) is not None
     return pairs, tmp_path, path
 
 
 def refused_bank(pairs, root):
     with pytest.raises(InputError) as caught:
-        load_bank(root, 0.4, pairs)
+        load(root, pairs)
     assert "0.4_mbank" in str(caught.value) and "\n" not in str(caught.value)
     assert not (root / HARM).exists()
 
@@ -277,7 +286,7 @@ def authors(tmp_path):
     released(tmp_path, GOOD_IMAGES)
     released(tmp_path, GOOD_CAPTIONS, "txt")
     pairs = pairs_for([0, 0, 1, 1, 2, 2], range(6))
-    assert load_bank(tmp_path, 0.4, pairs)[0].image_entry.tolist() == [0, 2, 4]
+    assert load(tmp_path, pairs)[0].image_entry.tolist() == [0, 2, 4]
     return pairs, tmp_path
 
 
@@ -345,7 +354,7 @@ def test_authors_bank_with_random_damage(authors, data):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
     path.write_bytes(content)
     try:
-        load_bank(root, 0.4, pairs)
+        load(root, pairs)
     except InputError as error:
         assert "\n" not in str(error)
 

@@ -14,13 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import describe, make_dataset, options
+from conftest import banks, describe, make_dataset, options
 from processes import CLIP, NPC, Started, differences, run, save_small
 
 import clip
 from data import training_pairs
 from utils.errors import InputError
-from utils.method.memorybank import bank_path
 from utils.reading.image_cache import ImageCache
 from utils.reading.images import Images, explain_deaths
 
@@ -188,8 +187,8 @@ def test_any_number_of_workers_and_a_cache_give_the_same_run(small, tmp_path):
     for name, more in (("0", []), ("1", []), ("4", ["--image_cache", tmp_path / "c"]),
                        ("0", ["--image_cache", tmp_path / "c"])):
         logs = tmp_path / f"{name}{len(more)}"
-        bank = bank_path(small.root, 0.4)
-        bank.unlink(missing_ok=True)
+        for bank in banks(small.root).values():
+            bank.unlink()
         run(NPC, arguments(small, logs, "--num_workers", name, *more), tmp_path / "out",
             hook=functools.partial(note_decoded, tmp_path / f"decoded{len(more)}"))
         assert differences(result(logs), result(tmp_path / "00")) == []
@@ -291,8 +290,7 @@ def test_two_runs_at_once_share_a_data_folder(small, tmp_path):
     for folder in (shared.root / "annotations").iterdir():
         assert not [path for path in folder.iterdir() if path.name.startswith(".")]
     assert len(list((tmp_path / "cache").iterdir())) == 2  # train and dev
-    bank = "annotations/frozen_memory_bank/0.4_mbank.npz"
-    one, two = (np.load(root / bank) for root in roots)
+    one, two = (np.load(banks(root)["0.4_mbank"]) for root in roots)
     assert all(np.array_equal(one[k], two[k]) for k in ("image_entry", "caption_entry", "loss"))
 
 

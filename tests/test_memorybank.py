@@ -5,6 +5,7 @@ import io
 import json
 import math
 import pickle
+import re
 import zipfile
 
 import numpy as np
@@ -19,7 +20,14 @@ from utils.errors import InputError
 from utils.method import judge, neighbours
 from utils.method.judge import losses_in_batches, mixture_posterior, strict_clean_set
 from utils.method.losses import pair_losses
-from utils.method.memorybank import MemoryBank, bank_path, load_bank, nearest_clean, save_bank
+from utils.method.memorybank import (
+    MemoryBank,
+    bank_name,
+    bank_path,
+    load_bank,
+    nearest_clean,
+    save_bank,
+)
 from utils.method.released_bank import save_released
 from utils.training.precision import Precision
 
@@ -39,8 +47,16 @@ def options(**changes):
               "batch_size": N, "recipe": "paper", "clean_threshold": 0.9, "min_clean": 0.02,
               "vision_model": "lookup", "activation": "quick_gelu", "resume": None,
               "noise_ratio": 0.4, "judge": None, "judge_features": None, "judge_rounds": 0,
-              "judge_steps": 4, "judge_neighbours": 0, "judge_lr": None, "search_among": None}
+              "judge_steps": 4, "judge_neighbours": 0, "judge_lr": None, "search_among": None,
+              "noise_kind": "random", "noise_seed": 3, "context_length": 4}
     return argparse.Namespace(**{**values, **changes})
+
+
+NAME = "0.4_mbank_lookup_random_seed3_0123abcd.npz"
+
+
+def load(root, pairs, log=lambda _: None, **changes):
+    return load_bank(NAME, pairs, options(dataset_root=root, **changes), log)
 
 
 def example(noise=0.4, repeats=True, seed=0):
@@ -165,7 +181,7 @@ def test_batches_of_the_loss_are_random_of_like_size_and_depend_on_the_seed(monk
 
     monkeypatch.setattr(judge, "losses_in_batches", spy)
     for seed in (1, 1, 2):
-        build_bank(model, pairs, options(batch_size=25, seed=seed), FP32, lambda _: None)
+        build_bank(model, pairs, options(batch_size=25, noise_seed=seed), FP32, lambda _: None)
     assert seen[0] == seen[1] != seen[2]
     assert sorted(map(len, seen[0])) == [20, 20, 20]
     assert sorted(sum(seen[0], [])) == list(range(N)) != sum(seen[0], [])
@@ -273,10 +289,10 @@ def same(bank, other):
 
 def test_bank_survives_its_file(tmp_path, built):
     bank, pairs = built
-    path = bank_path(tmp_path, 0.4)
+    path = bank_path(tmp_path, NAME)
     save_bank(bank, pairs, path)
-    assert tree(tmp_path) == {"annotations/frozen_memory_bank/0.4_mbank.npz"}
-    loaded, where = load_bank(tmp_path, 0.4, pairs)
+    assert tree(tmp_path) == {f"annotations/frozen_memory_bank/{NAME}"}
+    loaded, where = load(tmp_path, pairs)
     assert where == path and same(loaded, bank)
     for name in ("image_entry", "caption_entry", "clean", "loss", "posterior", "cosine"):
         assert getattr(loaded, name).dtype == getattr(bank, name).dtype
@@ -285,7 +301,7 @@ def test_bank_survives_its_file(tmp_path, built):
 
 def test_our_file_holds_plain_arrays_and_no_pickle(tmp_path, built, monkeypatch):
     bank, pairs = built
-    path = bank_path(tmp_path, 0.4)
+    path = bank_path(tmp_path, NAME)
     save_bank(bank, pairs, path)
     with zipfile.ZipFile(path) as archive:
         for name in archive.namelist():
@@ -298,56 +314,99 @@ def test_our_file_holds_plain_arrays_and_no_pickle(tmp_path, built, monkeypatch)
 
     monkeypatch.setattr(pickle, "load", refuse)
     monkeypatch.setattr(pickle, "Unpickler", refuse)
-    assert same(load_bank(tmp_path, 0.4, pairs)[0], bank)
+    assert same(load(tmp_path, pairs)[0], bank)
 
 
 @pytest.mark.parametrize("spelling", ["0.4", "0.40", ".4", "4e-1"])
 @pytest.mark.parametrize("folder", ["frozen_memory_bank", "memory_bank"])
-def test_bank_is_found_in_both_folders_and_any_spelling_of_its_ratio(tmp_path, built, spelling,
-                                                                     folder):
+def test_older_bank_is_found_in_any_spelling_of_its_ratio(tmp_path, built, spelling, folder):
     bank, pairs = built
     save_bank(bank, pairs, tmp_path / "annotations" / folder / f"{spelling}_mbank.npz")
-    assert same(load_bank(tmp_path, 0.4, pairs)[0], bank)
-    assert load_bank(tmp_path, 0.45, pairs) is None
+    assert same(load(tmp_path, pairs)[0], bank)
+    assert load(tmp_path, pairs, noise_ratio=0.45) is None
 
 
 def test_there_may_be_no_bank(tmp_path, built):
-    assert load_bank(tmp_path, 0.4, built[1]) is None
+    assert load(tmp_path, built[1]) is None
 
 
 def test_memory_bank_is_built_once_and_kept(tmp_path):
     model, pairs = example()
     args, said = options(dataset_root=tmp_path), []
     bank = memory_bank(model, pairs, args, FP32, said.append)
-    assert "building" in said[0] and bank_path(tmp_path, 0.4).is_file()
+    assert "building" in said[0] and bank_path(tmp_path, args.bank).is_file()
     encoded = dict(model.encoded)
     assert same(memory_bank(model, pairs, args, FP32, said.append), bank)
     assert model.encoded == encoded
     assert same(bank, build_bank(model, pairs, args, FP32, said.append))
 
 
-def test_a_bank_of_another_model_or_threshold_is_used_with_a_warning(tmp_path):
+@pytest.mark.parametrize("change", [
+    {"noise_seed": 4}, {"activation": "gelu"}, {"clean_threshold": 0.7}, {"recipe": "released"},
+    {"batch_size": 20}, {"judge_neighbours": 3}, {"weights": 1.5}, {"captions": 7}, {}])
+def test_what_another_model_seed_judge_or_option_built_is_another_bank(tmp_path, change):
     model, pairs = example()
-    memory_bank(model, pairs, options(dataset_root=tmp_path), FP32, lambda _: None)
-    for change in ({"vision_model": "other"}, {"activation": "gelu"}, {"clean_threshold": 0.7},
-                   {"recipe": "released"}):
-        said = []
-        memory_bank(model, pairs, options(dataset_root=tmp_path, **change), FP32, said.append)
-        assert len([x for x in said if x.startswith("warning") and f"--{next(iter(change))}" in x])
+    args, said = options(dataset_root=tmp_path), []
+    memory_bank(model, pairs, args, FP32, lambda _: None)
+    own = {key: value for key, value in change.items() if key not in ("weights", "captions")}
+    if "weights" in change:
+        model.images *= change["weights"]
+    if "captions" in change:
+        pairs.captions[change["captions"]] += "!"
+    other = options(dataset_root=tmp_path, **own)
+    memory_bank(model, pairs, other, FP32, said.append)
+    assert ("building" in said[0]) == bool(change) == (other.bank != args.bank)
+    assert {path.name for path in banks(tmp_path)} == {args.bank, other.bank}
+
+
+def test_a_bank_is_named_for_what_it_was_made_with(tmp_path):
+    model, pairs = example()
+    for wanted, change in ((r"0\.4_mbank_lookup_random_seed3", {}),
+                           (r"0\.4_mbank_ViT-B-32_random_seed3", {"vision_model": "ViT-B/32"}),
+                           (r"0\.4_mbank_best.pt_neighbours4_similar_seed7",
+                            {"vision_model": "logs/a b/best.pt", "judge_neighbours": 4,
+                             "noise_kind": "similar", "noise_seed": 7}),
+                           (r"0_mbank_lookup_seed3", {"noise_ratio": 0.0})):
+        assert re.fullmatch(wanted + r"_[0-9a-f]{8}\.npz",
+                            bank_name(model, pairs, options(**change)))
+
+
+def banks(root):
+    return (root / "annotations" / "frozen_memory_bank").glob("*")
+
+
+@pytest.mark.parametrize("judge", [{}, {"judge_neighbours": 3}])
+def test_a_bank_of_the_older_name_is_used_where_it_fits(tmp_path, judge):
+    model, pairs = example()
+    args = options(dataset_root=tmp_path, **judge)
+    bank = memory_bank(model, pairs, args, FP32, lambda _: None)
+    older = tmp_path / "annotations" / "memory_bank" / (
+        "0.40_mbank_neighbours3.npz" if judge else "0.40_mbank.npz")
+    older.parent.mkdir()
+    bank_path(tmp_path, args.bank).rename(older)
+    assert same(memory_bank(model, pairs, args, FP32, lambda _: None), bank)
+    assert args.bank == older.name and not list(banks(tmp_path))
+    for change in ({"noise_seed": 4}, {"vision_model": "other"}, {"min_clean": 0.5}):
+        other = options(dataset_root=tmp_path, **judge, **change)
+        memory_bank(model, pairs, other, FP32, lambda _: None)
+        assert other.bank != older.name
+    pairs.captions[3] += "!"
+    memory_bank(model, pairs, args, FP32, lambda _: None)
+    assert args.bank != older.name
 
 
 @pytest.mark.parametrize("change", ["caption", "order", "image"])
 def test_a_bank_of_other_captions_is_refused(tmp_path, built, change):
     bank, pairs = built
-    save_bank(bank, pairs, bank_path(tmp_path, 0.4))
+    save_bank(bank, pairs, bank_path(tmp_path, NAME))
     if change == "caption":
         pairs.captions[7] += "!"
     elif change == "order":
         pairs.captions[3], pairs.captions[30] = pairs.captions[30], pairs.captions[3]
     else:
         pairs.image_ids[4] = "99"
-    with pytest.raises(InputError, match=r"mbank\.npz was built for other captions than .*caps"):
-        load_bank(tmp_path, 0.4, pairs)
+    with pytest.raises(InputError, match=r"0123abcd.npz was built for other captions than .*caps"):
+        load(tmp_path, pairs)
 
 
 @pytest.mark.parametrize("name", ["image_entry", "caption_entry"])
@@ -355,37 +414,37 @@ def test_a_bank_of_other_captions_is_refused(tmp_path, built, change):
 def test_a_bank_out_of_range_is_refused(tmp_path, built, name, value):
     bank, pairs = built
     getattr(bank, name)[5] = value
-    save_bank(bank, pairs, bank_path(tmp_path, 0.4))
-    with pytest.raises(InputError, match=rf"mbank\.npz points at pair {value}\b.*0 to {N - 1}"):
-        load_bank(tmp_path, 0.4, pairs)
+    save_bank(bank, pairs, bank_path(tmp_path, NAME))
+    with pytest.raises(InputError, match=rf"0123abcd.npz points at pair {value}\b.*0 to {N - 1}"):
+        load(tmp_path, pairs)
 
 
 def test_a_bank_with_too_few_entries_is_refused(tmp_path, built):
     bank, pairs = built
     bank.caption_entry = bank.caption_entry[:-1]
-    save_bank(bank, pairs, bank_path(tmp_path, 0.4))
+    save_bank(bank, pairs, bank_path(tmp_path, NAME))
     with pytest.raises(InputError, match=rf"\({N - 1},\) for captions, expected \({N},\)"):
-        load_bank(tmp_path, 0.4, pairs)
+        load(tmp_path, pairs)
 
 
 def test_a_bank_that_is_cut_short_or_damaged_is_refused(tmp_path, built):
     bank, pairs = built
-    path = bank_path(tmp_path, 0.4)
+    path = bank_path(tmp_path, NAME)
     save_bank(bank, pairs, path)
     whole = path.read_bytes()
     rng = np.random.default_rng(0)
     for length in (0, 1, 50, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:length])
-        with pytest.raises(InputError, match="0.4_mbank.npz"):
-            load_bank(tmp_path, 0.4, pairs)
+        with pytest.raises(InputError, match=NAME):
+            load(tmp_path, pairs)
     for position in rng.choice(len(whole), 150, replace=False):
         damaged = bytearray(whole)
         damaged[position] ^= 1 << rng.integers(8)
         path.write_bytes(damaged)
         try:
-            loaded, _ = load_bank(tmp_path, 0.4, pairs)
+            loaded, _ = load(tmp_path, pairs)
         except InputError as error:
-            assert "0.4_mbank.npz" in str(error) and "\n" not in str(error)
+            assert NAME in str(error) and "\n" not in str(error)
         else:
             assert same(loaded, bank)  # a byte that does not matter, of a date or the like
 
@@ -393,7 +452,7 @@ def test_a_bank_that_is_cut_short_or_damaged_is_refused(tmp_path, built):
 @pytest.mark.parametrize("content", ["text", "other arrays", "no info", "pickle"])
 def test_a_file_that_is_no_bank_is_refused(tmp_path, built, content):
     bank, pairs = built
-    path = bank_path(tmp_path, 0.4)
+    path = bank_path(tmp_path, NAME)
     path.parent.mkdir(parents=True)
     arrays = {"image_entry": bank.image_entry, "caption_entry": bank.caption_entry}
     if content == "text":
@@ -404,8 +463,8 @@ def test_a_file_that_is_no_bank_is_refused(tmp_path, built, content):
         np.savez(path, **arrays)
     else:
         np.savez(path, **arrays, info=np.array({"a": 1}, dtype=object))
-    with pytest.raises(InputError, match=r"0\.4_mbank\.npz is not a memory bank"):
-        load_bank(tmp_path, 0.4, pairs)
+    with pytest.raises(InputError, match=f"{NAME} is not a memory bank"):
+        load(tmp_path, pairs)
 
 
 # ---- the authors' format ------------------------------------------------------------------------
@@ -428,8 +487,10 @@ def write_released(root, pairs, bank, value=int, spelling="0.4", folder="memory_
 def test_authors_bank_is_read(tmp_path, built, value, folder, spelling):
     bank, pairs = built
     path, _ = write_released(tmp_path, pairs, bank, value, spelling, folder)
-    loaded, where = load_bank(tmp_path, 0.4, pairs)
+    said = []
+    loaded, where = load(tmp_path, pairs, said.append)
     assert where == path and loaded.posterior is None
+    assert len(said) == 1 and f"at hand: {path}" in said[0]
     assert np.array_equal(loaded.image_entry, bank.image_entry)
     assert np.array_equal(loaded.caption_entry, bank.caption_entry)
     assert loaded.image_entry.dtype == np.int64
@@ -443,15 +504,26 @@ def test_authors_bank_that_we_write_is_what_they_read(tmp_path, built):
     for i in range(N):
         assert captions[str(i)] == bank.caption_entry[i]
         assert images[pairs.image_ids[pairs.image_of[i]]] == bank.image_entry[pairs.image_of[i]]
-    assert np.array_equal(load_bank(tmp_path, 0.4, pairs)[0].image_entry, bank.image_entry)
+    assert np.array_equal(load(tmp_path, pairs)[0].image_entry, bank.image_entry)
+
+
+@pytest.mark.parametrize("source, change", [
+    ("0.4_noise_random_seed3_train_caps.txt", {}), ("0.4_noise_similar_seed3_train_caps.txt", {}),
+    ("0.4_noise_train_caps.txt", {"judge_neighbours": 3})])
+def test_authors_bank_is_not_used_for_other_noise_or_another_judge(tmp_path, built, source, change):
+    bank, pairs = built
+    write_released(tmp_path, pairs, bank)
+    assert load(tmp_path, pairs) is not None
+    pairs.source = tmp_path / source
+    assert load(tmp_path, pairs, **change) is None
 
 
 def test_our_bank_comes_before_the_authors(tmp_path, built):
     bank, pairs = built
     other = MemoryBank(bank.image_entry[::-1].copy(), bank.caption_entry)
     write_released(tmp_path, pairs, other)
-    save_bank(bank, pairs, bank_path(tmp_path, 0.4))
-    assert same(load_bank(tmp_path, 0.4, pairs)[0], bank)
+    save_bank(bank, pairs, bank_path(tmp_path, NAME))
+    assert same(load(tmp_path, pairs)[0], bank)
 
 
 class Harm:
@@ -468,7 +540,7 @@ def test_authors_bank_with_code_is_refused_and_not_run(tmp_path, built, payload,
     array[()] = payload
     np.save(path, array)
     with pytest.raises(InputError, match="refused to run"):
-        load_bank(tmp_path, 0.4, pairs)
+        load(tmp_path, pairs)
     assert not (tmp_path / "harm_was_done").exists()
 
 
@@ -491,13 +563,13 @@ def test_broken_authors_bank_is_refused(tmp_path, built, broken):
     else:
         images.write_bytes(images.read_bytes()[:-40])
     with pytest.raises(InputError, match=r"0\.4_mbank_(img|txt)_idx\.npy") as caught:
-        load_bank(tmp_path, 0.4, pairs)
+        load(tmp_path, pairs)
     assert "\n" not in str(caught.value)
 
 
 def test_info_of_the_file_says_how_it_was_made(tmp_path, built):
     bank, pairs = built
-    path = bank_path(tmp_path, 0.4)
+    path = bank_path(tmp_path, NAME)
     save_bank(bank, pairs, path)
     with np.load(path, allow_pickle=False) as data:
         info = json.loads(data["info"].tobytes())

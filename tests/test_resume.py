@@ -22,19 +22,25 @@ from concurrent import futures
 import numpy as np
 import pytest
 import torch
-from conftest import make_dataset
+from conftest import banks, make_dataset
 from processes import BANK, CLIP, NPC, Started, differences, run, save_small
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import clip
 from utils.errors import InputError
 from utils.files import atomic_write
+from utils.method.memorybank import bank_path
 from utils.training import checkpoints, history, loop
 from utils.training.interruptions import INTERRUPTED
 
 EPOCHS, BATCH, STEPS = 3, 7, 8  # 60 pairs: 8 steps an epoch
 SCRIPTS = {"npc": (NPC, ["--recipe", "paper"]), "clip": (CLIP, ["--recipe", "released"]),
            "clean": (CLIP, ["--train_on", "clean", "--clean_threshold", "0.3", "--freeze", "text"])}
+
+
+def bank_of(folder, root):
+    """The file of the bank that a run has used."""
+    return bank_path(root, json.loads((folder / "options.json").read_text())["bank"])
 
 
 @pytest.fixture(scope="module")
@@ -207,7 +213,7 @@ def test_a_frozen_tower_and_a_clean_set(data, whole):
         assert torch.equal(value, start[name]) == frozen, name
     towers = [name for name in start if name.startswith("visual.")]
     assert len(end["optimizer"]["state"]) == len(towers) + 1
-    clean = np.load(data.root / "annotations" / "frozen_memory_bank" / "0.4_mbank.npz")["clean"]
+    clean = np.load(bank_of(whole["clean"], data.root))["clean"]
     log = (whole["clean"] / "log.txt").read_text()
     assert f"training: {clean.sum()} of 60 pairs ({clean.mean():.1%})" in log and not clean.all()
 
@@ -529,7 +535,8 @@ def test_damaged_checkpoint_by_its_path_is_refused(data, copied):
 @pytest.mark.parametrize("change, word", [
     (["--batch_size", 6], "--batch_size 7 -> 6"),
     (["--recipe", "released"], "--recipe paper -> released"),
-    (["--noise_ratio", 0, "--seed", 1], "--noise_ratio 0.4 -> 0.0, --seed 99 -> 1"),
+    (["--noise_ratio", 0, "--seed", 1],
+     "--noise_ratio 0.4 -> 0.0, --noise_seed 99 -> 1, --seed 99 -> 1"),
 ])
 def test_options_that_make_it_another_run_are_refused(data, copied, change, word):
     folder = copied()
@@ -558,7 +565,7 @@ def test_other_pairs_or_memory_entries_are_refused(data, copied, tmp_path):
     shutil.copytree(data.root, tmp_path / "data")
     captions = tmp_path / "data" / "annotations" / "scan_split" / "0.4_noise_train_caps.txt"
     original = captions.read_text()
-    bank = tmp_path / "data" / "annotations" / "frozen_memory_bank" / "0.4_mbank.npz"
+    bank = bank_of(folder, tmp_path / "data")
     argv = [*arguments(data, "npc", folder.parent, "--resume", folder / "epoch1.pt"),
             "--dataset_root", str(tmp_path / "data")]
     build = [*data.options, "--dataset_root", str(tmp_path / "data"), "--vision_model",
@@ -567,8 +574,9 @@ def test_other_pairs_or_memory_entries_are_refused(data, copied, tmp_path):
     for k, (text, *more) in enumerate([(original.replace("a", "b", 1),),
                                        (original, "--clean_threshold", "0.2")]):
         captions.write_text(text)
-        bank.unlink()
+        shutil.rmtree(bank.parent)
         run(BANK, [*build, *more], tmp_path / "bank")
+        banks(tmp_path / "data")["0.4_mbank"].rename(bank)
         said = run(NPC, argv, folder.parent / f"out{k}", 2)
         assert "was trained on other pairs or memory entries" in said.splitlines()[-1]
 

@@ -1,7 +1,7 @@
 """The memory bank: for each training image and caption, a clean pair that resembles it.
 
-Its file is annotations/frozen_memory_bank/{ratio}_mbank.npz, or {ratio}_mbank_{judge}.npz where the
-judge is not the paper's: plain arrays, read without pickle. The authors' format is that of
+Its file lies in annotations/frozen_memory_bank/ and is named for what it was made with, see
+`bank_name`: plain arrays, read without pickle. The authors' format is that of
 utils.method.released_bank.
 """
 
@@ -15,12 +15,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import clip
 from utils.errors import InputError
 from utils.files import atomic_write, reading
 from utils.method.neighbours import Rows, nearest, random_rows
+from utils.method.recipes import RECIPES
 from utils.method.released_bank import IMAGES, read_released
 from utils.reading.layout import BANK_FOLDERS, find_by_ratio, ratio_name
+from utils.reading.noise import SUFFIX
 
+MADE_WITH = ("recipe", "clean_threshold", "min_clean", "batch_size", "context_length", "judge",
+             "judge_features", "judge_rounds", "judge_steps", "judge_neighbours", "search_among",
+             "judge_lr")  # options that a bank depends on, beside its model and its seed
 
 @dataclass
 class MemoryBank:
@@ -94,15 +100,40 @@ def judge_name(args):
     return re.sub(r"[^\w.-]", "-", "_".join(parts))
 
 
-def bank_path(dataset_root, noise_ratio, judge=""):
-    """Where we write the bank of a noise ratio and a judge's name."""
-    folder = Path(dataset_root) / "annotations" / BANK_FOLDERS[0]
-    return folder / f"{ratio_name(noise_ratio)}{suffix_of(judge)}"
+def bank_name(model, pairs, args):
+    """What the bank that `model` builds of `pairs` under these options is called: its noise ratio,
+    model, judge, kind of noise and seed, and a hash of all that it depends on. `model` is None
+    where nothing but features judges."""
+    names = [] if model is None else [
+        args.vision_model if args.vision_model in clip.available_models()
+        else Path(args.vision_model).name or "model"]
+    names += [name for name in [judge_name(args)] if name]
+    names += [args.noise_kind] if args.noise_ratio else []
+    options = {key: getattr(args, key) for key in (*MADE_WITH, "noise_seed")}
+    recipe = RECIPES[args.recipe]
+    options["recipe"] = recipe.random_bank_batches, recipe.cosine_bank  # all that it changes here
+    if model is not None:
+        options |= {"model": weights_hash(model), "activation": args.activation}
+    text = json.dumps([options, fingerprint(pairs)], sort_keys=True, default=str)
+    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+    name = "_".join([ratio_name(args.noise_ratio), "mbank", *names, f"seed{args.noise_seed}",
+                     digest])
+    return re.sub(r"[^\w.-]", "-", name) + ".npz"
 
 
-def suffix_of(judge):
-    """How the file name of a bank ends, behind the noise ratio."""
-    return f"_mbank_{judge}.npz" if judge else "_mbank.npz"
+def weights_hash(model):
+    """SHA-256 (hex) of up to 256 values of each of a model's tensors, whatever their precision."""
+    digest = hashlib.sha256()
+    for value in model.state_dict().values():
+        value = value.detach().flatten()
+        some = value[:: -(-len(value) // 256) or 1].float().cpu()
+        digest.update(some.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def bank_path(dataset_root, name):
+    """Where the bank of a name is written."""
+    return Path(dataset_root) / "annotations" / BANK_FOLDERS[0] / name
 
 
 def save_bank(bank, pairs, path, replace=True):
@@ -115,24 +146,55 @@ def save_bank(bank, pairs, path, replace=True):
                  info=np.frombuffer(info.encode(), np.uint8))
 
 
-def load_bank(dataset_root, noise_ratio, pairs, judge=""):
-    """(bank, path) for `pairs` if one of that judge lies in the data folder, ours before the
-    authors', whose judge is the paper's; else None.
+def load_bank(name, pairs, args, log=print):
+    """(bank, path) of the bank of a name, else of another at hand that fits `pairs` and the
+    options: one of ours that has an older name, {ratio}_mbank.npz or {ratio}_mbank_{judge}.npz, or
+    the authors', which do not say what they were made with, so that the log says that; else None.
 
     Raises InputError when it is broken, belongs to other captions or points outside the data.
     """
-    folders = [Path(dataset_root) / "annotations" / name for name in BANK_FOLDERS]
-    for suffix in (suffix_of(judge), *([] if judge else [IMAGES])):
-        for folder in folders:
-            path = find_by_ratio(folder, suffix, noise_ratio)
-            if path is not None:
-                bank = (MemoryBank(*read_released(path, pairs)) if suffix == IMAGES
-                        else _read(path, pairs))
-                return _check(bank, pairs, path), path
+    folders = [Path(args.dataset_root) / "annotations" / folder for folder in BANK_FOLDERS]
+    for folder in folders if name else []:
+        if (folder / name).exists():
+            return read_bank(folder / name, pairs), folder / name
+    judge = judge_name(args)
+    for folder in folders:
+        path = find_by_ratio(folder, f"_mbank_{judge}.npz" if judge else "_mbank.npz",
+                             args.noise_ratio)
+        if path is not None and fits(_read(path), pairs, args):
+            return read_bank(path, pairs), path
+    released = pairs.source.name.endswith(SUFFIX) or not args.noise_ratio
+    for folder in folders if released and not judge else []:
+        path = find_by_ratio(folder, IMAGES, args.noise_ratio)
+        if path is not None:
+            log(f"memory bank at hand: {path} does not say by which model and seed it was made; "
+                "get_memorybank.py makes one that does")
+            return read_bank(path, pairs), path
     return None
 
 
-def _read(path, pairs):
+def fits(bank, pairs, args):
+    """Whether a bank of ours was made for `pairs` and with these options, as far as it says."""
+    wanted = {**vars(args), "seed": args.noise_seed, "fingerprint": fingerprint(pairs)}
+    keys = (*MADE_WITH, "seed", "fingerprint",
+            *(() if args.judge_features else ("vision_model", "activation")))
+    return all(bank.info[key] == wanted[key] for key in keys if key in bank.info)
+
+
+def read_bank(path, pairs):
+    """The `MemoryBank` in a file of ours or of the authors'. Raises InputError when it is broken,
+    belongs to other captions than those of `pairs` or points outside the data."""
+    if path.name.endswith(IMAGES):
+        bank = MemoryBank(*read_released(path, pairs))
+    else:
+        bank = _read(path)
+        if bank.info["fingerprint"] != fingerprint(pairs):
+            raise InputError(f"{path} was built for other captions than {pairs.source}; delete it "
+                             "or run get_memorybank.py again")
+    return _check(bank, pairs, path)
+
+
+def _read(path):
     with reading(path, "a memory bank of ours", "delete it or run get_memorybank.py again"):
         with zipfile.ZipFile(path) as archive:
             if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
@@ -141,12 +203,9 @@ def _read(path, pairs):
             arrays = {key: data[key] for key in data.files}
         info = json.loads(arrays.pop("info").tobytes())
         bank = MemoryBank(**arrays, info=info)
-        belongs_to = info["fingerprint"]
+        info["fingerprint"]
         if "beta" in info:
             info["beta"] = float(info["beta"])
-    if belongs_to != fingerprint(pairs):
-        raise InputError(f"{path} was built for other captions than {pairs.source}; delete it or "
-                         "run get_memorybank.py again")
     return bank
 
 

@@ -19,8 +19,8 @@ from utils.errors import InputError
 from utils.files import UNFINISHED, atomic_write
 
 STEP_FILES_KEPT = 2  # the newest may turn out broken after a crash of the machine
-SAME_RUN = ("dataset", "noise_ratio", "num_anns", "context_length", "batch_size", "recipe", "seed",
-            "weighting", "memory", "memory_loss_weight", "train_on",
+SAME_RUN = ("dataset", "noise_ratio", "noise_kind", "noise_seed", "num_anns", "context_length",
+            "batch_size", "recipe", "seed", "weighting", "memory", "memory_loss_weight", "train_on",
             "freeze")  # options that make it another run
 NEVER_COMPARED = ("resume", "force_resume", "eval", "device", "vision_model")
 

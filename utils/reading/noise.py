@@ -1,0 +1,178 @@
+"""Noisy caption files: which captions change places, what the files are called, where they are.
+
+A file's name says what it was made with. {ratio}_noise_train_caps.txt is the released name: that of
+the random noise of seed `SEED`, and of the authors' own files. {ratio}_noise_{kind}_seed{seed}_
+train_caps.txt is any other.
+"""
+
+from collections import defaultdict
+
+import numpy as np
+from tqdm import tqdm
+
+from utils.distributed import main_first
+from utils.files import atomic_write
+from utils.reading.layout import find_by_ratio, ratio_name, read_captions, read_ids, split_folder
+
+KINDS = ("random", "similar")
+SEED = 99
+SUFFIX = "_noise_train_caps.txt"
+TOO_COMMON = 0.5  # share of the captions above which a word says nothing
+BLOCK = 2**24  # similarities that are held at a time
+
+
+# ---- which captions change places ----------------------------------------------------------------
+
+
+def drawn(n, noise_ratio, rng):
+    """int(noise_ratio n) positions of n, int64, in random order."""
+    positions = np.arange(n)
+    rng.shuffle(positions)
+    return positions[: int(noise_ratio * n)]
+
+
+def random_order(n, noise_ratio, seed):
+    """Permutation (n,) int64: position i of the noisy file takes clean caption order[i], as in the
+    released code.
+
+    Random positions exchange their captions; some of these may stay where they were or move within
+    their image, so the true share of wrong pairs is a little below the ratio.
+    """
+    rng = np.random.RandomState(seed)
+    positions = drawn(n, noise_ratio, rng)
+    source = positions.copy()
+    rng.shuffle(source)
+    order = np.arange(n)
+    order[positions] = source
+    return order
+
+
+def similar_order(captions, image_of, noise_ratio, seed):
+    """The same for near misses (as in LEMoN, Zhang et al. 2025): the drawn positions, the same as
+    for random noise, pair up and exchange their captions.
+
+    One after the other, in random order, takes the most similar caption (cosine of TF-IDF) that is
+    left, of another image, and that neither image has among its own; the earlier one of equals.
+    captions: n str; image_of: (n,) the image of each, anything hashable.
+    """
+    from sklearn.feature_extraction.text import TfidfVectorizer  # seconds to import
+
+    n = len(captions)
+    positions = drawn(n, noise_ratio, np.random.RandomState(seed))
+    order, m = np.arange(n), len(positions)
+    if m < 2:
+        return order
+    text, image = numbered(captions), numbered(image_of)
+    texts_of, images_of = defaultdict(list), defaultdict(list)  # of an image, of a text
+    for t, i in zip(text, image, strict=True):
+        texts_of[i].append(t)
+        images_of[t].append(i)
+    text, image = text[positions], image[positions]
+
+    words = TfidfVectorizer(token_pattern=r"\w+|[^\w\s]", dtype=np.float32)
+    vectors = words.fit_transform([captions[i] for i in positions])  # (m, words)
+    counts = np.bincount(vectors.indices, minlength=vectors.shape[1])
+    vectors = vectors[:, counts <= TOO_COMMON * m]
+    present = vectors.astype(bool)
+
+    left, own_text, own_image = (np.full(size, value) for size, value in (
+        (m, True), (len(images_of), False), (len(texts_of), False)))
+
+    def best(p, others, similarity):
+        """The one of `others` that p takes, or None."""
+        own_text[texts_of[image[p]]] = own_image[images_of[text[p]]] = True
+        fits = left[others] & ~own_text[text[others]] & ~own_image[image[others]]
+        own_text[texts_of[image[p]]] = own_image[images_of[text[p]]] = False
+        if not fits.any():
+            return None
+        others, similarity = others[fits], similarity[fits]
+        return others[similarity == similarity.max()].min()
+
+    with tqdm(total=m, desc="similar captions", unit="caption", disable=None) as bar:
+        while left.any():
+            todo = np.flatnonzero(left)
+            own = present[todo]
+            sizes = np.cumsum(own @ np.asarray(own.sum(axis=0)).ravel())  # of the products below
+            rows = todo[: max(1, np.searchsorted(sizes, BLOCK))]
+            similarity = vectors[rows] @ vectors[todo].T
+            for p, low, high in zip(rows, similarity.indptr, similarity.indptr[1:], strict=False):
+                if not left[p]:
+                    continue
+                left[p] = False
+                q = best(p, todo[similarity.indices[low:high]], similarity.data[low:high])
+                if q is None:  # none shares a word
+                    others = np.flatnonzero(left)
+                    q = best(p, others, np.zeros(len(others), np.float32))
+                if q is not None:
+                    left[q] = False
+                    order[positions[p]], order[positions[q]] = positions[q], positions[p]
+            bar.update(len(todo) - left.sum())
+    return order
+
+
+def numbered(items):
+    """(n,) int64: a number for each item, from 0, the same for equal ones."""
+    numbers = {}
+    return np.fromiter((numbers.setdefault(item, len(numbers)) for item in items), np.int64)
+
+
+# ---- the files -----------------------------------------------------------------------------------
+
+
+def suffix_of(kind, seed):
+    """How the name of a noise file ends, behind the ratio."""
+    named = (kind, seed) != ("random", SEED)
+    return f"_noise_{kind}_seed{seed}_train_caps.txt" if named else SUFFIX
+
+
+def construct_noise(args, replace=True):
+    """Write the noisy caption file of the options; returns (path, noisy captions). Without
+    `replace` one that another run has written meanwhile stays."""
+    ratio, seed = args.noise_ratio, args.noise_seed
+    folder = split_folder(args.dataset_root)
+    clean = folder / "train_caps.txt"
+    captions = read_captions(clean)
+    ids = read_ids(args.dataset_root, "train", len(captions), args.num_anns, clean)  # they fit
+    order = (random_order(len(captions), ratio, seed) if args.noise_kind == "random"
+             else similar_order(captions, ids, ratio, seed))
+    noisy = [captions[i] for i in order]
+    path = folder / f"{ratio_name(ratio)}{suffix_of(args.noise_kind, seed)}"
+    with atomic_write(path, replace=replace) as f:
+        f.writelines(f"{caption}\n" for caption in noisy)
+    return path, noisy
+
+
+def training_captions(args, log=print):
+    """(captions, path) to train on: the clean ones at ratio 0, else those of the noise file of the
+    options, which is made if it is missing.
+
+    Where random noise has no file of its own name, one of the released name at hand is taken, as it
+    may be the authors', and the log says so; but not one that was made with `SEED` for another.
+    """
+    ratio, kind, seed = args.noise_ratio, args.noise_kind, args.noise_seed
+    folder = split_folder(args.dataset_root)
+    clean = folder / "train_caps.txt"
+    if float(ratio) == 0:
+        return read_captions(clean), clean
+    with main_first():
+        path = find_by_ratio(folder, suffix_of(kind, seed), ratio)
+        if kind == "random" and path is None:
+            path = find_by_ratio(folder, SUFFIX, ratio)
+            if path is not None and made_with(SEED, path, clean, ratio):
+                path = None
+        if path is not None and path.name.endswith(SUFFIX):
+            if not made_with(seed, path, clean, ratio):
+                log(f"noise file at hand: {path}, not made for --seed {seed}")
+        if path is None:
+            path, _ = construct_noise(args, replace=False)
+            log(f"No {kind} noise of ratio {ratio_name(ratio)} and seed {seed} yet: made {path}")
+    return read_captions(path), path
+
+
+def made_with(seed, path, clean, noise_ratio):
+    """Whether a file holds the random noise of a seed; `clean`: the file of the clean captions."""
+    if not clean.exists():
+        return False
+    captions = read_captions(clean)
+    order = random_order(len(captions), noise_ratio, seed)
+    return read_captions(path) == [captions[i] for i in order]
