@@ -269,12 +269,13 @@ def add_judge(group, command):
 def add_optimisation(group):
     group.add_argument("--epochs", type=positive_int, default=10,
                        help="passes over the data; fewer where dev scores fall again at the end")
-    group.add_argument("--lr", type=natural_float, default=1e-6,
-                       help="peak learning rate; the authors fine-tune ViT-B/32 with 2e-7 (NPC) "
-                            "and 5e-7 (CLIP) and --precision fp16; other precisions need a larger "
-                            "one (docs/precision.md)")
-    group.add_argument("--warmup", type=natural_int, default=500,
-                       help="optimiser steps of linear warm-up; fewer where a run has few steps")
+    group.add_argument("--lr", type=natural_float, default=None,
+                       help="peak learning rate; without it 1e-5, which suits CLIP at any number "
+                            "of pairs, or for --precision fp16 the authors' 2e-7 (NPC) and 5e-7 "
+                            "(CLIP), which are too small elsewhere (docs/precision.md)")
+    group.add_argument("--warmup", type=natural_int, default=None,
+                       help="optimiser steps of linear warm-up; without it 500, but at most a "
+                            "tenth of all steps unless --recipe released")
     group.add_argument("--beta1", type=probability, default=0.9,
                        help="AdamW's decay of the mean gradient; CLIP's, seldom changed")
     group.add_argument("--beta2", type=probability, default=0.98,
@@ -350,9 +351,10 @@ def add_run(group, command):
                        help="seed of the noise, the bank, the order of the pairs and random "
                             "weights; change it for another repetition of all of it")
     if command not in ("noise", "cache", "search", "interpolate"):
-        group.add_argument("--batch_size", type=at_least_two, default=256,
+        group.add_argument("--batch_size", type=at_least_two, default=None,
                            help="pairs in a step; every pair is contrasted with the others of its "
-                                "batch; for less memory rather use --accum_steps")
+                                "batch; for less memory rather use --accum_steps; without it 256, "
+                                "or for fewer than 4096 pairs a sixteenth of them, at least 8")
     if command in ("npc", "clip"):
         group.add_argument("--checkpoint_path", default="./logs",
                            help="folder of all experiments; one on a disk with room")
@@ -367,9 +369,12 @@ def add_run(group, command):
         group.add_argument("--save_every", type=natural_int, default=0, metavar="STEPS",
                            help="save the training state every so many steps too, where an epoch "
                                 "is too long to lose; 0: at each epoch's end alone")
-        group.add_argument("--keep_checkpoints", type=natural_int, default=0, metavar="K",
-                           help="keep the last K checkpoints beside best.pt, to save room (each "
-                                "takes 20 bytes a parameter for NPC in fp32); 0: all epochs")
+        group.add_argument("--keep_checkpoints", type=natural_int, default=2, metavar="K",
+                           help="keep the last K checkpoints beside best.pt (each takes 20 bytes "
+                                "a parameter for NPC in fp32); 0: all epochs")
+        group.add_argument("--overwrite", action="store_true",
+                           help="delete what an earlier run has left in that folder, once data "
+                                "and model are read; without it such a folder is refused")
         group.add_argument("--force_resume", action="store_true",
                            help="resume although options or data that make it another run changed, "
                                 "when you mean it")
@@ -392,9 +397,10 @@ def check(parser, args):
     """Fill in what depends on other options or on the machine."""
     if "score" in args and (args.score == "npc") != (args.weights is not None):
         parser.error("--score npc and --weights RUN/weights.npz go together")
-    fill_in(parser, args)
     if getattr(args, "resume", None) == "":
         parser.error("--resume '' names no checkpoint")
+    if getattr(args, "overwrite", False) and args.resume == "auto":
+        parser.error("--overwrite deletes what --resume auto continues; give one of them")
     if args.dataset is None:
         named = (split_folder(args.dataset_root) / "image_name.txt").exists()
         args.dataset = "pairs" if named else "coco"
@@ -412,6 +418,21 @@ def check(parser, args):
             args.precision = "amp_bf16" if args.device.type == "cuda" else "fp32"
     elif "image_cache" in args:  # reading images alone
         args.device = torch.device("cpu")
+    if getattr(args, "batch_size", 0) is None:
+        args.batch_size = min(256, max(8, number_of_pairs(args.dataset_root) // 16))
+    if "epochs" in args and args.lr is None:
+        half = 2e-7 if "weighting" in args else 5e-7
+        args.lr = half if args.precision == "fp16" else 1e-5
+    fill_in(parser, args)
+
+
+def number_of_pairs(dataset_root):
+    """Lines of train_caps.txt; without that file, of which reading the data will tell, plenty."""
+    path = split_folder(dataset_root) / "train_caps.txt"
+    if not os.path.isfile(path):
+        return 10**6
+    with open(path, "rb") as f:
+        return sum(1 for _ in f)
 
 
 def fill_in(parser, args):

@@ -124,7 +124,8 @@ ROWS = {
         Row("judge_draws", "main_CLIP.py", NPC_COMPUTE, ("--train_on", "clean", *JUDGE),
             draw_by_posterior),
     "NPC": Row("npc"),
-    "NPC, released recipe": Row("npc_released", options=("--recipe", "released")),
+    "NPC, released recipe":
+        Row("npc_released", options=("--recipe", "released", "--warmup", 4)),  # the others'
     "NPC, w = 1": Row("npc_ones", options=("--weighting", "none")),
     "NPC, w = 1, random memory":
         Row("npc_random", options=("--weighting", "none", "--memory", "random")),
@@ -166,8 +167,8 @@ class Ablation(demo.Demo):
         initial, last = folder / "pretrained" / "best.pt", f"{run}/epoch{row.epochs}.pt"
         if row.root != "target":
             self.link_data(folder / "target", folder / row.root)
-        train = demo.training(row.script, seed, folder, row.root, run, initial, demo.TARGET,
-                              row.epochs, rate * row.lr_factor)
+        train = demo.training(row.script, seed, folder, row.root, run, initial, row.epochs,
+                              rate * row.lr_factor)
         commands = [(*train, "--noise_ratio", ratio, *row.options)]
         if row.interpolated:
             commands += [("interpolate.py", "--resume", folder / last, "--initial", initial,

@@ -68,7 +68,7 @@ OWN_DATA = """\
 For image-caption pairs of your own (a table with image paths and captions):
   python dataset/prepare_pairs.py --pairs pairs.csv --images photos/ --root dataset/mine
   python find_noise.py --dataset_root dataset/mine --out logs/noise
-  python main_NPC.py --recipe robust --dataset_root dataset/mine --experiments mine --lr 1e-5"""
+  python main_NPC.py --recipe robust --dataset_root dataset/mine --experiments mine"""
 
 
 class Demo:
@@ -110,7 +110,7 @@ class Demo:
         self.execute(folder, f"seed {seed}, pre-training", ZERO_SHOT, [
             (*draw, "--out", folder / "source", "--domain", "source", "--train", SOURCE),
             (*draw, "--out", folder / "target", "--train", TARGET, "--test", TEST),
-            training("main_CLIP.py", seed, folder, "source", "pretrained", "tiny", SOURCE, 2, 1e-3),
+            training("main_CLIP.py", seed, folder, "source", "pretrained", "tiny", 2, 1e-3),
             testing("main_CLIP.py", seed, folder, "pretrained/best.pt", ZERO_SHOT),
         ])
 
@@ -118,7 +118,7 @@ class Demo:
         """Fine-tune the pre-trained model of `seed` on the target, test it there."""
         folder, run, method = self.folder(seed), run_name(name, ratio), METHODS[name]
         train = training(method.script, seed, folder, "target", run,
-                         folder / "pretrained" / "best.pt", TARGET, method.epochs, LR)
+                         folder / "pretrained" / "best.pt", method.epochs, LR)
         self.execute(folder / run, f"seed {seed}, {ratio:.0%} noise, {name}", "last", [
             (*train, "--noise_ratio", ratio, *method.options),
             testing(method.script, seed, folder, f"{run}/epoch{method.epochs}.pt", f"{run}/last"),
@@ -165,11 +165,10 @@ class Demo:
         return self.out / f"seed{seed}"
 
 
-def training(script, seed, folder, domain, run, model, images, epochs, lr):
-    """The command that trains `model` on 5 captions of each image, with 10 % of warm-up."""
-    warmup = round(0.1 * epochs * (5 * images // BATCH))
+def training(script, seed, folder, domain, run, model, epochs, lr):
+    """The command that trains `model`."""
     return (*common(script, seed, folder, domain, run), "--vision_model", model, "--batch_size",
-            BATCH, "--epochs", epochs, "--lr", lr, "--warmup", warmup)
+            BATCH, "--epochs", epochs, "--lr", lr)
 
 
 def testing(script, seed, folder, checkpoint, run):

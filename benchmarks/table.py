@@ -3,10 +3,11 @@
     python benchmarks/table.py logs/npc_* logs/clip_* --out logs/tables
 
 A run is a folder in which training has left options.json, log.jsonl and, for NPC, weights.npz, and
-in which --eval has left eval_test.json. A folder of --eval alone counts as the run whose checkpoint
-it tested, or as zero-shot where that was not trained on these data. Runs that differ by nothing but
-the seed make one row, mean ± standard deviation; beside them stand the authors' published rows
-(published.csv, from their README). Writes tables.md, tables.csv and r1_over_noise.png.
+in which --eval has left eval_test.json; one without that is left out. A folder of --eval alone
+counts as the run whose checkpoint it tested, or as zero-shot where that was not trained on these
+data. Runs that differ by nothing but the seed make one row, mean ± standard deviation; beside them
+stand the authors' published rows (published.csv, from their README). Writes tables.md, tables.csv
+and r1_over_noise.png.
 """
 
 import csv
@@ -85,7 +86,7 @@ def read_json(path, lines=False):
 
 
 def read_run(folder):
-    """The `Run` of a folder. Raises InputError when it was not evaluated or a file of it is
+    """The `Run` of a folder, None where it was not scored. Raises InputError when a file of it is
     broken."""
     try:
         return _read_run(Path(folder))
@@ -98,8 +99,9 @@ def _read_run(folder):
     if not (folder / "eval_test.json").exists():
         what = shlex.join(["--resume", str(folder / "best.pt"), "--checkpoint_path",
                            str(folder.parent), "--experiments", folder.name])
-        raise InputError(f"{folder} has no eval_test.json; make it with the script and the data "
-                         f"options of that run and --eval {what}")
+        print(f"left out {folder}, which has no eval_test.json; make it with the script and the "
+              f"data options of that run and --eval {what}")
+        return None
     trained = folder
     if (folder / "options.json").exists():
         options = here = read_json(folder / "options.json")
@@ -315,7 +317,9 @@ def main(argv=None):
     args = parser.parse_intermixed_args(argv)
 
     folders = {os.path.realpath(folder): folder for folder in args.runs}
-    runs = [read_run(folder) for folder in folders.values()]
+    runs = [run for folder in folders.values() if (run := read_run(folder))]
+    if not runs:
+        raise InputError("no run among these has scores: there is nothing to make tables of")
     rows = gather(runs)
     titles = sorted({row.table for row in rows})
     if not args.no_published:

@@ -44,6 +44,8 @@ from utils.errors import InputError, command
 from utils.files import atomic_write
 from utils.reading.layout import SPLITS, write_lines
 
+MOST_HELD_OUT = 5000  # images of dev and test unless asked for more; as many as MSCOCO has
+
 
 def amount(text):
     """argparse type: a number of images ("1000", int) or a share of them ("0.1", float)."""
@@ -145,12 +147,14 @@ class Pairs:
 
 
 def draw(count, dev, test, seed):
-    """Draw a split of `count` images: {split: sorted list of int}; shares are of `count`.
+    """Draw a split of `count` images: {split: sorted list of int}; shares are of `count`; None is a
+    tenth, but `MOST_HELD_OUT` at most.
 
     Raises InputError when dev and test leave nothing to train on.
     """
-    size = {split: part if isinstance(part, int) else max(1, round(part * count))
-            for split, part in (("dev", dev), ("test", test))}
+    tenth = min(MOST_HELD_OUT, max(1, round(count / 10)))
+    size = {split: tenth if part is None else part if isinstance(part, int)
+            else max(1, round(part * count)) for split, part in (("dev", dev), ("test", test))}
     if sum(size.values()) >= count:
         raise InputError(f"--dev and --test take {size['dev']} + {size['test']} images, but only "
                          f"{count} can be used and training needs some; give smaller ones")
@@ -176,10 +180,10 @@ def main(argv=None):
         parser.add_argument(f"--{what}_column", default=what, metavar="NAME",
                             help=f"column or key with the {what}")
     for split in ("dev", "test"):
-        parser.add_argument(f"--{split}", type=amount, default=0.1, metavar="N",
+        parser.add_argument(f"--{split}", type=amount, default=None, metavar="N",
                             help=f"images of the {split} split, as number (1000) or share (0.1); "
-                                 "give a number for a large data set, as every one is compared "
-                                 "with every other")
+                                 f"without it a tenth, at most {MOST_HELD_OUT}, as every one is "
+                                 "compared with every other")
     parser.add_argument("--seed", type=int, default=0,
                         help="seed of the split; change it for another one")
     parser.add_argument("--link", choices=("hard", "symlink", "copy"), default="hard",
@@ -221,8 +225,8 @@ def main(argv=None):
         print(f"left out {len(pairs.unusable)} rows, listed in unusable_rows.csv: "
               f"{pairs.reasons()}")
     report(args.root, splits)
-    print("train on it with:\n  python main_NPC.py --dataset pairs --dataset_root "
-          f"{shlex.quote(os.path.abspath(args.root))}")
+    print("train on it with:\n  python main_NPC.py --recipe robust --dataset_root "
+          f"{shlex.quote(os.path.abspath(args.root))} --experiments mine")
 
 
 if __name__ == "__main__":

@@ -169,6 +169,19 @@ def test_paper_recipe_runs_the_cosine_over_optimiser_steps():
     assert rate(1, 0) == pytest.approx(1e-7 * (1 + math.cos(math.pi * 500 / 4500)))
 
 
+@pytest.mark.parametrize("steps, expected", [(1000, 500), (900, 450), (2, 1), (1, 0)])
+def test_warmup_is_by_default_a_tenth_of_few_steps(steps, expected):
+    rate = schedule("paper", warmup=None, steps=steps)
+    assert rate.warmup == expected and rate.peak == 2e-7
+    assert max(rate(e, s) for e in range(5) for s in range(steps)) == pytest.approx(2e-7)
+    assert schedule("released", warmup=None, steps=steps).warmup == 500
+
+
+def test_peak_is_what_a_long_warmup_comes_to():
+    rate = schedule("paper", epochs=10, steps=2)
+    assert rate.peak == pytest.approx(rate(9, 1)) == pytest.approx(2e-7 * 20 / 500)
+
+
 def test_released_recipe_is_a_staircase_over_the_epochs():
     rate = schedule("released")
     levels = [rate(epoch, 600) / 2e-7 for epoch in range(5)]

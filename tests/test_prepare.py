@@ -562,7 +562,8 @@ def test_pairs(tmp_path, ok, write, suffix):
     assert lines(root, "image_name.txt") == sorted(dict(found))
     assert len(lines(root, "train_ids.txt")) == 5 and len(lines(root, "train_caps.txt")) == 10
     assert len(lines(root, "dev_ids.txt")) == 6 and len(lines(root, "test_ids.txt")) == 4
-    assert out.endswith(f"python main_NPC.py --dataset pairs --dataset_root '{root}'\n")
+    assert out.endswith(f"python main_NPC.py --recipe robust --dataset_root '{root}' "
+                        "--experiments mine\n")
     assert "placed 10 images" in out and "train:       5 images,      10 captions" in out
     made = tree(root)
     for name in dict(found):

@@ -27,6 +27,7 @@ from processes import BANK, CLIP, NPC, Started, differences, run, save_small
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import clip
+from params import parse_args
 from utils.errors import InputError
 from utils.files import atomic_write
 from utils.method.memorybank import bank_path
@@ -55,8 +56,8 @@ def arguments(data, script, logs, *more):
     return [*data.options, "--vision_model", str(data.model), "--context_length", "12",
             "--batch_size", str(BATCH), "--epochs", str(EPOCHS), "--lr", "1e-3", "--warmup", "3",
             "--noise_ratio", "0.4", "--num_workers", "0", "--device", "cpu", "--display", "5",
-            *SCRIPTS[script][1], "--checkpoint_path", str(logs), "--experiments", "x",
-            *map(str, more)]
+            "--keep_checkpoints", "0", *SCRIPTS[script][1], "--checkpoint_path", str(logs),
+            "--experiments", "x", *map(str, more)]
 
 
 @pytest.fixture(scope="module")
@@ -268,11 +269,12 @@ def write_late():
 
     history.History.add, loop.evaluate = count(steps, add), count(scored, evaluate)
     checkpoints.save = late
+    loop.Saver.finish = lambda self: None  # what was written between epochs stays
 
 
 def write_at_once():
     """Hook: nothing goes on while a checkpoint is written."""
-    save = loop.Saver.save
+    save, loop.Saver.finish = loop.Saver.save, lambda self: None
     loop.Saver.save = lambda self, *arguments: (save(self, *arguments), self.wait())
 
 
@@ -592,11 +594,14 @@ def test_checkpoint_of_the_other_script_is_refused(data, whole, tmp_path, script
     run(SCRIPTS[script][0], argv, tmp_path / "out2")  # as advised
 
 
-def test_keep_checkpoints(data, whole, tmp_path):
+def test_two_checkpoints_are_kept_and_none_between_epochs(data, whole, tmp_path):
     argv = arguments(data, "npc", tmp_path, "--keep_checkpoints", 2, "--save_every", 3)
-    run(NPC, argv, tmp_path / "out")
-    assert {p.name for p in (tmp_path / "x").glob("*.pt")} == {"step21.pt", "epoch3.pt", "best.pt"}
+    run(NPC, argv, tmp_path / "out", INTERRUPTED, signalled(23, signal.SIGTERM))
+    assert {p.name for p in (tmp_path / "x").glob("*.pt")} == {"step21.pt", "step23.pt", "best.pt"}
+    run(NPC, [*argv, "--resume", "auto"], tmp_path / "out")
+    assert {p.name for p in (tmp_path / "x").glob("*.pt")} == {"epoch3.pt", "best.pt"}
     assert_same(tmp_path / "x", whole["npc"], ["epoch3.pt", "best.pt"])
+    assert parse_args("npc", ["--seed", "1"]).keep_checkpoints == 2
 
 
 def test_checkpoints_are_ordered_by_their_steps_whatever_their_times(tmp_path):
@@ -654,21 +659,33 @@ def refused(argv, folder, *words):
 def test_what_another_run_has_earned_is_not_overwritten(data, whole, copied, tmp_path):
     folder = copied("clip")
     argv = arguments(data, "clip", tmp_path)
-    refused([*argv, "--lr", "5e-4"], folder, str(folder), "--lr 0.001 -> 0.0005", "--experiments")
+    unread = ["--dataset_root", str(tmp_path / "nowhere"), "--vision_model", "none.pt"]
+    advice = str(folder), "--resume auto", "--overwrite", "--experiments"
+    refused([*argv, *unread], folder, "epoch3.pt", *advice)  # before anything is read
     refused([*argv, "--resume", str(folder / "epoch1.pt")], folder, "later checkpoints",
             "epoch2.pt", "epoch3.pt")
-    (folder / "options.json").write_text("{")
-    refused(argv, folder, "options.json is not a run's options")
+    for path in folder.glob("epoch*.pt"):
+        path.unlink()
+    for more in ([], ["--resume", "auto"]):
+        refused([*argv, *more], folder, "best.pt", *advice)
+    run(CLIP, [*argv, "--overwrite", "--resume", "auto"], tmp_path / "out", 2)
 
 
-def test_a_run_of_the_same_options_is_replaced(data, whole, tmp_path):
-    argv = arguments(data, "clip", tmp_path)
-    for stop in (13, 5):
-        run(CLIP, argv, tmp_path / f"out{stop}", INTERRUPTED, signalled(stop, signal.SIGTERM))
-    assert "an earlier run of the same options: it is replaced" in (tmp_path / "out5").read_text()
-    assert {path.name for path in (tmp_path / "x").glob("*.pt")} == {"step5.pt"}
+def test_overwrite_leaves_nothing_of_the_run_before(data, whole, copied, tmp_path):
+    argv, folder = arguments(data, "clip", tmp_path), copied("clip")
+    (folder / "eval_test.json").write_text("{}")
+    run(CLIP, [*argv, "--overwrite", "--dataset_root", "none"], tmp_path / "o", 2)
+    assert (folder / "epoch3.pt").exists()  # a command that cannot start deletes nothing
+    run(CLIP, [*argv, "--overwrite"], tmp_path / "out5", INTERRUPTED,
+        signalled(5, signal.SIGTERM))
+    assert {path.name for path in folder.glob("*.[pj]*")} == {"step5.pt", "options.json"}
     run(CLIP, [*argv, "--resume", "auto"], tmp_path / "out")
-    assert_same(tmp_path / "x", whole["clip"])
+    assert_same(folder, whole["clip"])
+    assert (folder / "log.txt").read_text().count("epoch 3: dev") == 1
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    assert [event.step for event in events.Scalars("dev/mean_R1")] == [8, 16, 24]
+    assert len(list(folder.glob("events*"))) == 2  # interrupted and continued
 
 
 def test_one_run_an_experiment(data, tmp_path):

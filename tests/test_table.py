@@ -146,7 +146,7 @@ def test_figure_has_a_row_for_each_table(run, tables):
 
 
 @pytest.mark.parametrize("spoil, said", [
-    (lambda r: (r / "eval_test.json").unlink(), "--eval --resume"),
+    (lambda r: (r / "eval_test.json").unlink(), "nothing to make tables of"),
     (lambda r: (r / "eval_test.json").write_text('{"i2t_R@1": 3'), "eval_test.json is not"),
     (lambda r: (r / "eval_test.json").write_text("3"), "eval_test.json is not"),
     (lambda r: (r / "options.json").write_text('{"name": "NPC", '), "options.json is not"),

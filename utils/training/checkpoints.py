@@ -85,6 +85,22 @@ def newest(folder, log):
     return None
 
 
+def require_free(folder, resume):
+    """Raise InputError where a run, which continues the checkpoint `resume` or none, would write
+    over the checkpoints of another one."""
+    there = sorted(path.name for kind in ("epoch*.pt", "step*.pt", "best.pt")
+                   for path in folder.glob(kind))
+    if there and not is_in(folder, resume):
+        raise InputError(f"{folder} holds a run already ({', '.join(there)}): continue it with "
+                         "--resume auto, replace it with --overwrite, or give this one a new "
+                         "--experiments")
+
+
+def is_in(folder, resume):
+    """Whether the path of a checkpoint, or None, is that of a file in the folder."""
+    return bool(resume) and os.path.realpath(os.path.dirname(resume)) == os.path.realpath(folder)
+
+
 def prune(folder, keep):
     """Delete all but the two step files and, with `keep` > 0, all but the `keep` checkpoints of
     most steps. best.pt and damaged ones stay."""

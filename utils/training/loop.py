@@ -32,8 +32,9 @@ def fit(run, model, dev, optimizers, loader, step):
     saver = Saver(run, model, optimizers, history, hash_of_data(loader))
     done = saver.restore()
     if schedule.warmup >= args.epochs * epoch_steps:
-        run.log(f"warning: --warmup {args.warmup} is not shorter than the training of "
-                f"{args.epochs * epoch_steps} steps: the learning rate never falls")
+        run.log(f"warning: the warm-up of {schedule.warmup} steps is not shorter than the training "
+                f"of {args.epochs * epoch_steps}: the learning rate rises to {schedule.peak:.3g} "
+                "and never falls; give a shorter --warmup")
     check_images(args, pairs.images, dev.images)
     run.write_options("options.json")
 
@@ -60,8 +61,9 @@ def fit(run, model, dev, optimizers, loader, step):
                     f"--epochs {args.epochs}")
         else:
             run.log(f"training: {describe(loader)}, batch size {args.batch_size}, {epoch_steps} "
-                    f"steps an epoch, epochs {first_epoch + 1} to {args.epochs}, {args.precision} "
-                    f"on {run.device}")
+                    f"steps an epoch, epochs {first_epoch + 1} to {args.epochs}, lr up to "
+                    f"{schedule.peak:.3g} after {schedule.warmup} steps of warm-up, "
+                    f"{args.precision} on {run.device}")
         for epoch in range(first_epoch, args.epochs):
             loader.sampler.epoch, loader.sampler.first = epoch, first_batch
             model.train(run.recipe.batch_norm_trains and args.freeze != "image")
@@ -89,6 +91,7 @@ def fit(run, model, dev, optimizers, loader, step):
                 saver.wait()
                 end_interrupted(run, f"epoch {epoch + 1}")
             complete(epoch + 1)
+    saver.finish()
     history.close()
     leave_processes()
 

@@ -41,6 +41,8 @@ class Run:
             self.folder = Path(args.checkpoint_path) / args.experiments
             if distributed.is_main():
                 self.folder.mkdir(parents=True, exist_ok=True)
+                log = self.folder / "log.txt"
+                self.earlier_log = log.stat().st_size if log.exists() else 0  # bytes
                 if not args.eval:
                     lock(self.folder / ".lock", self.folder)
             sys.stdout, sys.stderr = LastingStream(sys.stdout), LastingStream(sys.stderr)
@@ -79,6 +81,8 @@ class Run:
                                  "score; give its path, or --experiments of a run that has one")
             args.resume = str(path) if path else None
             self.log(f"resuming from {path}" if path else "nothing to resume from: a fresh start")
+        if self.folder and not args.eval and not args.overwrite and distributed.is_main():
+            checkpoints.require_free(self.folder, args.resume)
         if args.resume is None:
             args.vision_model = args.vision_model or DEFAULT_MODEL
             with distributed.main_first():  # one downloads, if need be

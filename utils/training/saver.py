@@ -1,7 +1,6 @@
 """The checkpoints of a run: when they are written, what a resumed run takes up from them."""
 
 import hashlib
-import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -9,10 +8,12 @@ import torch
 
 from utils.distributed import is_main
 from utils.errors import InputError
-from utils.files import UNFINISHED, reading
+from utils.files import UNFINISHED, atomic_write
 from utils.method.memorybank import fingerprint
 from utils.training import checkpoints
 
+OF_A_RUN = ("epoch*.pt", "step*.pt", "best.pt", "log.jsonl", "weights.npz", "eval_test.json",
+            "options_eval.json")  # what --overwrite deletes, beside log.txt up to then
 
 class Saver:
     """Writes and restores the checkpoints of a run; see utils.training.checkpoints for what they
@@ -64,27 +65,24 @@ class Saver:
         return steps
 
     def _own_the_folder(self, done):
-        """Raise InputError where this run, which has `done` steps, would mix with what another one
-        has earned; remove what an earlier run of the same options left."""
+        """Remove what an earlier run has left, if this one, which has `done` steps, is not its
+        continuation. Raises InputError where it would go on from a checkpoint before others."""
         folder, args = self.run.folder, self.run.args
-        there = checkpoints.by_step(folder)
-        if done and Path(args.resume).parent.samefile(folder):
-            later = [path.name for step, path in there if step > done and checkpoints.intact(path)]
+        if checkpoints.is_in(folder, args.resume):
+            later = [path.name for step, path in checkpoints.by_step(folder)
+                     if step > done and checkpoints.intact(path)]
             if later:
                 raise InputError(f"{folder} holds later checkpoints than {args.resume} "
                                  f"({', '.join(later)}); continue with --resume auto, give a new "
                                  "--experiments, or delete them")
-        elif there:
-            options = folder / "options.json"
-            advice = "give this run a new --experiments, continue that one with --resume auto, or "
-            with reading(options, "a run's options", f"{advice} delete {folder}"):
-                changed = checkpoints.changed_options(json.loads(options.read_text()), args)
-            if changed:
-                raise InputError(f"{folder} holds a run of other options "
-                                 f"({', '.join(changed.values())}); {advice} delete it")
-            self.run.log(f"{folder} holds an earlier run of the same options: it is replaced")
-            for name in [*(path.name for _, path in there), "best.pt", "log.jsonl", "weights.npz"]:
-                (folder / name).unlink(missing_ok=True)
+            return
+        for pattern in ("events.out.tfevents*", *(OF_A_RUN if args.overwrite else ())):
+            for path in folder.glob(pattern):
+                path.unlink()
+        if args.overwrite and self.run.earlier_log:
+            own = (folder / "log.txt").read_bytes()[self.run.earlier_log :]
+            with atomic_write(folder / "log.txt", "wb") as f:
+                f.write(own)
 
     def _restore_best(self):
         """Make best.pt what it was when the checkpoint was saved: a run that was killed just then
@@ -145,12 +143,19 @@ class Saver:
             return
         run, path = self.run, self.run.folder / f"epoch{epoch}.pt"
         if score >= self.best:
+            if score > self.best:
+                run.log(f"best so far: {path}, dev mean R@1 {score:.2f}")
             self.best, self.best_epoch = score, epoch
             # a run that continues in another folder scores an epoch that lies elsewhere
             checkpoints.hard_link(path if path.is_file() else Path(run.args.resume),
                                   run.folder / "best.pt")
-            run.log(f"best so far: {path}, dev mean R@1 {score:.2f}")
         checkpoints.prune(run.folder, run.args.keep_checkpoints)
+
+    def finish(self):
+        """The run has ended with an epoch's checkpoint: those between epochs go."""
+        if is_main():
+            for path in self.run.folder.glob("step*.pt"):
+                path.unlink()
 
 
 def hash_of_data(loader):

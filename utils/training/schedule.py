@@ -2,6 +2,8 @@
 
 import math
 
+WARMUP = 500  # steps, of runs that are long enough
+
 
 def warmup_cosine(t, base, warmup, total):
     """Learning rate at time `t` (0-based): base (t+1)/warmup while t < warmup, afterwards half a
@@ -16,13 +18,18 @@ class Schedule:
 
     `paper`: t counts optimiser steps, the total is epochs x steps an epoch. `released`: t is
     epoch x captions + batch index and the total is epochs x captions, so that the rate hardly moves
-    within an epoch and falls like a staircase between them.
+    within an epoch and falls like a staircase between them. The warm-up is `--warmup`, or else
+    `WARMUP` steps, of which only `released` takes more than a tenth of all. `peak`: the highest
+    rate of the run.
     """
 
     def __init__(self, args, recipe, steps_per_epoch, num_pairs):
-        self.base, self.warmup = args.lr, args.warmup
+        self.base, self.warmup, steps = args.lr, args.warmup, args.epochs * steps_per_epoch
+        if self.warmup is None:
+            self.warmup = min(WARMUP, round(steps / 10)) if recipe.schedule_per_step else WARMUP
         self.stride = steps_per_epoch if recipe.schedule_per_step else num_pairs
         self.total = args.epochs * self.stride
+        self.peak = self.base * min(1, steps / max(1, self.warmup))
 
     def __call__(self, epoch, step):
         """Learning rate of batch `step` of `epoch`, both 0-based."""
