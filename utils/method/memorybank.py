@@ -149,7 +149,8 @@ def save_bank(bank, pairs, path, replace=True):
 def load_bank(name, pairs, args, log=print):
     """(bank, path) of the bank of a name, else of another at hand that fits `pairs` and the
     options: one of ours that has an older name, {ratio}_mbank.npz or {ratio}_mbank_{judge}.npz, or
-    the authors', which do not say what they were made with, so that the log says that; else None.
+    any name if none is known (older checkpoints do not say); or the authors', which do not say what
+    they were made with, so that the log says that; else None.
 
     Raises InputError when it is broken, belongs to other captions or points outside the data.
     """
@@ -158,9 +159,11 @@ def load_bank(name, pairs, args, log=print):
         if (folder / name).exists():
             return read_bank(folder / name, pairs), folder / name
     judge = judge_name(args)
-    for folder in folders:
-        path = find_by_ratio(folder, f"_mbank_{judge}.npz" if judge else "_mbank.npz",
-                             args.noise_ratio)
+    older = f"_mbank_{judge}.npz" if judge else "_mbank.npz"
+    paths = [find_by_ratio(folder, older, args.noise_ratio) for folder in folders]
+    if not name:
+        paths += sorted(folders[0].glob(f"{ratio_name(args.noise_ratio)}_mbank_*.npz"))
+    for path in paths:
         if path is not None and fits(_read(path), pairs, args):
             return read_bank(path, pairs), path
     released = pairs.source.name.endswith(SUFFIX) or not args.noise_ratio
