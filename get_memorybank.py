@@ -186,8 +186,11 @@ def memory_bank(model, pairs, args, precision, log=print, resumed=None):
     name = resumed.get("bank") if resumed else bank_name(model, pairs, args)
     found = load_bank(name, pairs, args, log)
     if any_process(not found, args.device):
+        if not name:
+            raise InputError(f"{args.resume} was trained by another script, or its memory bank is "
+                             "gone: start from its weights with --vision_model instead")
         if resumed:
-            raise InputError(f"the memory bank {name or 'of this run'} is not in "
+            raise InputError(f"the memory bank {name} is not in "
                              f"{args.dataset_root}, and only the initial model can build it, not "
                              f"{args.resume}: run get_memorybank.py with that model and the same "
                              "options first, or start from these weights with --vision_model")
