@@ -3,9 +3,11 @@
     python export_hf.py --resume logs/ex0/best.pt --out logs/ex0/hf
     python export_hf.py --resume logs/ex0/best.pt --out logs/ex0/open_clip --format open_clip
 
-then in Python CLIPModel.from_pretrained("logs/ex0/hf"), Vision Transformers only, or
-open_clip.create_model_and_transforms("local-dir:logs/ex0/open_clip"). The tokenizer is CLIP's own:
-for transformers take it from openai/clip-vit-base-patch32.
+then in Python CLIPModel and CLIPProcessor.from_pretrained("logs/ex0/hf"), Vision Transformers only,
+or open_clip.create_model_and_transforms and get_tokenizer("local-dir:logs/ex0/open_clip").
+transformers does two things otherwise than we: it leaves curly quotes, HTML entities and broken
+Unicode as they are (html.unescape and ftfy.fix_text mend them), and converts an image to RGB before
+it resizes it, which matters where there is transparency.
 """
 
 import clip

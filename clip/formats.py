@@ -24,11 +24,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch.serialization import StorageType
 
 from .model import POOLING, SETTINGS
 from .preprocess import MEAN, STD
+from .tokenizer import END, START, default_tokenizer
 
 MAX_CODE = 2**26  # bytes that an archive may unpack to beyond its own size
 OTHER_MODELS = {  # beginning of a parameter's name: whose it is
@@ -317,8 +318,9 @@ def _hf_settings(folder):
 
 
 def save_hf(model, folder):
-    """Write `model` as config.json, model.safetensors and preprocessor_config.json to `folder`, for
-    transformers.CLIPModel.from_pretrained.  Raises ValueError if it has a ResNet."""
+    """Write `model` as config.json, model.safetensors and preprocessor_config.json to `folder`, and
+    CLIP's tokenizer if it is the model's, for CLIPModel and CLIPProcessor.from_pretrained of
+    transformers.  Raises ValueError if it has a ResNet."""
     weights, config = to_hf(model.state_dict()), model.config
     resolution, squash = config["image_resolution"], config["image_resize"] == "squash"
 
@@ -361,8 +363,16 @@ def save_hf(model, folder):
         "image_mean": config["image_mean"],
         "image_std": config["image_std"],
     }
+    tokenizer, files = default_tokenizer(), {}
+    if config["vocab_size"] == len(tokenizer.encoder):
+        merges = "".join(f"{' '.join(pair)}\n" for pair in tokenizer.ranks)
+        files = {"vocab.json": tokenizer.encoder, "merges.txt": f"#version: 0.2\n{merges}",
+                 "tokenizer_config.json": {
+                     "tokenizer_class": "CLIPTokenizer", "bos_token": START, "eos_token": END,
+                     "unk_token": END, "pad_token": END,
+                     "model_max_length": config["context_length"]}}
     _write_folder(folder, {"model.safetensors": weights, "config.json": described,
-                           "preprocessor_config.json": preprocessing})
+                           "preprocessor_config.json": preprocessing, **files})
 
 
 # ------------------------------------------------------------------------------ open_clip
@@ -488,7 +498,8 @@ def _write_folder(folder, files):
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
-        if name.endswith(".json"):
-            (folder / name).write_text(json.dumps(content, indent=2))
+        if name.endswith(".safetensors"):  # save_file would let nobody else read it
+            (folder / name).write_bytes(save(content, metadata={"format": "pt"}))
         else:
-            save_file(content, folder / name, metadata={"format": "pt"})
+            text = content if isinstance(content, str) else json.dumps(content, indent=2)
+            (folder / name).write_text(text, encoding="utf-8")

@@ -1,8 +1,12 @@
 """From a GELU model's weights through training and export_hf.py: what is written, transformers,
 open_clip and this project load alike."""
 
+import os
+
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import clip
 import export_hf
@@ -68,6 +72,58 @@ def test_passes_normalise_with_the_models_mean(trained):
     with torch.no_grad():
         own = torch.nn.functional.normalize(encoders(model)[0](images), dim=1)
     torch.testing.assert_close(own, features(model)[0], rtol=1e-6, atol=1e-6)
+
+
+CAPTIONS = ["a cat", "Two DOGS,\tplaying  in the snow!", "", "café à la crème", "it's 1999's best",
+            "東京タワーの夜景", "🐕 at #the_beach 🏖️", "a " * 100 + "dog", "\"quoted\" — dashes",
+            "3½ kg\nof Äpfel"]
+
+
+@pytest.fixture
+def pictures():
+    """Two PIL images, in colour and grey."""
+    rng = np.random.default_rng(0)
+    return [Image.fromarray(rng.integers(0, 256, shape).astype(np.uint8)).resize((60, 41))
+            for shape in ((8, 9, 3), (8, 9))]
+
+
+@torch.no_grad()
+def ours(model, pictures):
+    """Features of the pictures and of CAPTIONS, as training has them."""
+    crops = torch.stack([clip.Preprocess.of(model.config)(picture) for picture in pictures])
+    tokens, _ = clip.tokenize_with_lengths(CAPTIONS)
+    return [torch.nn.functional.normalize(x, dim=1)
+            for x in (model.encode_image(crops), model.encode_text(tokens))]
+
+
+@pytest.mark.parametrize("library", ["transformers", "open_clip"])
+def test_their_tokenizer_and_preprocessing_give_our_features(trained, tmp_path, pictures, library):
+    path, model, _ = trained
+    export(path, tmp_path / "x", "--format", library)
+    theirs = pytest.importorskip(library)
+    with torch.no_grad():
+        if library == "transformers":
+            processor = theirs.CLIPProcessor.from_pretrained(tmp_path / "x")
+            inputs = processor(text=CAPTIONS, images=pictures, padding=True, truncation=True,
+                               return_tensors="pt")
+            out = theirs.CLIPModel.from_pretrained(tmp_path / "x").eval()(**inputs)
+            found = out.image_embeds, out.text_embeds
+        else:
+            name = f"local-dir:{tmp_path / 'x'}"
+            loaded, _, preprocess = theirs.create_model_and_transforms(name)
+            loaded.eval()
+            found = (loaded.encode_image(torch.stack([*map(preprocess, pictures)]), True),
+                     loaded.encode_text(theirs.get_tokenizer(name)(CAPTIONS), True))
+    for a, b in zip(found, ours(model, pictures), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
+    assert len({tuple(row.tolist()) for row in found[1]}) == len(CAPTIONS)
+
+
+def test_what_is_written_may_be_read_by_others(trained, tmp_path):
+    before = os.umask(0o022)
+    export(trained[0], tmp_path / "x")
+    os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "x").iterdir()} == {0o644}
 
 
 def test_exported_for_transformers(trained, tmp_path, capsys):
