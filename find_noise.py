@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 import clip
-from get_memorybank import judge_pairs, model_and_pairs
+from data import training_pairs
 from params import parse_args
 from utils.cleaning.labels import NAMES, cells, label_findings, no_labels, read_labels
 from utils.cleaning.noise_page import Suspect, noise_page
@@ -29,9 +29,10 @@ from utils.cleaning.tables import SOURCE, copy_rows, copy_suffix, source_of
 from utils.cleaning.text import text_cell
 from utils.errors import InputError, command
 from utils.files import atomic_write, new_folder, require_new
-from utils.method.features import first_pairs
-from utils.method.memorybank import fingerprint, nearest_clean
+from utils.method.building import nearest_clean
 from utils.method.neighbours import Rows, nearest, random_rows, unit
+from utils.method.pairs import fingerprint, first_pairs
+from utils.method.rounds import judge_pairs
 from utils.reading.images import Images
 from utils.reading.layout import split_folder, write_lines, write_split
 from utils.scoring.diagnostics import noise_measures
@@ -61,7 +62,8 @@ def main(argv=None):
     run = Run(args)
     if args.write_clean:
         require_new("--write_clean", args.write_clean)
-    model, pairs = model_and_pairs(run)
+    model, preprocess = (None, None) if args.judge_features else run.load_model()
+    pairs = training_pairs(args, preprocess, run.log)
     labels = read_labels(args.labels, pairs) if args.labels else no_labels(len(pairs))
     # of each pair, the row of the user's table; shuffled captions are no longer in theirs
     rows, table = (None if args.noise_ratio else source_of(args.dataset_root)) or (None, None)

@@ -4,10 +4,11 @@
     python main_CLIP.py --eval --resume CKPT --dataset coco --dataset_root PATH
 """
 
-from data import retrieval_split, training_loader, training_pairs
-from get_memorybank import memory_bank
+from data import retrieval_split, training_pairs
 from params import parse_args
 from utils.errors import command
+from utils.method.batches import training_loader
+from utils.method.building import memory_bank
 from utils.method.memorybank import clean_pairs
 from utils.method.optimizer import adamw, prepare_training, update
 from utils.method.passes import Passes

@@ -11,10 +11,11 @@ import copy
 
 import torch
 
-from data import retrieval_split, training_loader, training_pairs
-from get_memorybank import memory_bank
+from data import retrieval_split, training_pairs
 from params import parse_args
 from utils.errors import command
+from utils.method.batches import training_loader
+from utils.method.building import memory_bank
 from utils.method.memorybank import arrays_on, clean_pairs
 from utils.method.optimizer import adamw, prepare_training, update
 from utils.method.passes import Passes

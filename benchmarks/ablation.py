@@ -44,9 +44,9 @@ JUDGES = {"initial model, mixture (paper)": "NPC", "better judge": BEST}  # and 
 
 def oracle(*fields):
     """The judge knows the truth, in these fields of its verdict."""
-    import get_memorybank
+    from utils.method import building
 
-    judge_pairs = get_memorybank.judge_pairs
+    judge_pairs = building.judge_pairs
 
     def told(model, pairs, *more):
         verdict, features, info = judge_pairs(model, pairs, *more)
@@ -54,7 +54,7 @@ def oracle(*fields):
         truth = {"clean": right, "posterior": right.astype(float)}
         return verdict._replace(**{name: truth[name] for name in fields}), features, info
 
-    get_memorybank.judge_pairs = told
+    building.judge_pairs = told
 
 
 def oracle_pairs():
@@ -67,10 +67,9 @@ def oracle_weights():
 
 def draw_by_posterior():
     """--train_on clean draws any pair, with the posterior as probability."""
-    import data
-    from utils.method import memorybank
+    from utils.method import batches, memorybank
 
-    class Sampler(data.EpochSampler):
+    class Sampler(batches.EpochSampler):
         probability = None
 
         def __iter__(self):
@@ -85,7 +84,7 @@ def draw_by_posterior():
         Sampler.probability = bank.posterior.astype(float) / bank.posterior.sum(dtype=float)
         return np.arange(len(bank.posterior))
 
-    data.EpochSampler, memorybank.clean_pairs = Sampler, all_pairs
+    batches.EpochSampler, memorybank.clean_pairs = Sampler, all_pairs
 
 
 class Row(NamedTuple):

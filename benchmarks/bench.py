@@ -33,14 +33,15 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import clip
-import data
-from get_memorybank import build_bank
 from main_CLIP import Baseline
 from main_NPC import NPC
 from params import parse_args
 from utils.errors import command
+from utils.method.batches import Batches
+from utils.method.building import build_bank
 from utils.method.memorybank import MemoryBank
-from utils.reading.images import ImagesInMemory
+from utils.method.pairs import Pairs
+from utils.reading.images import Images, ImagesInMemory
 from utils.scoring.retrieval import recalls
 from utils.training import checkpoints
 from utils.training.history import History
@@ -71,7 +72,7 @@ def make_pairs(num_images, resolution, rng, device):
     crops = torch.randint(0, 256, (num_images, 3, resolution, resolution), dtype=torch.uint8,
                           device=device)
     images, n = ImagesInMemory(crops, device), num_images * CAPTIONS
-    return data.Pairs(images, list(map(str, range(num_images))), np.arange(n) // CAPTIONS,
+    return Pairs(images, list(map(str, range(num_images))), np.arange(n) // CAPTIONS,
                       [str(i) for i in range(n)], np.arange(n), caption_tokens(n, rng), Path("-"))
 
 
@@ -367,7 +368,7 @@ def bench_step(options, noise):
     rng = np.random.default_rng(args.seed)
     pairs = make_pairs(max(256, 16 * args.batch_size), model.visual.input_resolution, rng, device)
     bank = make_bank(pairs, noise, rng)
-    with_bank, without = data.Batches(pairs, bank), data.Batches(pairs)
+    with_bank, without = Batches(pairs, bank), Batches(pairs)
     drawn, sizes, rates = {}, [], []
 
     def draw():
@@ -499,12 +500,12 @@ def bench_loader(options):
         size = sum((root / "images" / name).stat().st_size for name in names) / len(names)
         preprocess = clip.Preprocess(224)
         n = len(names) * CAPTIONS
-        cached = data.Images(root, names, preprocess, str(root / "cache"))
+        cached = Images(root, names, preprocess, str(root / "cache"))
         for k in range(len(names)):
             cached[k]
-        pairs = {cache: data.Pairs(images, names, np.arange(n) // CAPTIONS, [""] * n, np.arange(n),
+        pairs = {cache: Pairs(images, names, np.arange(n) // CAPTIONS, [""] * n, np.arange(n),
                                    caption_tokens(n, rng), root)
-                 for cache, images in (("off", data.Images(root, names, preprocess)),
+                 for cache, images in (("off", Images(root, names, preprocess)),
                                        ("warm", cached),
                                        ("memory", ImagesInMemory(cached, args.device, args)))}
         pairs["memory"].images.take(np.arange(1))  # reads them all
@@ -514,7 +515,7 @@ def bench_loader(options):
 
         def ours(cache):
             workers = 0 if cache == "memory" else args.num_workers
-            loader = DataLoader(data.Batches(pairs[cache], bank), sampler=batches,
+            loader = DataLoader(Batches(pairs[cache], bank), sampler=batches,
                                 batch_size=None, num_workers=workers)
             return lambda: [step.images.items for step in loader]
 
@@ -543,7 +544,7 @@ def bench_save(options):
                            args.device)
         bank = MemoryBank(np.arange(args.batch_size) * CAPTIONS, np.arange(len(pairs)))
         npc = NPC(A, run, bank)
-        npc.step(data.Batches(pairs, bank)[np.arange(args.batch_size)].to(args.device))
+        npc.step(Batches(pairs, bank)[np.arange(args.batch_size)].to(args.device))
         saver = Saver(run, A, npc.optimizers, History(run, pairs, 1), "")
         path = run.folder / "step1.pt"
         contenders = {"written at once": lambda: checkpoints.save(path, saver.state(0, 1)),

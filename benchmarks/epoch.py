@@ -22,11 +22,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import clip
 from bench import CAPTIONS, clock, make_bank, make_pairs, new_model, write_jpegs
-from data import training_loader
-from get_memorybank import bank_of, judge_pairs
 from main_NPC import NPC
 from params import parse_args
 from utils.errors import command
+from utils.method.batches import training_loader
+from utils.method.building import bank_of
+from utils.method.rounds import judge_pairs
 from utils.reading.images import Images, ImagesInMemory
 from utils.scoring.retrieval import evaluate
 from utils.training.loop import fit

@@ -27,7 +27,8 @@ sys.path.insert(0, str(ROOT))
 from data import training_pairs
 from params import parse_args
 from utils.errors import InputError, command
-from utils.method.features import first_pairs, write_items
+from utils.method.features import write_items
+from utils.method.pairs import first_pairs
 from utils.reading.layout import split_folder, write_lines, write_split
 
 CAPTIONS = 5  # an image

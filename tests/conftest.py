@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from clip.preprocess import MEAN, STD
-from data import Pairs
 from params import parse_args
+from utils.method.pairs import Pairs
 
 torch.set_num_threads(1)
 

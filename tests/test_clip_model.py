@@ -12,7 +12,7 @@ import main_CLIP
 import main_NPC
 from clip.model import Bottleneck, ResidualAttentionBlock
 from clip.weights import CONFIGS
-from utils.method.passes import cut_tokens
+from utils.method.batches import cut_tokens
 
 VIT = {
     "embed_dim": 24,

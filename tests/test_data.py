@@ -12,17 +12,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import clip
-from data import (
-    Batches,
-    EpochSampler,
-    retrieval_split,
-    take,
-    training_loader,
-    training_pairs,
-)
+from data import retrieval_split, training_pairs
 from utils.errors import InputError
+from utils.method.batches import Batches, EpochSampler, cut_tokens, distinct_items, training_loader
 from utils.method.memorybank import MemoryBank
-from utils.method.passes import cut_tokens, distinct_items
+from utils.method.pairs import take
 from utils.reading.images import Images, image_loader, in_memory
 from utils.reading.layout import image_names, read_captions, read_ids, read_lines
 from utils.training.saver import hash_of_data

@@ -11,8 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import main_CLIP
 import main_NPC
 from clip import preprocess
-from data import Batches
-from utils.method import passes
+from utils.method import batches
+from utils.method.batches import Batch, Batches
+from utils.method.optimizer import trained
 from utils.reading.images import ImagesInMemory
 from utils.training import history
 from utils.training.precision import Precision
@@ -68,7 +69,7 @@ class Unread:
 def meta(monkeypatch):
     """Lets training run on "meta", which lacks autocast and a fused AdamW."""
     def adamw(model, args):
-        return torch.optim.AdamW(passes.trained(model), lr=args.lr, foreach=True)
+        return torch.optim.AdamW(trained(model), lr=args.lr, foreach=True)
 
     monkeypatch.setattr(main_NPC, "adamw", adamw)
     monkeypatch.setattr(main_CLIP, "adamw", adamw)
@@ -129,7 +130,7 @@ def test_a_look_at_the_device_is_seen(meta, monkeypatch, look):
 
 
 def test_a_copy_that_is_waited_for_is_seen(meta, monkeypatch):
-    monkeypatch.setattr(passes, "ship", lambda tensor, device: tensor.to(device))
+    monkeypatch.setattr(batches, "ship", lambda tensor, device: tensor.to(device))
     assert watch("npc", meta)
 
 
@@ -139,8 +140,8 @@ def test_a_constant_that_is_shipped_each_time_is_seen(meta, monkeypatch):
 
 
 def test_numbers_on_another_device_are_seen(meta, monkeypatch):
-    to = passes.Batch.to
-    monkeypatch.setattr(passes.Batch, "to", lambda batch, device: to(batch, device)._replace(
+    to = Batch.to
+    monkeypatch.setattr(Batch, "to", lambda batch, device: to(batch, device)._replace(
         indices=batch.indices))
     assert watch("npc", meta)
 

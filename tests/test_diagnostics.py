@@ -6,7 +6,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
-from data import Pairs
+from utils.method.pairs import Pairs
 from utils.scoring.diagnostics import noise_measures, pairs_figure, show_weights
 
 

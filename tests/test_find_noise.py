@@ -18,8 +18,8 @@ from conftest import tree, write_lines
 from PIL import Image
 
 import find_noise
-import get_memorybank
 import main_CLIP
+from utils.method import rounds
 from utils.reading.layout import read_captions
 
 EVIL = ("=1+1 <script>document.title='owned'</script> "
@@ -51,10 +51,10 @@ def find(tmp_path, monkeypatch, capsys):
 
     def run(data, *more, spread=None):
         if spread is not None:
-            monkeypatch.setattr(get_memorybank, "embed_pairs", embedding(data, spread))
+            monkeypatch.setattr(rounds, "embed_pairs", embedding(data, spread))
         find_noise.main([*data.options, "--vision_model", "tiny", "--num_workers", "0", "--device",
-                         "cpu", "--out", str(tmp_path / "out"), "--recipe", "paper",
-                         *map(str, more)])
+                         "cpu", "--batch_size", "256", "--out", str(tmp_path / "out"), "--recipe",
+                         "paper", *map(str, more)])
         with open(tmp_path / "out" / "suspicious_pairs.csv", encoding="utf-8", newline="") as f:
             return capsys.readouterr().out, list(csv.DictReader(f))
 

@@ -1,6 +1,7 @@
 """The judge: losses, neighbours and posteriors against brute force and known mixtures; its rounds,
 its banks and its relatives through the commands."""
 
+import argparse
 import csv
 import hashlib
 import json
@@ -21,8 +22,11 @@ import find_noise
 import get_memorybank
 import main_CLIP
 import main_NPC
+from params import parse_args
 from utils.method import judge as judge_module
 from utils.method import neighbours
+from utils.method import rounds as rounds_module
+from utils.method.building import bank_of, nearest_clean
 from utils.method.judge import (
     Agreements,
     draw_batches,
@@ -33,8 +37,8 @@ from utils.method.judge import (
     posterior_by_mismatches,
 )
 from utils.method.losses import pair_losses
-from utils.method.memorybank import nearest_clean
 from utils.method.neighbours import random_rows, unit
+from utils.method.pairs import Pairs
 
 N_IMAGES, N_TEXTS, N = 9, 14, 30
 
@@ -140,7 +144,7 @@ def test_the_paper_s_judge_sees_one_draw_and_others_the_mean_of_several(monkeypa
     draws = []
     monkeypatch.setattr(judge_module, "losses_in_batches",
                         lambda *args: draws.append(args) or losses_in_batches(*args))
-    args = get_memorybank.argparse.Namespace(
+    args = argparse.Namespace(
         seed=0, batch_size=10, recipe="paper", clean_threshold=0.8, min_clean=0.02, judge_rounds=0,
         judge_neighbours=0, search_among=None)
     paper = judge_module.judge(images, texts, torch.tensor(2.0), pairs, args)
@@ -194,8 +198,8 @@ def quality(bank, root):
 def test_rounds_make_a_better_judge(drawings, monkeypatch):
     place, options = drawings
     root, steps = place / "target", []
-    make = get_memorybank.Passes
-    monkeypatch.setattr(get_memorybank, "Passes",
+    make = rounds_module.Passes
+    monkeypatch.setattr(rounds_module, "Passes",
                         lambda *args, **more: steps.append(1) or make(*args, **more))
     get_memorybank.main(options)
     assert not steps  # the paper's judge trains nothing
@@ -220,7 +224,7 @@ def test_the_rate_of_the_rounds_is_chosen_on_images_held_out(drawings, capsys):
     values = {float(rate): float(value) for rate, value in
               (part.split(" separates ") for part in
                said.split("learning rate: ")[1].splitlines()[0].split(", "))}
-    assert set(values) == set(get_memorybank.RATES)
+    assert set(values) == set(rounds_module.RATES)
     assert f"8 steps at {max(values, key=values.get):g} on" in said
 
 
@@ -314,7 +318,7 @@ def test_features_of_any_model_judge(features, tmp_path, capsys):
     assert np.allclose(own["loss"], given["loss"], atol=1e-4)
     assert (own["clean"] == given["clean"]).mean() > 0.99
 
-    pairs = data.training_pairs(get_memorybank.parse_args("memorybank", options),
+    pairs = data.training_pairs(parse_args("memorybank", options),
                                 clip.Preprocess(32), lambda _: None)
     per_pair = {**arrays, "images": arrays["images"][pairs.image_of],
                 "texts": arrays["texts"][pairs.text_of]}
@@ -436,12 +440,12 @@ def test_features_are_used_in_blocks(monkeypatch):
                                 (neighbours, "SMALL", 0)):
         monkeypatch.setattr(module, name, value)
     n, rng = 1500, torch.Generator().manual_seed(0)
-    pairs = data.Pairs(None, None, np.arange(n) // 5, [""] * n, np.arange(n), None, "-")
+    pairs = Pairs(None, None, np.arange(n) // 5, [""] * n, np.arange(n), None, "-")
     images, texts = (Watched(torch.randn(m, 8, generator=rng).half()) for m in (n // 5, n))
-    args = get_memorybank.parse_args("memorybank", ["--judge_neighbours", "5", "--batch_size",
+    args = parse_args("memorybank", ["--judge_neighbours", "5", "--batch_size",
                                                     "50", "--device", "cpu"])
     verdict = judge_module.judge(unit(images), unit(texts), torch.tensor(2.0), pairs, args)
-    get_memorybank.bank_of(verdict, images, texts, pairs, args, {})
+    bank_of(verdict, images, texts, pairs, args, {})
     assert images.most == texts.most == 64
 
 
@@ -473,5 +477,5 @@ def test_a_pool_of_all_is_the_whole_search_and_a_small_one_is_not(features, tmp_
 
 
 def pairs_of(options):
-    return data.training_pairs(get_memorybank.parse_args("memorybank", options), None,
+    return data.training_pairs(parse_args("memorybank", options), None,
                                lambda _: None)

@@ -14,20 +14,12 @@ import torch
 import torch.nn.functional as F
 from conftest import Lookup, pairs_for, tree
 
-import get_memorybank
-from get_memorybank import build_bank, memory_bank
 from utils.errors import InputError
-from utils.method import judge, neighbours
+from utils.method import judge, neighbours, rounds
+from utils.method.building import build_bank, memory_bank, nearest_clean
 from utils.method.judge import losses_in_batches, mixture_posterior, strict_clean_set
 from utils.method.losses import pair_losses
-from utils.method.memorybank import (
-    MemoryBank,
-    bank_name,
-    bank_path,
-    load_bank,
-    nearest_clean,
-    save_bank,
-)
+from utils.method.memorybank import MemoryBank, bank_name, bank_path, load_bank, save_bank
 from utils.method.released_bank import save_released
 from utils.training.precision import Precision
 
@@ -39,7 +31,7 @@ N = N_IMAGES * PER_IMAGE
 @pytest.fixture(autouse=True)
 def no_random_inputs(monkeypatch):
     """A `Lookup` knows no random pixels."""
-    monkeypatch.setattr(get_memorybank, "mean_random_cosine", lambda *_: 0.125)
+    monkeypatch.setattr(rounds, "mean_random_cosine", lambda *_: 0.125)
 
 
 def options(**changes):

@@ -20,13 +20,14 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import clip
 import main_NPC
-from data import Batches, Pairs
 from main_CLIP import Baseline
 from main_NPC import NPC
 from utils.errors import InputError
 from utils.method import passes
+from utils.method.batches import Batches
 from utils.method.memorybank import MemoryBank
 from utils.method.optimizer import adamw
+from utils.method.pairs import Pairs
 from utils.method.recipes import RECIPES
 from utils.reading.images import ImagesInMemory
 from utils.training.precision import Precision

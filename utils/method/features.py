@@ -13,9 +13,10 @@ from tqdm import tqdm
 from utils.distributed import gather, rank, world
 from utils.errors import InputError
 from utils.files import atomic_write, reading
-from utils.method.memorybank import fingerprint
+from utils.method.batches import cut_tokens
 from utils.method.neighbours import Rows
-from utils.method.passes import cut_tokens, encoders
+from utils.method.pairs import fingerprint, first_pairs
+from utils.method.passes import encoders
 from utils.reading.images import explain_deaths, image_loader
 
 RANDOM = 256  # random images, and captions, whose cosines are averaged
@@ -95,12 +96,6 @@ def write_items(pairs, folder):
     for name, content in lines.items():
         with atomic_write(folder / name) as f:
             f.writelines(f"{line}\n" for line in content)
-
-
-def first_pairs(item_of):
-    """(items,) int64: of each item (image or caption) the lowest of its pairs, by the item of each
-    pair (n,)."""
-    return np.unique(item_of, return_index=True)[1]
 
 
 def read_features(path, pairs, device):

@@ -18,7 +18,7 @@ import torch
 import clip
 from utils.errors import InputError
 from utils.files import atomic_write, reading
-from utils.method.neighbours import Rows, nearest, random_rows
+from utils.method.pairs import fingerprint
 from utils.method.recipes import RECIPES
 from utils.method.released_bank import IMAGES, read_released
 from utils.reading.layout import BANK_FOLDERS, find_by_ratio, ratio_name
@@ -46,44 +46,6 @@ class MemoryBank:
     posterior: np.ndarray | None = None
     cosine: np.ndarray | None = None
     info: dict = field(default_factory=dict)
-
-
-# ---- nearest entries -----------------------------------------------------------------------------
-
-
-def nearest_clean(features, item_of, clean, own_first=True, most=None, seed=0):
-    """Nearest strict-clean pair of each distinct item (image or caption): (items,) int64.
-
-    features (items, D), tensor or `Rows`, compared by dot product; item_of (n,) the item of each
-    pair; clean (n,) bool. The lowest clean pair stands for its item. With `own_first` an item that
-    has a clean pair finds itself, as it does by cosine; the others look among `most` random clean
-    items, drawn by `seed`, or among all.
-    """
-    clean_pairs = np.flatnonzero(clean)
-    clean_items, first = np.unique(item_of[clean_pairs], return_index=True)
-    entry = clean_pairs[first]  # of each clean item, its lowest clean pair
-    result = np.empty(len(features), np.int64)
-    searched = np.arange(len(features))
-    if own_first:
-        result[clean_items] = entry
-        searched = np.setdiff1d(searched, clean_items)
-    some = random_rows(len(clean_items), most, seed)
-    queries, keys = (Rows(features, chosen=torch.from_numpy(items).to(features.device))
-                     for items in (searched, clean_items[some]))
-    found = nearest(queries, keys, title="nearest clean pairs")[1][:, 0]
-    result[searched] = entry[some[found.cpu().numpy()]]
-    return result
-
-
-# ---- the file ------------------------------------------------------------------------------------
-
-
-def fingerprint(pairs):
-    """SHA-256 (hex) of the captions and of the images they stand beside: what a bank belongs to."""
-    digest = hashlib.sha256()
-    for row, caption in zip(pairs.image_of, pairs.captions, strict=True):
-        digest.update(f"{pairs.image_ids[row]}\t{caption}\n".encode())
-    return digest.hexdigest()
 
 
 def judge_name(args):

@@ -9,7 +9,6 @@ from torch.nn import BatchNorm2d
 from clip.model import Bottleneck, ResidualAttentionBlock
 from utils.distributed import world
 from utils.errors import InputError
-from utils.method.passes import trained
 
 MOST_SHAPES = 64  # that --compile makes a block for; a run has two dozen
 
@@ -65,3 +64,8 @@ def update(model, optimizer, run, max_norm):
         with torch.no_grad():
             model.logit_scale.clamp_(max=run.recipe.max_logit_scale)
     return norm
+
+
+def trained(model):
+    """The parameters of `model` that have a gradient: all but those of a frozen tower."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]

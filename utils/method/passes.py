@@ -19,71 +19,17 @@ BatchNorm in training mode makes a feature depend on what is encoded beside it, 
 3: images are then encoded as they lie in the batch, and A' makes passes of its own.
 """
 
-from typing import NamedTuple
-
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 import clip
-from utils.distributed import gather, num_own_below, ship
+from utils.distributed import gather, num_own_below
+from utils.method.batches import BATCH, MEMORY_I, MEMORY_T
 from utils.method.losses import pair_losses
+from utils.method.optimizer import trained
 
-BATCH, MEMORY_I, MEMORY_T = range(3)  # whose pairs: rows of `DistinctItems.rows`
 SHAPES, TOKENS = 16, 8  # --compile rounds up to a 16th of a batch, and captions to 8 tokens
-
-
-class DistinctItems(NamedTuple):
-    """Distinct images, or captions, of a batch of B pairs and of its memory entries.
-
-    Those that only the batch needs come first, then those that both need, then those that only the
-    memory needs: the batch has items 0..num_batch-1, the memory memory_start..total-1.
-
-    items: (total, ...) tensor; under torchrun only this process's, see utils.distributed.
-    rows: (3, B) int64, the item of each pair of the batch, of M^I and of M^T; (1, B) without a
-    memory.
-    """
-
-    items: torch.Tensor
-    rows: torch.Tensor
-    num_batch: int
-    memory_start: int
-    total: int
-
-
-class Batch(NamedTuple):
-    """What a step trains on: the indices (B,) int64 of its pairs, their distinct images, uint8 (3,
-    R, R) each, and captions, int32 tokens (L,) each."""
-
-    indices: torch.Tensor
-    images: DistinctItems
-    texts: DistinctItems
-
-    def to(self, device):
-        """The same batch on `device`."""
-        def move(distinct):
-            return distinct._replace(items=ship(distinct.items, device),
-                                     rows=ship(distinct.rows, device))
-        return Batch(ship(self.indices, device), move(self.images), move(self.texts))
-
-
-def distinct_items(wanted):
-    """(distinct (total,), rows (k, B), num_batch, memory_start) as in `DistinctItems` for the items
-    (k, B) int64 that the pairs of the batch, of M^I and of M^T want."""
-    batch, memory = np.unique(wanted[0]), np.unique(wanted[1:])
-    both = np.intersect1d(batch, memory, assume_unique=True)
-    batch_only = np.setdiff1d(batch, both, assume_unique=True)
-    memory_only = np.setdiff1d(memory, both, assume_unique=True)
-    distinct = np.concatenate([batch_only, both, memory_only])
-    order = np.argsort(distinct)
-    rows = order[np.searchsorted(distinct, wanted, sorter=order)]
-    return distinct, torch.from_numpy(rows), len(batch), len(batch_only)
-
-
-def cut_tokens(tokens):
-    """Drop the columns behind the last end token of `tokens` (v, L), which no caption reads."""
-    return tokens[:, : int(tokens.argmax(dim=1).max()) + 1]
 
 
 def encoders(model):
@@ -92,11 +38,6 @@ def encoders(model):
         return model.encode_image(
             clip.normalize(images, model.dtype, model.image_mean, model.image_std))
     return encode_image, model.encode_text
-
-
-def trained(model):
-    """The parameters of `model` that have a gradient: all but those of a frozen tower."""
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def uses_batch_statistics(model):

@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 from clip.preprocess import check_usable
-from utils.distributed import ship, world
+from utils.devices import ship
+from utils.distributed import world
 from utils.errors import InputError
 from utils.files import reading
 from utils.reading.image_cache import ImageCache

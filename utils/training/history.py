@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from utils.distributed import Later, is_main
+from utils.devices import Later
+from utils.distributed import is_main
 from utils.errors import InputError
 from utils.files import atomic_write
 from utils.training.pair_weights import write_weights

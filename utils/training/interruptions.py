@@ -6,7 +6,8 @@ from contextlib import contextmanager, suppress
 
 import torch
 
-from utils.distributed import Later, any_process, leave_processes, world
+from utils.devices import Later
+from utils.distributed import any_process, leave_processes, world
 
 INTERRUPTED = 75  # exit status after a signal, when a checkpoint to resume from was saved
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)

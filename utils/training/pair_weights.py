@@ -4,7 +4,7 @@ import numpy as np
 
 from utils.errors import InputError
 from utils.files import atomic_write, reading
-from utils.method.memorybank import fingerprint
+from utils.method.pairs import fingerprint
 
 
 def write_weights(path, w, pairs):

@@ -19,6 +19,10 @@ class Precision:
         self.amp = {"amp_bf16": torch.bfloat16, "amp_fp16": torch.float16}.get(name)
         self.scaler = torch.amp.GradScaler(device.type, enabled=name == "amp_fp16")
 
+    def anew(self):
+        """The same, with a gradient scaler that has seen nothing yet."""
+        return Precision(self.name, self.device)
+
     def autocast(self):
         """Context in which the towers run."""
         if self.amp is None:

@@ -9,7 +9,7 @@ import torch
 from utils.distributed import is_main
 from utils.errors import InputError
 from utils.files import UNFINISHED, atomic_write
-from utils.method.memorybank import fingerprint
+from utils.method.pairs import fingerprint
 from utils.training import checkpoints
 
 OF_A_RUN = ("epoch*.pt", "step*.pt", "best.pt", "log.jsonl", "weights.npz", "eval_test.json",

@@ -1,0 +1,149 @@
+"""What a step trains on: a batch of pairs with their memory entries, each distinct image and
+caption once; how it is drawn, and how it is read."""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, Sampler
+
+from utils.devices import ship
+from utils.distributed import rank, world
+from utils.errors import InputError
+from utils.method.memorybank import clean_pairs
+from utils.reading.images import in_memory, loader
+
+BATCH, MEMORY_I, MEMORY_T = range(3)  # whose pairs: rows of `DistinctItems.rows`
+
+
+class DistinctItems(NamedTuple):
+    """Distinct images, or captions, of a batch of B pairs and of its memory entries.
+
+    Those that only the batch needs come first, then those that both need, then those that only the
+    memory needs: the batch has items 0..num_batch-1, the memory memory_start..total-1.
+
+    items: (total, ...) tensor; under torchrun only this process's, see utils.distributed.
+    rows: (3, B) int64, the item of each pair of the batch, of M^I and of M^T; (1, B) without a
+    memory.
+    """
+
+    items: torch.Tensor
+    rows: torch.Tensor
+    num_batch: int
+    memory_start: int
+    total: int
+
+
+class Batch(NamedTuple):
+    """What a step trains on: the indices (B,) int64 of its pairs, their distinct images, uint8 (3,
+    R, R) each, and captions, int32 tokens (L,) each."""
+
+    indices: torch.Tensor
+    images: DistinctItems
+    texts: DistinctItems
+
+    def to(self, device):
+        """The same batch on `device`."""
+        def move(distinct):
+            return distinct._replace(items=ship(distinct.items, device),
+                                     rows=ship(distinct.rows, device))
+        return Batch(ship(self.indices, device), move(self.images), move(self.texts))
+
+
+def distinct_items(wanted):
+    """(distinct (total,), rows (k, B), num_batch, memory_start) as in `DistinctItems` for the items
+    (k, B) int64 that the pairs of the batch, of M^I and of M^T want."""
+    batch, memory = np.unique(wanted[0]), np.unique(wanted[1:])
+    both = np.intersect1d(batch, memory, assume_unique=True)
+    batch_only = np.setdiff1d(batch, both, assume_unique=True)
+    memory_only = np.setdiff1d(memory, both, assume_unique=True)
+    distinct = np.concatenate([batch_only, both, memory_only])
+    order = np.argsort(distinct)
+    rows = order[np.searchsorted(distinct, wanted, sorter=order)]
+    return distinct, torch.from_numpy(rows), len(batch), len(batch_only)
+
+
+def cut_tokens(tokens):
+    """Drop the columns behind the last end token of `tokens` (v, L), which no caption reads."""
+    return tokens[:, : int(tokens.argmax(dim=1).max()) + 1]
+
+
+class Batches(Dataset):
+    """Item = the list of a batch's pair indices, result = the `Batch` of these pairs and, with a
+    `bank`, of their memory entries M^I and M^T: the nearest ones, or with `random_memory` clean
+    pairs by chance, which depend on the batch and the seed alone. Of several processes each reads
+    only its own images."""
+
+    def __init__(self, pairs, bank=None, random_memory=False, seed=0):
+        self.pairs, self.bank, self.seed = pairs, bank, seed
+        device = pairs.images.device if in_memory(pairs.images) else torch.device("cpu")
+        self.tokens = pairs.tokens.to(device)
+        self.clean = clean_pairs(bank) if random_memory and bank is not None else None
+        self.own = slice(rank(), None, world())
+
+    def memory(self, indices):
+        """(M^I, M^T) (B,) each of the pairs (B,) of a batch."""
+        if self.clean is None:
+            return (self.bank.image_entry[self.pairs.image_of[indices]],
+                    self.bank.caption_entry[indices])
+        rng = np.random.default_rng([self.seed, *indices])
+        twice = len(self.clean) < len(indices)
+        return [rng.choice(self.clean, len(indices), replace=twice) for _ in range(2)]
+
+    def __getitem__(self, indices):
+        pairs = self.pairs
+        wanted = np.array([indices])
+        if self.bank is not None:
+            wanted = np.stack([indices, *self.memory(indices)])
+        images, *image_rows = distinct_items(pairs.image_of[wanted])
+        texts, *text_rows = distinct_items(pairs.text_of[wanted])
+        crops = pairs.images.take(images[self.own])
+        length = cut_tokens(pairs.tokens[texts]).shape[1]
+        own = ship(torch.from_numpy(texts[self.own]), self.tokens.device)
+        tokens = self.tokens[own, :length]
+        return Batch(torch.as_tensor(indices), DistinctItems(crops, *image_rows, len(images)),
+                     DistinctItems(tokens, *text_rows, len(texts)))
+
+
+class EpochSampler(Sampler):
+    """Batches of shuffled indices; the order depends on seed and epoch alone, the last incomplete
+    batch is dropped. An epoch starts at batch `first`.
+
+    With `chosen` (k,) int64 it draws from these indices only, in as many batches as all n give:
+    they are shuffled anew whenever they are used up, no batch has one twice.
+    """
+
+    def __init__(self, n, batch_size, seed, chosen=None):
+        self.n, self.batch_size, self.seed, self.epoch, self.first = n, batch_size, seed, 0, 0
+        self.chosen = np.arange(n) if chosen is None else chosen
+
+    def __len__(self):
+        return self.n // self.batch_size
+
+    def __iter__(self):
+        rng, left = np.random.default_rng([self.seed, self.epoch]), self.chosen[:0]
+        for index in range(len(self)):
+            if len(left) < self.batch_size:
+                again = self.chosen[rng.permutation(len(self.chosen))]
+                doubled = np.isin(again, left)
+                left = np.concatenate([left, again[~doubled], again[doubled]])
+            if index >= self.first:
+                yield left[: self.batch_size].tolist()
+            left = left[self.batch_size :]
+
+
+def require_batch(args, num_pairs):
+    """Raise InputError unless the pairs that are trained on fill a batch."""
+    if args.batch_size > num_pairs:
+        raise InputError(f"--batch_size {args.batch_size} is larger than the {num_pairs} pairs "
+                         f"that are trained on; choose one up to {num_pairs}")
+
+
+def training_loader(args, pairs, bank=None, chosen=None, random_memory=False):
+    """DataLoader of `Batch`es, of all pairs or of the `chosen` ones (k,) int64, with their memory
+    entries in a `bank`; set `loader.sampler.epoch` (and `first`) before each epoch."""
+    require_batch(args, len(pairs) if chosen is None else len(chosen))
+    sampler = EpochSampler(len(pairs), args.batch_size, args.seed, chosen)
+    batches = Batches(pairs, bank, random_memory, args.seed)
+    workers = 0 if in_memory(pairs.images) else len(sampler)
+    return loader(args, batches, workers, sampler=sampler, batch_size=None)

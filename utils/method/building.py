@@ -1,0 +1,104 @@
+"""The making of the memory bank: a judge finds the strict clean set, in which every image and
+caption finds its nearest entry."""
+
+import numpy as np
+import torch
+
+from utils.distributed import any_process, is_main, main_first
+from utils.errors import InputError
+from utils.method.memorybank import (
+    MADE_WITH,
+    MemoryBank,
+    bank_name,
+    bank_path,
+    load_bank,
+    save_bank,
+)
+from utils.method.neighbours import Rows, nearest, random_rows, unit
+from utils.method.recipes import RECIPES
+from utils.method.rounds import judge_pairs
+from utils.reading.layout import ratio_name
+
+
+def build_bank(model, pairs, args, precision, log=print):
+    """The `MemoryBank` of `pairs`, judged by `model` or as the options say."""
+    verdict, features, info = judge_pairs(model, pairs, args, precision, log)
+    return bank_of(verdict, *features, pairs, args, info)
+
+
+def bank_of(verdict, raw_images, raw_texts, pairs, args, info):
+    """The `MemoryBank` of a verdict on `pairs`, and of the judge's features, not normalised, of the
+    distinct images (u, D) and captions (v, D). It looks among all clean pairs.
+
+    By cosine a clean pair is its own nearest entry; with embeddings as they are, as released, long
+    ones win.
+    """
+    by_cosine, clean = RECIPES[args.recipe].cosine_bank, verdict.clean
+    images, texts = (unit(raw_images), unit(raw_texts)) if by_cosine else (raw_images, raw_texts)
+    image_entry = nearest_clean(images, pairs.image_of, clean, by_cosine)
+    caption_entry = nearest_clean(texts, pairs.text_of, clean, by_cosine)
+    caption_entry = caption_entry[pairs.text_of]  # (n,)
+    if by_cosine:
+        caption_entry[clean] = np.flatnonzero(clean)
+    options = {name: getattr(args, name) for name in MADE_WITH} | {"seed": args.noise_seed}
+    if not args.judge_features:
+        options |= {name: getattr(args, name) for name in ("vision_model", "activation", "resume")}
+    return MemoryBank(image_entry, caption_entry, clean, verdict.loss.astype(np.float32),
+                      verdict.posterior.astype(np.float32), verdict.cosine,
+                      {**options, **info, "wrong_share": verdict.wrong_share})
+
+
+def memory_bank(model, pairs, args, precision, log=print, resumed=None):
+    """The bank of `pairs` from the data folder, or a new one, built by `model` and kept there. Its
+    file's name becomes args.bank.
+
+    resumed: the options (dict) that the checkpoint holds which this run continues, whose bank it
+    takes. Raises InputError when that is not there, as `model` is no initial one then.
+    """
+    name = resumed.get("bank") if resumed else bank_name(model, pairs, args)
+    found = load_bank(name, pairs, args, log)
+    if any_process(not found, args.device):
+        if not name:
+            raise InputError(f"{args.resume} was trained by another script, or its memory bank is "
+                             "gone: start from its weights with --vision_model instead")
+        if resumed:
+            raise InputError(f"the memory bank {name} is not in "
+                             f"{args.dataset_root}, and only the initial model can build it, not "
+                             f"{args.resume}: run get_memorybank.py with that model and the same "
+                             "options first, or start from these weights with --vision_model")
+        path = bank_path(args.dataset_root, name)
+        log(f"No memory bank for noise ratio {ratio_name(args.noise_ratio)} yet: building {path}")
+        verdict, features, info = judge_pairs(model, pairs, args, precision, log)
+        with main_first():
+            if is_main():
+                bank = bank_of(verdict, *features, pairs, args, info)
+                save_bank(bank, pairs, path, replace=False)  # of two runs the first one's stays
+        found = load_bank(name, pairs, args, log)
+    else:
+        log(f"memory bank: {found[1]}")
+    args.bank = found[1].name
+    return found[0]
+
+
+def nearest_clean(features, item_of, clean, own_first=True, most=None, seed=0):
+    """Nearest strict-clean pair of each distinct item (image or caption): (items,) int64.
+
+    features (items, D), tensor or `Rows`, compared by dot product; item_of (n,) the item of each
+    pair; clean (n,) bool. The lowest clean pair stands for its item. With `own_first` an item that
+    has a clean pair finds itself, as it does by cosine; the others look among `most` random clean
+    items, drawn by `seed`, or among all.
+    """
+    clean_pairs = np.flatnonzero(clean)
+    clean_items, first = np.unique(item_of[clean_pairs], return_index=True)
+    entry = clean_pairs[first]  # of each clean item, its lowest clean pair
+    result = np.empty(len(features), np.int64)
+    searched = np.arange(len(features))
+    if own_first:
+        result[clean_items] = entry
+        searched = np.setdiff1d(searched, clean_items)
+    some = random_rows(len(clean_items), most, seed)
+    queries, keys = (Rows(features, chosen=torch.from_numpy(items).to(features.device))
+                     for items in (searched, clean_items[some]))
+    found = nearest(queries, keys, title="nearest clean pairs")[1][:, 0]
+    result[searched] = entry[some[found.cpu().numpy()]]
+    return result

@@ -1,0 +1,80 @@
+"""Pairs: what is trained on, judged and scored. A *pair* i is caption line i of a split with the
+image it stands beside; each distinct image and caption is kept once and referred to by row."""
+
+import hashlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import Subset
+
+import clip
+from utils.reading.images import Images, hold
+
+
+@dataclass
+class Pairs:
+    """n image-caption pairs over distinct images and captions.
+
+    image_of, text_of: (n,) int64 rows into `images` (and `image_ids`) and `tokens`.
+    tokens: (distinct captions, context_length) int32, or None. captions: n str, stripped.
+    wrong: (n,) bool, True where the caption is none of its image's clean ones; None if unknown.
+    """
+
+    images: Images
+    image_ids: list
+    image_of: np.ndarray
+    captions: list
+    text_of: np.ndarray
+    tokens: torch.Tensor | None
+    source: Path
+    wrong: np.ndarray | None = None
+
+    def __len__(self):
+        return len(self.captions)
+
+
+def first_seen(items):
+    """(distinct items in order of first appearance, (n,) int64 row of each item among them)."""
+    rows = {}
+    index = np.fromiter((rows.setdefault(item, len(rows)) for item in items), np.int64, len(items))
+    return list(rows), index
+
+
+def first_pairs(item_of):
+    """(items,) int64: of each item (image or caption) the lowest of its pairs, by the item of each
+    pair (n,)."""
+    return np.unique(item_of, return_index=True)[1]
+
+
+def for_model(pairs, args, preprocess, held=True, log=print):
+    """The same `Pairs` as a model reads them whose preprocessing is given: with tokens, and images
+    from `--image_cache` or, if `held`, where `--data_on` says."""
+    texts = [pairs.captions[i] for i in first_pairs(pairs.text_of)]
+    tokens, lengths = clip.tokenize_with_lengths(texts, args.context_length)
+    num_cut = int((lengths > args.context_length)[pairs.text_of].sum())
+    if num_cut:
+        log(f"warning: {num_cut} captions of {pairs.source} are longer than {args.context_length} "
+            "tokens and were cut, keeping the end token")
+    images = Images(args.dataset_root, pairs.images.names, preprocess, args.image_cache)
+    return replace(pairs, images=hold(args, images) if held else images, tokens=tokens)
+
+
+def take(pairs, chosen):
+    """The `Pairs` among `pairs` that `chosen` (n,) bool names."""
+    kept_images, image_of = np.unique(pairs.image_of[chosen], return_inverse=True)
+    kept_texts, text_of = np.unique(pairs.text_of[chosen], return_inverse=True)
+    return replace(pairs, images=Subset(pairs.images, kept_images.tolist()), image_of=image_of,
+                   image_ids=[pairs.image_ids[k] for k in kept_images], text_of=text_of,
+                   captions=[pairs.captions[i] for i in np.flatnonzero(chosen)],
+                   tokens=pairs.tokens[kept_texts],
+                   wrong=None if pairs.wrong is None else pairs.wrong[chosen])
+
+
+def fingerprint(pairs):
+    """SHA-256 (hex) of the captions and of the images they stand beside: what a bank belongs to."""
+    digest = hashlib.sha256()
+    for row, caption in zip(pairs.image_of, pairs.captions, strict=True):
+        digest.update(f"{pairs.image_ids[row]}\t{caption}\n".encode())
+    return digest.hexdigest()

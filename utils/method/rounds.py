@@ -1,0 +1,115 @@
+"""The judge's rounds: it learns from what it finds clean, and judges again (`--judge_rounds`)."""
+
+import argparse
+import copy
+import itertools
+import math
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import clip
+from utils.distributed import main_first
+from utils.method.batches import training_loader
+from utils.method.features import embed_pairs, mean_random_cosine, read_features
+from utils.method.judge import judge, report, separation
+from utils.method.neighbours import unit
+from utils.method.optimizer import adamw
+from utils.method.pairs import for_model, take
+from utils.method.passes import Passes
+
+RATES = (1e-6, 1e-5, 1e-4, 1e-3)  # learning rates that a judge chooses from
+WARMUP = 4  # steps of a round
+HELD_OUT, MOST_HELD_OUT = 0.2, 2000  # share of the images that it chooses by, and their number
+
+
+def judge_pairs(model, pairs, args, precision, log=print):
+    """What the judge that the options name, which is `model` unless they name another, finds.
+
+    Returns (`Verdict`, raw features (u, D) and (v, D) of the judge, tensors or `Rows`, dict of
+    numbers about it). With `--judge_features` no model is asked.
+    """
+    args = replaced(args, seed=args.noise_seed)
+    if args.judge_features:
+        features, scale = read_features(args.judge_features, pairs, args.device)
+        verdict = judge(*map(unit, features), scale, pairs, args)
+        report(pairs, verdict, args, log)
+        return verdict, features, {}
+    if args.judge:
+        model, pairs = other_judge(pairs, args, precision)
+    features = embed_pairs(model, pairs, args, precision, normalise=False)
+    verdict = judge(*map(unit, features), model.logit_scale, pairs, args)
+    info = {"beta": mean_random_cosine(model, args, precision)}
+    cosine = verdict.cosine  # of the initial model
+    for number in range(1, args.judge_rounds + 1):
+        rate = args.judge_lr or info.get("judge_rate") or best_rate(model, pairs, verdict.clean,
+                                                                    args, precision, log)
+        info["judge_rate"] = rate
+        log(f"judge, round {number} of {args.judge_rounds}: {args.judge_steps} steps at "
+            f"{rate:g} on {verdict.clean.sum()} pairs")
+        taught = teach(model, pairs, verdict.clean, rate, args, precision, number)
+        features = embed_pairs(taught, pairs, args, precision, normalise=False)
+        verdict = judge(*map(unit, features), taught.logit_scale, pairs, args, number)
+    report(pairs, verdict, args, log)
+    return verdict._replace(cosine=cosine), features, info
+
+
+def replaced(args, **values):
+    """A copy of the options with other values of some."""
+    return argparse.Namespace(**{**vars(args), **values})
+
+
+def other_judge(pairs, args, precision):
+    """(model, `pairs` as it reads them) of `--judge`."""
+    with main_first():
+        model, preprocess = clip.load(args.judge, device=args.device)
+    length = min(args.context_length, model.context_length)
+    own = replaced(args, context_length=length)
+    return precision.prepare(model), for_model(pairs, own, preprocess, log=lambda _: None)
+
+
+def teach(model, pairs, clean, rate, args, precision, number):
+    """A copy of `model` after `--judge_steps` steps of AdamW, as in training, on the pairs that are
+    clean, (n,) bool. `number`, of the round, goes into the order of the pairs."""
+    size = min(args.batch_size, int(clean.sum()))
+    own = replaced(args, batch_size=size, lr=rate)
+    loader = training_loader(own, pairs, chosen=np.flatnonzero(clean))
+    taught, precision = copy.deepcopy(model), precision.anew()
+    taught.grad_checkpointing = args.grad_checkpointing
+    optimizer = adamw(taught, own)
+    steps = tqdm(range(args.judge_steps), desc="judge", unit="step", disable=None, leave=False)
+    for step, batch in zip(steps, endless(loader, number), strict=False):
+        optimizer.param_groups[0]["lr"] = rate * min(1, (step + 1) / WARMUP)
+        passes = Passes(taught, batch.to(args.device), precision, accum_steps=args.accum_steps)
+        passes.backward(passes.batch().mean())
+        precision.step(taught, optimizer, args.clip_grad or math.inf)
+        precision.scaler.update()
+        with torch.no_grad():
+            taught.logit_scale.clamp_(max=math.log(100))
+    return taught
+
+
+def endless(loader, number):
+    """The batches of one epoch after the other, in an order that depends on `number`."""
+    for epoch in itertools.count():
+        loader.sampler.epoch = 1000 * number + epoch
+        yield from loader
+
+
+def best_rate(model, pairs, clean, args, precision, log):
+    """The learning rate among `RATES` under which a copy of `model`, taught on clean pairs (n,)
+    bool, best tells pairs from mismatches on images that it has not seen."""
+    if len(pairs.image_ids) < 10:
+        return RATES[1]
+    images = np.random.default_rng([args.seed, 1]).permutation(len(pairs.image_ids))
+    held_out = np.isin(pairs.image_of, images[: min(MOST_HELD_OUT, int(HELD_OUT * len(images)))])
+    few = take(pairs, held_out)
+    found = {}
+    for rate in RATES:
+        taught = teach(model, pairs, clean & ~held_out, rate, args, precision, 0)
+        features = map(unit, embed_pairs(taught, few, args, precision, normalise=False))
+        found[rate] = separation(judge(*features, taught.logit_scale, few, args, 1))
+    log("judge, learning rate: " + ", ".join(f"{rate:g} separates {value:.4f}"
+                                             for rate, value in found.items()))
+    return max(found, key=found.get)
