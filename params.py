@@ -218,8 +218,8 @@ def add_method(group, command):
     if command in ("npc", "clip"):
         group.add_argument("--train_on", choices=("all", "clean"), default=None,
                            help="draw the batches from all pairs or from the strict clean set "
-                                "alone; an epoch has as many steps either way; without it all, or "
-                                "clean for --recipe robust")
+                                "alone, whose epochs are shorter; without it all, or clean for "
+                                "--recipe robust")
     if command == "memorybank":
         group.add_argument("--format", choices=("npz", "released"), default="npz",
                            help="npz: ours, with the losses and posteriors; released: the authors' "
@@ -268,7 +268,8 @@ def add_judge(group, command):
 
 def add_optimisation(group):
     group.add_argument("--epochs", type=positive_int, default=10,
-                       help="passes over the data; fewer where dev scores fall again at the end")
+                       help="passes over the pairs that are trained on; fewer where dev scores "
+                            "fall again at the end")
     group.add_argument("--lr", type=natural_float, default=None,
                        help="peak learning rate; without it 1e-5, which suits CLIP at any number "
                             "of pairs, or for --precision fp16 the authors' 2e-7 (NPC) and 5e-7 "

@@ -33,10 +33,12 @@ from utils.files import atomic_write
 from utils.method.memorybank import bank_path
 from utils.training import checkpoints, history, loop
 from utils.training.interruptions import INTERRUPTED
+from utils.training.schedule import warmup_cosine
 
 EPOCHS, BATCH, STEPS = 3, 7, 8  # 60 pairs: 8 steps an epoch
 SCRIPTS = {"npc": (NPC, ["--recipe", "paper"]), "clip": (CLIP, ["--recipe", "released"]),
-           "clean": (CLIP, ["--train_on", "clean", "--clean_threshold", "0.3", "--freeze", "text"])}
+           "clean": (CLIP, ["--train_on", "clean", "--clean_threshold", "0.3", "--freeze", "text",
+                            "--batch_size", "3"])}
 
 
 def bank_of(folder, root):
@@ -204,19 +206,25 @@ def test_scores_of_the_reference_tell_epochs_apart(whole):
 
 
 def test_a_frozen_tower_and_a_clean_set(data, whole):
-    """The tower keeps its weights exactly; the log says how many pairs are trained on, and the
-    epochs have as many steps as with all of them."""
+    """The tower keeps its weights exactly; the log says how many pairs are trained on, and an
+    epoch is one pass over these: its steps, its rates and its lines."""
     start = clip.read_checkpoint(data.model)
     end = read(whole["clean"] / "epoch3.pt")
-    assert end["step"] == EPOCHS * STEPS
     for name, value in end["state_dict"].items():
         frozen = not name.startswith("visual.") and name != "logit_scale"
         assert torch.equal(value, start[name]) == frozen, name
     towers = [name for name in start if name.startswith("visual.")]
     assert len(end["optimizer"]["state"]) == len(towers) + 1
     clean = np.load(bank_of(whole["clean"], data.root))["clean"]
+    steps = clean.sum() // 3
+    assert end["step"] == EPOCHS * steps and 3 < steps < 20
     log = (whole["clean"] / "log.txt").read_text()
-    assert f"training: {clean.sum()} of 60 pairs ({clean.mean():.1%})" in log and not clean.all()
+    assert (f"training: {clean.sum()} of 60 pairs ({clean.mean():.1%}), batch size 3, "
+            f"{steps} steps an epoch") in log
+    assert f"epoch 3, step {steps}: " in log
+    lines = [json.loads(line) for line in (whole["clean"] / "log.jsonl").read_text().splitlines()]
+    assert [line["lr"] for line in lines] == pytest.approx([
+        warmup_cosine(epoch * steps - 1, 1e-3, 3, EPOCHS * steps) for epoch in (1, 2, 3)])
 
 
 def test_finished_run_resumed_does_nothing(data, copied):
@@ -229,6 +237,17 @@ def test_finished_run_resumed_does_nothing(data, copied):
     said = run(NPC, [*argv, "--epochs", "2"], folder.parent / "out2", 2)
     assert "3 epochs and 24 steps of --epochs 2 are done" in said.splitlines()[-1]
     assert [(folder / name).read_bytes() for name in names] == before
+
+
+def test_epochs_of_another_length_are_refused(data, copied):
+    """As of a version in which those of a clean set were as long as those of all pairs."""
+    folder = copied("clean")
+    state = clip.read_checkpoint(folder / "epoch3.pt")
+    torch.save({**state, "epoch": 2}, folder / "epoch3.pt")
+    argv = arguments(data, "clean", folder.parent, "--resume", folder / "epoch3.pt")
+    said = run(CLIP, argv, folder.parent / "out", 2).splitlines()[-1]
+    steps = state["step"]
+    assert f"{steps} steps are not 2 epochs of {steps // 3} steps" in said
 
 
 def test_more_epochs_go_on_from_the_last(data, copied):

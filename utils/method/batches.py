@@ -106,30 +106,21 @@ class Batches(Dataset):
 
 
 class EpochSampler(Sampler):
-    """Batches of shuffled indices; the order depends on seed and epoch alone, the last incomplete
-    batch is dropped. An epoch starts at batch `first`.
+    """An epoch: one pass over the `chosen` indices (k,) int64, shuffled, in batches of which the
+    last incomplete one is dropped. The order depends on seed and epoch alone. An epoch starts at
+    batch `first`."""
 
-    With `chosen` (k,) int64 it draws from these indices only, in as many batches as all n give:
-    they are shuffled anew whenever they are used up, no batch has one twice.
-    """
-
-    def __init__(self, n, batch_size, seed, chosen=None):
-        self.n, self.batch_size, self.seed, self.epoch, self.first = n, batch_size, seed, 0, 0
-        self.chosen = np.arange(n) if chosen is None else chosen
+    def __init__(self, chosen, batch_size, seed):
+        self.chosen, self.batch_size, self.seed = chosen, batch_size, seed
+        self.epoch = self.first = 0
 
     def __len__(self):
-        return self.n // self.batch_size
+        return len(self.chosen) // self.batch_size
 
     def __iter__(self):
-        rng, left = np.random.default_rng([self.seed, self.epoch]), self.chosen[:0]
-        for index in range(len(self)):
-            if len(left) < self.batch_size:
-                again = self.chosen[rng.permutation(len(self.chosen))]
-                doubled = np.isin(again, left)
-                left = np.concatenate([left, again[~doubled], again[doubled]])
-            if index >= self.first:
-                yield left[: self.batch_size].tolist()
-            left = left[self.batch_size :]
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.chosen)
+        for index in range(self.first, len(self)):
+            yield order[index * self.batch_size : (index + 1) * self.batch_size].tolist()
 
 
 def require_batch(args, num_pairs):
@@ -142,8 +133,9 @@ def require_batch(args, num_pairs):
 def training_loader(args, pairs, bank=None, chosen=None, random_memory=False):
     """DataLoader of `Batch`es, of all pairs or of the `chosen` ones (k,) int64, with their memory
     entries in a `bank`; set `loader.sampler.epoch` (and `first`) before each epoch."""
-    require_batch(args, len(pairs) if chosen is None else len(chosen))
-    sampler = EpochSampler(len(pairs), args.batch_size, args.seed, chosen)
+    chosen = np.arange(len(pairs)) if chosen is None else chosen
+    require_batch(args, len(chosen))
+    sampler = EpochSampler(chosen, args.batch_size, args.seed)
     batches = Batches(pairs, bank, random_memory, args.seed)
     workers = 0 if in_memory(pairs.images) else len(sampler)
     return loader(args, batches, workers, sampler=sampler, batch_size=None)

@@ -27,7 +27,7 @@ def fit(run, model, dev, optimizers, loader, step):
     cannot be written.
     """
     args, pairs, epoch_steps = run.args, loader.dataset.pairs, len(loader)
-    schedule = Schedule(args, run.recipe, epoch_steps, len(pairs))
+    schedule = Schedule(args, run.recipe, epoch_steps, len(loader.sampler.chosen))
     history = History(run, pairs, epoch_steps)
     saver = Saver(run, model, optimizers, history, hash_of_data(loader))
     done = saver.restore()

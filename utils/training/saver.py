@@ -59,6 +59,9 @@ class Saver:
         self.history.load(state["history"])
         self.best, self.best_epoch = float(state["best_score"]), int(state["best_epoch"])
         steps = int(state["step"])
+        if steps // self.history.epoch_steps != state["epoch"] and not self.run.args.force_resume:
+            raise ValueError(f"{steps} steps are not {state['epoch']} epochs of "
+                             f"{self.history.epoch_steps} steps")
         if steps < 1 or state["epoch"] > self.run.args.epochs:
             raise ValueError(f"{state['epoch']} epochs and {steps} steps of --epochs "
                              f"{self.run.args.epochs} are done")
