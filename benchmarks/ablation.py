@@ -78,7 +78,7 @@ def draw_by_posterior():
                 return
             rng = np.random.default_rng([self.seed, self.epoch])
             for _ in range(len(self)):
-                yield rng.choice(self.n, self.batch_size, False, self.probability).tolist()
+                yield rng.choice(self.chosen, self.batch_size, False, self.probability).tolist()
 
     def all_pairs(bank):
         Sampler.probability = bank.posterior.astype(float) / bank.posterior.sum(dtype=float)
