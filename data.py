@@ -39,7 +39,7 @@ def _pairs(args, split, ids, captions, source, preprocess, log):
     pairs = Pairs(Images(args.dataset_root, names, None), image_ids, image_of, captions,
                   first_seen(captions)[1], None, source)
     if preprocess:  # the test split is read once
-        pairs = for_model(pairs, args, preprocess, "data_on" in args and split != "test", log)
+        pairs = for_model(pairs, args, preprocess, split != "test", log)
     images = pairs.images
     place = f"; images are kept in memory ({images.device})" if in_memory(images) else ""
     log(f"{split}: {len(captions)} captions of {len(image_ids)} images from {source}{place}")
@@ -64,8 +64,6 @@ def training_pairs(args, preprocess, log=print):
         read_ids(args.dataset_root, "train", len(clean_captions), args.num_anns, clean)
     captions, path = training_captions(args, log)
     ids = read_ids(args.dataset_root, "train", len(captions), args.num_anns, path)
-    if "epochs" in args:  # a training run, which should not build a bank in vain
-        require_batch(args, len(captions))
     pairs = _pairs(args, "train", ids, captions, path, preprocess, log)
     if args.noise_ratio and len(clean_captions) == len(captions):
         pairs.wrong = wrong_pairs(clean_captions, captions, pairs.image_of)
@@ -80,6 +78,14 @@ def retrieval_split(args, split, preprocess, log=print):
     if split == "dev" and args.dev_length:
         ids, captions = ids[: args.dev_length], captions[: args.dev_length]
     return _pairs(args, split, ids, captions, path, preprocess, log)
+
+
+def training_data(args, preprocess, log=print):
+    """(training pairs, dev split) of a training run, which is refused before it builds a bank in
+    vain if the pairs fill no batch."""
+    pairs = training_pairs(args, preprocess, log)
+    require_batch(args, len(pairs))
+    return pairs, retrieval_split(args, "dev", preprocess, log)
 
 
 @command

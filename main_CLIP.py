@@ -4,7 +4,7 @@
     python main_CLIP.py --eval --resume CKPT --dataset coco --dataset_root PATH
 """
 
-from data import retrieval_split, training_pairs
+from data import retrieval_split, training_data
 from params import parse_args
 from utils.errors import command
 from utils.method.batches import training_loader
@@ -24,8 +24,7 @@ def main(argv=None):
     if args.eval:
         return run.evaluate_test(model, retrieval_split(args, "test", preprocess, run.log))
 
-    pairs = training_pairs(args, preprocess, run.log)
-    dev = retrieval_split(args, "dev", preprocess, run.log)
+    pairs, dev = training_data(args, preprocess, run.log)
     chosen = None
     if args.train_on == "clean":
         bank = memory_bank(model, pairs, args, run.precision, run.log,

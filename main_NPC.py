@@ -11,7 +11,7 @@ import copy
 
 import torch
 
-from data import retrieval_split, training_pairs
+from data import retrieval_split, training_data
 from params import parse_args
 from utils.errors import command
 from utils.method.batches import training_loader
@@ -33,8 +33,7 @@ def main(argv=None):
         return run.evaluate_test(A, retrieval_split(args, "test", preprocess, run.log))
 
     # The memory bank: clean pairs that resemble each training image and caption, found by A_0
-    pairs = training_pairs(args, preprocess, run.log)
-    dev = retrieval_split(args, "dev", preprocess, run.log)
+    pairs, dev = training_data(args, preprocess, run.log)
     bank = memory_bank(A, pairs, args, run.precision, run.log, run.state.get("args"))
 
     npc = NPC(A, run, bank)

@@ -14,9 +14,11 @@ from utils.reading.layout import DATASETS, SPLITS, split_folder
 from utils.reading.noise import KINDS, SEED
 from utils.training.precision import PRECISIONS
 
+ADAMW = {"beta1": 0.9, "beta2": 0.98, "eps": 1e-6, "weight_decay": 0.2}  # CLIP's
 SCORES = ("judge", "loss", "cosine", "npc")
 NEIGHBOURS = 15  # of a judge that is not the paper's
 CLEAN_THRESHOLD, PAPER_CLEAN_THRESHOLD = 0.8, 0.9
+HALF_LR = {"npc": 2e-7, "clip": 5e-7}  # of commands that train, for half weights: the authors'
 
 
 FIRST_STEPS = {
@@ -52,411 +54,6 @@ class Parser(argparse.ArgumentParser):
                 for match in difflib.get_close_matches(word, choices, 1)]
         hint = f"did you mean {near[0]}? " if near else ""
         self.exit(2, f"error: {message} ({hint}{self.prog} --help lists the options)\n")
-
-
-def parse_args(command, argv=None):
-    """Options of a command: `npc`, `clip`, `memorybank`, `noise`, `cache`, `find_noise`, `search`,
-    `interpolate`, `export`.
-
-    Returns a namespace with defaults filled in (`device` is a torch.device). Bad values end the
-    program with one line on stderr and status 2.
-    """
-    if command in FIRST_STEPS and not (sys.argv[1:] if argv is None else argv):
-        sys.exit(FIRST_STEPS[command].rstrip())
-    parser = Parser({"npc": "Train or evaluate NPC.",
-                     "clip": "Train or evaluate the CLIP baseline.",
-                     "memorybank": "Build the memory bank of a training set.",
-                     "noise": "Make a noisy caption file.",
-                     "cache": "Decode all images ahead.",
-                     "find_noise": "Rank the training pairs by how suspicious they are.",
-                     "search": "Find images by text, or captions by image.",
-                     "interpolate": "Average the initial model and the trained one.",
-                     "export": "Write a checkpoint for transformers or open_clip."}[command])
-    if command == "export":
-        parser.add_argument("--resume", required=True, metavar="CKPT", help="checkpoint to export")
-        add_activation(parser)
-        parser.add_argument("--format", choices=("transformers", "open_clip"),
-                            default="transformers",
-                            help="transformers: for CLIPModel.from_pretrained, Vision Transformers "
-                                 "only; open_clip: for create_model('local-dir:DIR')")
-        parser.add_argument("--out", required=True, metavar="DIR", help="new folder to write")
-        return parser.parse_args(argv)
-    training = command in ("npc", "clip")
-    add_data(parser.add_argument_group("data"), command)
-    if command == "interpolate":
-        add_interpolation(parser.add_argument_group("model"))
-    elif command not in ("noise", "cache"):
-        add_model(parser.add_argument_group("model"), training)
-    if training or command in ("memorybank", "find_noise"):
-        add_method(parser.add_argument_group("method"), command)
-        add_judge(parser.add_argument_group("judge"), command)
-    if command == "find_noise":
-        add_findings(parser.add_argument_group("findings"))
-    if command == "search":
-        add_search(parser.add_argument_group("search"))
-    if training:
-        add_optimisation(parser.add_argument_group("optimisation"))
-    add_run(parser.add_argument_group("run"), command)
-    if command != "noise":
-        add_evaluation(parser.add_argument_group("evaluation"), command)
-    args = parser.parse_args(argv)
-    check(parser, args)
-    return args
-
-
-def add_data(group, command):
-    group.add_argument("--dataset", choices=DATASETS, default=None,
-                       help="how image ids become file names: coco, f30k, cc, or pairs for any "
-                            "collection with an image_name.txt; without it pairs where that file "
-                            "is, else coco")
-    group.add_argument("--dataset_root", default="./dataset/MSCOCO",
-                       help="folder of the data set, with annotations/ and images/ "
-                            "(dataset/README.md)")
-    group.add_argument("--num_anns", type=positive_int, default=None,
-                       help="captions per line of train_ids.txt; without it 5 for coco and f30k, "
-                            "1 for cc, whatever fits for pairs")
-    group.add_argument("--noise_ratio", type=ratio, default=0.0,
-                       help="share of training captions that are shuffled, in [0, 1); the caption "
-                            "file of this ratio, kind and seed is made when it is missing")
-    group.add_argument("--noise_kind", choices=KINDS, default="random",
-                       help="random: the drawn captions are shuffled, as in the paper; similar: "
-                            "each changes places with the most similar one of another image, a "
-                            "near miss, as mistakes often are")
-    group.add_argument("--noise_seed", type=seed, default=None,
-                       help="seed of the noise and of the memory bank; without it --seed. Give "
-                            "that of another run to repeat its training alone, on the same noise "
-                            "and bank")
-    if command == "noise":
-        return
-    group.add_argument("--context_length", type=at_least_two, default=77,
-                       help="longest caption in tokens, both end marks included; longer ones are "
-                            "cut; at most the model's (77 for all published ones)")
-    if command not in ("cache", "search"):
-        group.add_argument("--data_on", choices=("auto", "device", "workers"), default="auto",
-                           help="where the decoded images stay between steps and passes: in the "
-                                "memory of the device, or nowhere, and worker processes read them "
-                                "each time; auto: on the device if they fill at most a third of "
-                                "it, else with workers, as always under torchrun or where one pass "
-                                "is made")
-    group.add_argument("--num_workers", type=natural_int, default=min(8, os.cpu_count() or 1),
-                       help="processes that read images; 0 reads in the main process, which is "
-                            "best for very small images")
-    if command == "cache":
-        what = group.add_mutually_exclusive_group(required=True)
-        what.add_argument("--cache", dest="image_cache", metavar="DIR", default="off",
-                          help="folder of the image cache: 0.15 MB an image at 224 pixels")
-        what.add_argument("--list_items", metavar="DIR",
-                          help="list the distinct training images and captions there, for a model "
-                               "of another kind that is to judge them (--judge_features)")
-        group.add_argument("--vision_model", default="ViT-B/32", metavar="NAME|PATH",
-                           help="model whose resolution the images are cut to")
-    else:
-        group.add_argument("--image_cache", default="off", metavar="off|DIR",
-                           help="keep the decoded and cropped images in a file in this folder, "
-                                "0.15 MB each at 224 pixels; later passes and runs read them from "
-                                "there, bit for bit the same")
-
-
-def add_model(group, training):
-    group.add_argument("--vision_model", default=None, metavar="NAME|PATH",
-                       help="initial model: one of OpenAI's (ViT-B/32, ViT-B/16, ViT-L/14, "
-                            "ViT-L/14@336px, RN50, RN101, RN50x4, RN50x16, RN50x64), tiny (random "
-                            "weights), a checkpoint file, or a folder of open_clip or Hugging "
-                            "Face; without it ViT-B/32, or what --resume holds")
-    group.add_argument("--resume", default=None, metavar="CKPT",
-                       help="checkpoint to start from; a training state of this script is "
-                            "continued where it stopped; auto: the newest intact one of this "
-                            "experiment, if there is any" if training else
-                            "checkpoint whose weights are used")
-    add_activation(group)
-    add_arithmetic(group)
-
-
-def add_arithmetic(group):
-    group.add_argument("--device", type=device, default=None,
-                       help="cpu or cuda; without it cuda where there is one")
-    group.add_argument("--precision", choices=PRECISIONS, default=None,
-                       help="fp32; amp_bf16 or amp_fp16: half-precision arithmetic on fp32 "
-                            "weights; fp16: weights and optimiser state in half, as the released "
-                            "script runs on a GPU. Without it amp_bf16 on cuda, fp32 on cpu")
-
-
-def add_interpolation(group):
-    group.add_argument("--resume", required=True, metavar="CKPT", help="the trained model")
-    group.add_argument("--initial", required=True, metavar="NAME|PATH",
-                       help="the model that it started from, as for --vision_model in training")
-    add_activation(group)
-    add_arithmetic(group)
-    group.add_argument("--out", default=None, metavar="FILE",
-                       help="checkpoint to write; without it interpolated.pt beside --resume")
-    group.set_defaults(vision_model=None, recipe="paper")
-
-
-def add_activation(group):
-    group.add_argument("--activation", choices=("quick_gelu", "gelu"), default=None,
-                       help="of the model's transformers, where a file holds nothing but weights; "
-                            "OpenAI's, MetaCLIP's and DFN's models have quick_gelu, LAION's and "
-                            "DataComp's gelu; without it quick_gelu, and the log says so")
-
-
-def add_method(group, command):
-    group.add_argument("--recipe", choices=RECIPES,
-                       default="robust" if command == "find_noise" else "paper",
-                       help="follow the paper; what the authors' released script does; or robust, "
-                            "training on what a better judge finds clean (docs/fidelity.md)")
-    if command == "npc":
-        group.add_argument("--weighting", choices=WEIGHTINGS, default=None,
-                           help="weight of a pair's loss: " + "; ".join(
-                               f"{name}: {w.help}" for name, w in WEIGHTINGS.items())
-                           + "; without it npc, or none for --recipe robust")
-        group.add_argument("--memory", choices=("nearest", "random"), default="nearest",
-                           help="memory entries of a batch: the clean pairs nearest to its images "
-                                "and captions, as in the paper, or clean pairs by chance")
-        group.add_argument("--memory_loss_weight", type=natural_float, default=None,
-                           help="factor of the loss on the memory entries; 0 turns it off; without "
-                                "it 1, or 0 for --recipe robust")
-    if command in ("npc", "clip"):
-        group.add_argument("--train_on", choices=("all", "clean"), default=None,
-                           help="draw the batches from all pairs or from the strict clean set "
-                                "alone, whose epochs are shorter; without it all, or clean for "
-                                "--recipe robust")
-    if command == "memorybank":
-        group.add_argument("--format", choices=("npz", "released"), default="npz",
-                           help="npz: ours, with the losses and posteriors; released: the authors' "
-                                "two pickled dictionaries")
-    group.add_argument("--clean_threshold", type=probability, default=None,
-                       help="posterior above which a pair is in the strict clean set; raise it "
-                            "when precision is low, lower it when the set is small; without it "
-                            f"{PAPER_CLEAN_THRESHOLD} with the paper's judge, {CLEAN_THRESHOLD} "
-                            "with others")
-    group.add_argument("--min_clean", type=probability, default=0.02,
-                       help="smallest share of pairs in the strict clean set: when fewer pass the "
-                            "threshold, it is made of the least suspicious pairs instead")
-
-
-def add_judge(group, command):
-    group.add_argument("--judge_rounds", type=natural_int, default=None, metavar="N",
-                       help="times that the judge learns from the pairs which it finds clean, then "
-                            "judges again; 0: the initial model judges; without it 0, or 2 for "
-                            "--recipe robust")
-    group.add_argument("--judge_steps", type=positive_int, default=16, metavar="K",
-                       help="optimiser steps of a round; many more overfit")
-    group.add_argument("--judge_neighbours", type=natural_int, default=None, metavar="K",
-                       help="before the first round a pair must also agree with the K nearest "
-                            f"neighbours of its image and caption; 0: not; without it {NEIGHBOURS} "
-                            "with rounds or for --recipe robust, else 0, the paper's")
-    group.add_argument("--search_among", type=at_least_two, default=None, metavar="N",
-                       help="look for these neighbours, and find_noise.py for its best captions "
-                            "and clean pairs, among N random items, so that the time grows with "
-                            "the number of pairs rather than its square: 16384 for a million "
-                            "pairs on a CPU; fewer find a little less; without it among all")
-    group.add_argument("--judge_lr", type=natural_float, default=None, metavar="LR",
-                       help="learning rate of the rounds; without it --lr where there is one, else "
-                            "that of 1e-6, 1e-5, 1e-4, 1e-3 which works best on images held out")
-    group.add_argument("--judge", default=None, metavar="NAME|PATH",
-                       help="another model that judges, as for --vision_model; without it the "
-                            "initial model")
-    group.add_argument("--judge_features", default=None, metavar="PATH",
-                       help="judge by the features of a model of any kind, in this .npz file or "
-                            "folder (docs/finding_noise.md); no model is asked and there are no "
-                            "rounds then")
-    if command in ("memorybank", "find_noise"):  # elsewhere these are options of training
-        add_memory_savers(group)
-        group.set_defaults(lr=None, beta1=0.9, beta2=0.98, eps=1e-6, weight_decay=0.2,
-                           clip_grad=10.0)
-
-
-def add_optimisation(group):
-    group.add_argument("--epochs", type=positive_int, default=10,
-                       help="passes over the pairs that are trained on; fewer where dev scores "
-                            "fall again at the end")
-    group.add_argument("--lr", type=natural_float, default=None,
-                       help="peak learning rate; without it 1e-5, which suits CLIP at any number "
-                            "of pairs, or for --precision fp16 the authors' 2e-7 (NPC) and 5e-7 "
-                            "(CLIP), which are too small elsewhere (docs/precision.md)")
-    group.add_argument("--warmup", type=natural_int, default=None,
-                       help="optimiser steps of linear warm-up; without it 500, but at most a "
-                            "tenth of all steps unless --recipe released")
-    group.add_argument("--beta1", type=probability, default=0.9,
-                       help="AdamW's decay of the mean gradient; CLIP's, seldom changed")
-    group.add_argument("--beta2", type=probability, default=0.98,
-                       help="AdamW's decay of the squared gradient; CLIP's, seldom changed")
-    group.add_argument("--eps", type=natural_float, default=1e-6,
-                       help="AdamW's epsilon; with --precision fp16 it sets the step as much as "
-                            "--lr does, so that both change together")
-    group.add_argument("--weight_decay", type=natural_float, default=0.2,
-                       help="AdamW's decoupled weight decay, on all parameters; a step decays by "
-                            "this times the learning rate: at 1e-6 it hardly matters")
-    group.add_argument("--freeze", choices=("none", "image", "text"), default="none",
-                       help="tower that keeps its weights, where there are few pairs or the other "
-                            "tower alone is new; the temperature is trained in any case")
-    add_memory_savers(group)
-    group.add_argument("--compile", action="store_true",
-                       help="compile the towers' blocks with torch.compile, once for each of a "
-                            "few shapes: minutes at the start, perhaps faster steps on a GPU, "
-                            "which is not measured")
-    group.add_argument("--clip_grad", type=natural_float, default=10.0,
-                       help="largest norm of the gradient; 0 leaves it alone; lower it when "
-                            "grad_norm in the log has spikes")
-
-
-def add_memory_savers(group):
-    group.add_argument("--accum_steps", type=positive_int, default=1,
-                       help="encode a batch in so many pieces and compute each again in the "
-                            "backward pass: less memory, the same gradients, slower")
-    group.add_argument("--grad_checkpointing", action="store_true",
-                       help="keep only the input of each residual block and compute the rest again "
-                            "in the backward pass: less memory, the same gradients, slower")
-
-
-def add_findings(group):
-    group.add_argument("--score", choices=SCORES, default="judge",
-                       help="what makes a pair suspicious: what the judge says; a high loss among "
-                            "the pairs of its batch; a low cosine; a low mean weight in an NPC run "
-                            "(--weights)")
-    group.add_argument("--weights", default=None, metavar="FILE",
-                       help="weights.npz of an NPC run on the same captions, for --score npc")
-    group.add_argument("--labels", default=None, metavar="FILE",
-                       help="decisions.csv of the HTML page, or suspicious_pairs.csv with its "
-                            "column decision filled in: says how many pairs are wrong and how "
-                            "right each --keep_above is, and overrules what was computed")
-    group.add_argument("--wanted_precision", type=probability, default=0.95,
-                       help="with --labels: share of right pairs among those kept, for which a "
-                            "--keep_above is proposed")
-    group.add_argument("--worst", type=positive_int, default=200,
-                       help="pairs on the HTML page; the CSV file holds all")
-    group.add_argument("--out", default="./logs/noise", metavar="DIR",
-                       help="folder for suspicious_pairs.csv and suspicious_pairs.html")
-    group.add_argument("--write_clean", default=None, metavar="DIR",
-                       help="also make a data set in this new folder, without the pairs that are "
-                            "probably wrong, whatever --score is, and with the same images, dev "
-                            "and test split")
-    group.add_argument("--keep_above", type=probability, default=0.5,
-                       help="smallest posterior of being clean that --write_clean keeps; raise it "
-                            "for fewer and cleaner pairs")
-
-
-def add_search(group):
-    group.add_argument("query", help="a text, which finds images, or an image file, which finds "
-                                     "captions")
-    group.add_argument("--split", choices=SPLITS, default="test",
-                       help="split of the data set that is searched")
-    group.add_argument("--top", type=positive_int, default=10, help="results to show and draw")
-    group.add_argument("--out", default="./logs/search.png", metavar="FILE",
-                       help="contact sheet of the results, a PNG")
-    group.set_defaults(recipe="paper")  # recipes differ in training only
-
-
-def add_run(group, command):
-    group.add_argument("--seed", type=seed, default=SEED,
-                       help="seed of the noise, the bank, the order of the pairs and random "
-                            "weights; change it for another repetition of all of it")
-    if command not in ("noise", "cache", "search", "interpolate"):
-        group.add_argument("--batch_size", type=at_least_two, default=None,
-                           help="pairs in a step; every pair is contrasted with the others of its "
-                                "batch; for less memory rather use --accum_steps; without it 256, "
-                                "or for fewer than 4096 pairs a sixteenth of them, at least 8")
-    if command in ("npc", "clip"):
-        group.add_argument("--checkpoint_path", default="./logs",
-                           help="folder of all experiments; one on a disk with room")
-        group.add_argument("--experiments", default="ex0",
-                           help="name of this experiment's folder in it; a new one for each run")
-        group.add_argument("--name", default={"npc": "NPC", "clip": "CLIP"}[command],
-                           help="name that is stored in the checkpoints, and shown by "
-                                "benchmarks/table.py")
-        group.add_argument("--display", type=positive_int, default=20,
-                           help="steps between two lines of the log and points in TensorBoard, "
-                                "which an epoch's end also gives")
-        group.add_argument("--save_every", type=natural_int, default=0, metavar="STEPS",
-                           help="save the training state every so many steps too, where an epoch "
-                                "is too long to lose; 0: at each epoch's end alone")
-        group.add_argument("--keep_checkpoints", type=natural_int, default=2, metavar="K",
-                           help="keep the last K checkpoints beside best.pt (each takes 20 bytes "
-                                "a parameter for NPC in fp32); 0: all epochs")
-        group.add_argument("--overwrite", action="store_true",
-                           help="delete what an earlier run has left in that folder, once data "
-                                "and model are read; without it such a folder is refused")
-        group.add_argument("--force_resume", action="store_true",
-                           help="resume although options or data that make it another run changed, "
-                                "when you mean it")
-
-
-def add_evaluation(group, command):
-    if command in ("npc", "clip"):
-        group.add_argument("--eval", action="store_true",
-                           help="score --resume (or the initial model) on the test split and stop")
-    group.add_argument("--eval_batch_size", type=positive_int, default=64,
-                       help="images or captions that are encoded at a time outside training; "
-                            "changes speed and memory, never a score")
-    if command not in ("memorybank", "find_noise"):
-        group.add_argument("--dev_length", type=positive_int, default=None,
-                           help="use only so many dev captions for choosing the best epoch, where "
-                                "scoring takes long; without it all of them")
-
-
-def check(parser, args):
-    """Fill in what depends on other options or on the machine."""
-    if "score" in args and (args.score == "npc") != (args.weights is not None):
-        parser.error("--score npc and --weights RUN/weights.npz go together")
-    if getattr(args, "resume", None) == "":
-        parser.error("--resume '' names no checkpoint")
-    if getattr(args, "overwrite", False) and args.resume == "auto":
-        parser.error("--overwrite deletes what --resume auto continues; give one of them")
-    if args.dataset is None:
-        named = (split_folder(args.dataset_root) / "image_name.txt").exists()
-        args.dataset = "pairs" if named else "coco"
-    if args.num_anns is None:
-        args.num_anns = DATASETS[args.dataset]
-    if args.noise_seed is None:
-        args.noise_seed = args.seed
-    if "precision" in args:
-        if args.device is None:
-            args.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        if args.device.type == "cuda" and (args.device.index or 0) >= torch.cuda.device_count():
-            parser.error(f"--device {args.device}: torch sees {torch.cuda.device_count()} CUDA "
-                         "devices here; --device cpu works everywhere")
-        if args.precision is None:
-            args.precision = "amp_bf16" if args.device.type == "cuda" else "fp32"
-    elif "image_cache" in args:  # reading images alone
-        args.device = torch.device("cpu")
-    if getattr(args, "batch_size", 0) is None:
-        args.batch_size = min(256, max(8, number_of_pairs(args.dataset_root) // 16))
-    if "epochs" in args and args.lr is None:
-        half = 2e-7 if "weighting" in args else 5e-7
-        args.lr = half if args.precision == "fp16" else 1e-5
-    fill_in(parser, args)
-
-
-def number_of_pairs(dataset_root):
-    """Lines of train_caps.txt; without that file, of which reading the data will tell, plenty."""
-    path = split_folder(dataset_root) / "train_caps.txt"
-    if not os.path.isfile(path):
-        return 10**6
-    with open(path, "rb") as f:
-        return sum(1 for _ in f)
-
-
-def fill_in(parser, args):
-    """Options of method and judge that depend on the recipe, where they are not given."""
-    if "judge_rounds" not in args:
-        return
-    for name in ("weighting", "memory_loss_weight", "train_on", "judge_rounds"):
-        if getattr(args, name, 0) is None:
-            setattr(args, name, getattr(RECIPES[args.recipe], name))
-    if args.judge_features:
-        if args.judge:
-            parser.error("--judge and --judge_features name two judges; give one")
-        args.judge_rounds = 0
-    if args.judge_lr is None and args.judge_rounds:
-        args.judge_lr = args.lr
-    if args.judge_neighbours is None:
-        own = args.judge_rounds or RECIPES[args.recipe].judge_rounds
-        args.judge_neighbours = NEIGHBOURS if own else 0
-    if args.data_on == "auto" and "epochs" not in args and not args.judge_rounds:
-        args.data_on = "workers"  # which suits a single pass
-    if args.clean_threshold is None:
-        own = args.judge_rounds or args.judge_neighbours
-        args.clean_threshold = CLEAN_THRESHOLD if own else PAPER_CLEAN_THRESHOLD
 
 
 # ---- types: each names what it expects, argparse names the option -------------------------------
@@ -495,3 +92,365 @@ def device(text):
     if value is None or value.type not in ("cpu", "cuda"):
         raise argparse.ArgumentTypeError(f"expected cpu, cuda or cuda:N, got '{text}'")
     return value
+
+
+# ---- options ------------------------------------------------------------------------------------
+
+OPTIONS = {}
+
+
+def option(name, of=None, **settings):
+    """Put an option of all commands, or that of one, in the table; `settings` are argparse's."""
+    OPTIONS[name.lstrip("-"), of] = name, settings
+
+
+option("--dataset", choices=DATASETS, help="""
+    how image ids become file names: coco, f30k, cc, or pairs for any collection with an
+    image_name.txt; without it pairs where that file is, else coco""")
+option("--dataset_root", default="./dataset/MSCOCO", help="""
+    folder of the data set, with annotations/ and images/ (dataset/README.md)""")
+option("--num_anns", type=positive_int, help="""
+    captions per line of train_ids.txt; without it 5 for coco and f30k, 1 for cc, whatever fits for
+    pairs""")
+option("--noise_ratio", type=ratio, default=0.0, help="""
+    share of training captions that are shuffled, in [0, 1); the caption file of this ratio, kind
+    and seed is made when it is missing""")
+option("--noise_kind", choices=KINDS, default="random", help="""
+    random: the drawn captions are shuffled, as in the paper; similar: each changes places with the
+    most similar one of another image, a near miss, as mistakes often are""")
+option("--noise_seed", type=seed, help="""
+    seed of the noise and of the memory bank; without it --seed. Give that of another run to repeat
+    its training alone, on the same noise and bank""")
+option("--context_length", type=at_least_two, default=77, help="""
+    longest caption in tokens, both end marks included; longer ones are cut; at most the model's (77
+    for all published ones)""")
+option("--num_workers", type=natural_int, default=min(8, os.cpu_count() or 1), help="""
+    processes that read images; 0 reads in the main process, which is best for very small images""")
+option("--data_on", choices=("auto", "device", "workers"), default="auto", help="""
+    where the decoded images stay between steps and passes: in the memory of the device, or nowhere,
+    and worker processes read them each time; auto: on the device if they fill at most a third of
+    it, else with workers, as always under torchrun or where one pass is made""")
+option("--image_cache", default="off", metavar="off|DIR", help="""
+    keep the decoded and cropped images in a file in this folder, 0.15 MB each at 224 pixels; later
+    passes and runs read them from there, bit for bit the same""")
+option("--cache", dest="image_cache", metavar="DIR", default="off", help="""
+    folder of the image cache: 0.15 MB an image at 224 pixels""")
+option("--list_items", metavar="DIR", help="""
+    list the distinct training images and captions there, for a model of another kind that is to
+    judge them (--judge_features)""")
+
+option("--vision_model", of="cache", default="ViT-B/32", metavar="NAME|PATH", help="""
+    model whose resolution the images are cut to""")
+option("--vision_model", metavar="NAME|PATH", help="""
+    initial model: one of OpenAI's (ViT-B/32, ViT-B/16, ViT-L/14, ViT-L/14@336px, RN50, RN101,
+    RN50x4, RN50x16, RN50x64), tiny (random weights), a checkpoint file, or a folder of open_clip or
+    Hugging Face; without it ViT-B/32, or what --resume holds""")
+option("--resume", metavar="CKPT", help="""
+    checkpoint to start from; in training, a state of the same script is continued where it stopped,
+    and auto is the newest intact one of this experiment, if there is any""")
+option("--resume", of="interpolate", required=True, metavar="CKPT", help="the trained model")
+option("--resume", of="export", required=True, metavar="CKPT", help="checkpoint to export")
+option("--initial", required=True, metavar="NAME|PATH", help="""
+    the model that it started from, as for --vision_model in training""")
+option("--activation", choices=("quick_gelu", "gelu"), help="""
+    of the model's transformers, where a file holds nothing but weights; OpenAI's, MetaCLIP's and
+    DFN's models have quick_gelu, LAION's and DataComp's gelu; without it quick_gelu, and the log
+    says so""")
+option("--device", type=device, help="cpu or cuda; without it cuda where there is one")
+option("--precision", choices=PRECISIONS, help="""
+    fp32; amp_bf16 or amp_fp16: half-precision arithmetic on fp32 weights; fp16: weights and
+    optimiser state in half, as the released script runs on a GPU. Without it amp_bf16 on cuda, fp32
+    on cpu""")
+
+option("--recipe", choices=RECIPES, help="""
+    follow the paper; what the authors' released script does; or robust, training on what a better
+    judge finds clean (docs/fidelity.md)""")
+option("--weighting", choices=WEIGHTINGS, help=lambda: (  # of the table as it is by then
+    "weight of a pair's loss: "
+    + "; ".join(f"{name}: {w.help}" for name, w in WEIGHTINGS.items())
+    + "; without it npc, or none for --recipe robust"))
+option("--memory", choices=("nearest", "random"), default="nearest", help="""
+    memory entries of a batch: the clean pairs nearest to its images and captions, as in the paper,
+    or clean pairs by chance""")
+option("--memory_loss_weight", type=natural_float, help="""
+    factor of the loss on the memory entries; 0 turns it off; without it 1, or 0 for --recipe
+    robust""")
+option("--train_on", choices=("all", "clean"), help="""
+    draw the batches from all pairs or from the strict clean set alone, whose epochs are shorter;
+    without it all, or clean for --recipe robust""")
+option("--clean_threshold", type=probability, help=f"""
+    posterior above which a pair is in the strict clean set; raise it when precision is low, lower
+    it when the set is small; without it {PAPER_CLEAN_THRESHOLD} with the paper's judge,
+    {CLEAN_THRESHOLD} with others""")
+option("--min_clean", type=probability, default=0.02, help="""
+    smallest share of pairs in the strict clean set: when fewer pass the threshold, it is made of
+    the least suspicious pairs instead""")
+
+option("--judge_rounds", type=natural_int, metavar="N", help="""
+    times that the judge learns from the pairs which it finds clean, then judges again; 0: the
+    initial model judges; without it 0, or 2 for --recipe robust""")
+option("--judge_steps", type=positive_int, default=16, metavar="K", help="""
+    optimiser steps of a round; many more overfit""")
+option("--judge_neighbours", type=natural_int, metavar="K", help=f"""
+    before the first round a pair must also agree with the K nearest neighbours of its image and
+    caption; 0: not; without it {NEIGHBOURS} with rounds or for --recipe robust, else 0, the
+    paper's""")
+option("--search_among", type=at_least_two, metavar="N", help="""
+    look for these neighbours, and find_noise.py for its best captions and clean pairs, among N
+    random items, so that the time grows with the number of pairs rather than its square: 16384 for
+    a million pairs on a CPU; fewer find a little less; without it among all""")
+option("--judge_lr", type=natural_float, metavar="LR", help="""
+    learning rate of the rounds; without it --lr where there is one, else that of 1e-6, 1e-5, 1e-4,
+    1e-3 which works best on images held out""")
+option("--judge", metavar="NAME|PATH", help="""
+    another model that judges, as for --vision_model; without it the initial model""")
+option("--judge_features", metavar="PATH", help="""
+    judge by the features of a model of any kind, in this .npz file or folder
+    (docs/finding_noise.md); no model is asked and there are no rounds then""")
+
+option("--score", choices=SCORES, default="judge", help="""
+    what makes a pair suspicious: what the judge says; a high loss among the pairs of its batch; a
+    low cosine; a low mean weight in an NPC run (--weights)""")
+option("--weights", metavar="FILE", help="""
+    weights.npz of an NPC run on the same captions, for --score npc""")
+option("--labels", metavar="FILE", help="""
+    decisions.csv of the HTML page, or suspicious_pairs.csv with its column decision filled in: says
+    how many pairs are wrong and how right each --keep_above is, and overrules what was computed""")
+option("--wanted_precision", type=probability, default=0.95, help="""
+    with --labels: share of right pairs among those kept, for which a --keep_above is proposed""")
+option("--worst", type=positive_int, default=200, help="""
+    pairs on the HTML page; the CSV file holds all""")
+option("--write_clean", metavar="DIR", help="""
+    also make a data set in this new folder, without the pairs that are probably wrong, whatever
+    --score is, and with the same images, dev and test split""")
+option("--keep_above", type=probability, default=0.5, help="""
+    smallest posterior of being clean that --write_clean keeps; raise it for fewer and cleaner
+    pairs""")
+
+option("query", help="a text, which finds images, or an image file, which finds captions")
+option("--split", choices=SPLITS, default="test", help="split of the data set that is searched")
+option("--top", type=positive_int, default=10, help="results to show and draw")
+
+option("--epochs", type=positive_int, default=10, help="""
+    passes over the pairs that are trained on; fewer where dev scores fall again at the end""")
+option("--lr", type=natural_float, help="""
+    peak learning rate; without it 1e-5, which suits CLIP at any number of pairs, or for --precision
+    fp16 the authors' 2e-7 (NPC) and 5e-7 (CLIP), which are too small elsewhere
+    (docs/precision.md)""")
+option("--warmup", type=natural_int, help="""
+    optimiser steps of linear warm-up; without it 500, but at most a tenth of all steps unless
+    --recipe released""")
+option("--beta1", type=probability, help="""
+    AdamW's decay of the mean gradient; CLIP's, seldom changed""")
+option("--beta2", type=probability, help="""
+    AdamW's decay of the squared gradient; CLIP's, seldom changed""")
+option("--eps", type=natural_float, help="""
+    AdamW's epsilon; with --precision fp16 it sets the step as much as --lr does, so that both
+    change together""")
+option("--weight_decay", type=natural_float, help="""
+    AdamW's decoupled weight decay, on all parameters; a step decays by this times the learning
+    rate: at 1e-6 it hardly matters""")
+option("--freeze", choices=("none", "image", "text"), default="none", help="""
+    tower that keeps its weights, where there are few pairs or the other tower alone is new; the
+    temperature is trained in any case""")
+option("--accum_steps", type=positive_int, default=1, help="""
+    encode a batch in so many pieces and compute each again in the backward pass: less memory, the
+    same gradients, slower""")
+option("--grad_checkpointing", action="store_true", help="""
+    keep only the input of each residual block and compute the rest again in the backward pass: less
+    memory, the same gradients, slower""")
+option("--compile", action="store_true", help="""
+    compile the towers' blocks with torch.compile, once for each of a few shapes: minutes at the
+    start, perhaps faster steps on a GPU, which is not measured""")
+option("--clip_grad", type=natural_float, default=10.0, help="""
+    largest norm of the gradient; 0 leaves it alone; lower it when grad_norm in the log has
+    spikes""")
+
+option("--seed", type=seed, default=SEED, help="""
+    seed of the noise, the bank, the order of the pairs and random weights; change it for another
+    repetition of all of it""")
+option("--batch_size", type=at_least_two, help="""
+    pairs in a step; every pair is contrasted with the others of its batch; for less memory rather
+    use --accum_steps; without it 256, or for fewer than 4096 pairs a sixteenth of them, at least
+    8""")
+option("--checkpoint_path", default="./logs", help="""
+    folder of all experiments; one on a disk with room""")
+option("--experiments", default="ex0", help="""
+    name of this experiment's folder in it; a new one for each run""")
+option("--name", help="name that is stored in the checkpoints, and shown by benchmarks/table.py")
+option("--display", type=positive_int, default=20, help="""
+    steps between two lines of the log and points in TensorBoard, which an epoch's end also
+    gives""")
+option("--save_every", type=natural_int, default=0, metavar="STEPS", help="""
+    save the training state every so many steps too, where an epoch is too long to lose; 0: at each
+    epoch's end alone""")
+option("--keep_checkpoints", type=natural_int, default=2, metavar="K", help="""
+    keep the last K checkpoints beside best.pt (each takes 20 bytes a parameter for NPC in fp32); 0:
+    all epochs""")
+option("--overwrite", action="store_true", help="""
+    delete what an earlier run has left in that folder, once data and model are read; without it
+    such a folder is refused""")
+option("--force_resume", action="store_true", help="""
+    resume although options or data that make it another run changed, when you mean it""")
+
+option("--eval", action="store_true", help="""
+    score --resume (or the initial model) on the test split and stop""")
+option("--eval_batch_size", type=positive_int, default=64, help="""
+    images or captions that are encoded at a time outside training; changes speed and memory, never
+    a score""")
+option("--dev_length", type=positive_int, help="""
+    use only so many dev captions for choosing the best epoch, where scoring takes long; without it
+    all of them""")
+
+option("--format", of="memorybank", choices=("npz", "released"), default="npz", help="""
+    npz: ours, with the losses and posteriors; released: the authors' two pickled dictionaries""")
+option("--format", of="export", choices=("transformers", "open_clip"), default="transformers",
+       help="""
+    transformers: for CLIPModel.from_pretrained, Vision Transformers only; open_clip: for
+    create_model('local-dir:DIR')""")
+option("--out", of="find_noise", default="./logs/noise", metavar="DIR", help="""
+    folder for suspicious_pairs.csv and suspicious_pairs.html""")
+option("--out", of="search", default="./logs/search.png", metavar="FILE", help="""
+    contact sheet of the results, a PNG""")
+option("--out", of="interpolate", metavar="FILE", help="""
+    checkpoint to write; without it interpolated.pt beside --resume""")
+option("--out", of="export", required=True, metavar="DIR", help="new folder to write")
+
+
+# ---- commands -----------------------------------------------------------------------------------
+
+SET = "dataset dataset_root num_anns noise_ratio noise_kind noise_seed"
+DATA = SET + " context_length data_on num_workers image_cache"
+MODEL = "vision_model resume activation device precision"
+CLEAN = "clean_threshold min_clean"
+JUDGE = "judge_rounds judge_steps judge_neighbours search_among judge_lr judge judge_features"
+SAVERS = "accum_steps grad_checkpointing"
+TRAINING = {
+    "optimisation": f"epochs lr warmup {' '.join(ADAMW)} freeze {SAVERS} compile clip_grad",
+    "run": "seed batch_size checkpoint_path experiments name display save_every keep_checkpoints "
+           "overwrite force_resume",
+    "evaluation": "eval eval_batch_size dev_length"}
+JUDGED = {"lr": None, "clip_grad": 10.0, **ADAMW}  # what trains the judge of other commands
+COMMANDS = {  # name: what it does, its options by group, defaults of its own
+    "npc": ("Train or evaluate NPC.",
+            {"data": DATA, "model": MODEL,
+             "method": f"recipe weighting memory memory_loss_weight train_on {CLEAN}",
+             "judge": JUDGE, **TRAINING}, {"name": "NPC", "recipe": "paper", **ADAMW}),
+    "clip": ("Train or evaluate the CLIP baseline.",
+             {"data": DATA, "model": MODEL, "method": f"recipe train_on {CLEAN}", "judge": JUDGE,
+              **TRAINING}, {"name": "CLIP", "recipe": "paper", **ADAMW}),
+    "memorybank": ("Build the memory bank of a training set.",
+                   {"data": DATA, "model": MODEL, "method": f"recipe format {CLEAN}",
+                    "judge": f"{JUDGE} {SAVERS}", "run": "seed batch_size",
+                    "evaluation": "eval_batch_size"}, {"recipe": "paper", **JUDGED}),
+    "noise": ("Make a noisy caption file.", {"data": SET, "run": "seed"}, {}),
+    "cache": ("Decode all images ahead.",
+              {"data": f"{SET} context_length num_workers cache list_items vision_model",
+               "run": "seed", "evaluation": "eval_batch_size dev_length"},
+              {"data_on": "workers", "device": torch.device("cpu")}),
+    "find_noise": ("Rank the training pairs by how suspicious they are.",
+                   {"data": DATA, "model": MODEL, "method": f"recipe {CLEAN}",
+                    "judge": f"{JUDGE} {SAVERS}",
+                    "findings": "score weights labels wanted_precision worst out write_clean "
+                                "keep_above",
+                    "run": "seed batch_size", "evaluation": "eval_batch_size"},
+                   {"recipe": "robust", **JUDGED}),
+    "search": ("Find images by text, or captions by image.",
+               {"data": f"{SET} context_length num_workers image_cache", "model": MODEL,
+                "search": "query split top out", "run": "seed",
+                "evaluation": "eval_batch_size dev_length"},
+               {"recipe": "paper", "data_on": "workers"}),
+    "interpolate": ("Average the initial model and the trained one.",
+                    {"data": DATA, "model": "resume initial activation device precision out",
+                     "run": "seed", "evaluation": "eval_batch_size dev_length"},
+                    {"recipe": "paper", "vision_model": None}),
+    "export": ("Write a checkpoint for transformers or open_clip.",
+               {"model": "resume activation format out"}, {}),
+}
+
+
+def parse_args(command, argv=None):
+    """Options of a command, one of `COMMANDS`.
+
+    Returns a namespace with defaults filled in (`device` is a torch.device). Bad values end the
+    program with one line on stderr and status 2.
+    """
+    if command in FIRST_STEPS and not (sys.argv[1:] if argv is None else argv):
+        sys.exit(FIRST_STEPS[command].rstrip())
+    description, groups, defaults = COMMANDS[command]
+    parser = Parser(description)
+    for title, names in groups.items():
+        group = parser.add_argument_group(title)
+        for name in names.split():
+            flag, settings = OPTIONS.get((name, command)) or OPTIONS[name, None]
+            text = settings["help"]
+            group.add_argument(flag, **settings | {"help": text() if callable(text) else text})
+    parser.set_defaults(**defaults)
+    args = parser.parse_args(argv)
+    fill_in(parser, command, args)
+    return args
+
+
+def fill_in(parser, command, args):
+    """Options that depend on others or on the machine, where they are not given."""
+    def missing(name):
+        return getattr(args, name, 0) is None
+
+    if getattr(args, "resume", None) == "":
+        parser.error("--resume '' names no checkpoint")
+    if missing("dataset"):
+        named = (split_folder(args.dataset_root) / "image_name.txt").exists()
+        args.dataset = "pairs" if named else "coco"
+    if missing("num_anns"):
+        args.num_anns = DATASETS[args.dataset]
+    if missing("noise_seed"):
+        args.noise_seed = args.seed
+    if missing("device"):
+        args.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if "precision" in args and args.device.type == "cuda":
+        if (args.device.index or 0) >= torch.cuda.device_count():
+            parser.error(f"--device {args.device}: torch sees {torch.cuda.device_count()} CUDA "
+                         "devices here; --device cpu works everywhere")
+    if missing("precision"):
+        args.precision = "amp_bf16" if args.device.type == "cuda" else "fp32"
+    if missing("batch_size"):
+        args.batch_size = min(256, max(8, number_of_pairs(args.dataset_root) // 16))
+    for name in ("weighting", "memory_loss_weight", "train_on", "judge_rounds"):
+        if missing(name):
+            setattr(args, name, getattr(RECIPES[args.recipe], name))
+    if command in HALF_LR and args.lr is None:
+        args.lr = HALF_LR[command] if args.precision == "fp16" else 1e-5
+    if command == "cache" and (args.image_cache == "off") == (args.list_items is None):
+        parser.error("give one of --cache DIR and --list_items DIR")
+    if command == "find_noise" and (args.score == "npc") != (args.weights is not None):
+        parser.error("--score npc and --weights RUN/weights.npz go together")
+    if getattr(args, "overwrite", False) and args.resume == "auto":
+        parser.error("--overwrite deletes what --resume auto continues; give one of them")
+    if hasattr(args, "judge"):
+        fill_in_judge(parser, command, args)
+
+
+def fill_in_judge(parser, command, args):
+    if args.judge_features:
+        if args.judge:
+            parser.error("--judge and --judge_features name two judges; give one")
+        args.judge_rounds = 0
+    if args.judge_lr is None and args.judge_rounds:
+        args.judge_lr = args.lr
+    if args.judge_neighbours is None:
+        own = args.judge_rounds or RECIPES[args.recipe].judge_rounds
+        args.judge_neighbours = NEIGHBOURS if own else 0
+    if args.data_on == "auto" and command not in HALF_LR and not args.judge_rounds:
+        args.data_on = "workers"  # which suits a single pass
+    if args.clean_threshold is None:
+        own = args.judge_rounds or args.judge_neighbours
+        args.clean_threshold = CLEAN_THRESHOLD if own else PAPER_CLEAN_THRESHOLD
+
+
+def number_of_pairs(dataset_root):
+    """Lines of train_caps.txt; without that file, of which reading the data will tell, plenty."""
+    path = split_folder(dataset_root) / "train_caps.txt"
+    if not os.path.isfile(path):
+        return 10**6
+    with open(path, "rb") as f:
+        return sum(1 for _ in f)

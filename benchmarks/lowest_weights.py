@@ -28,8 +28,8 @@ def main(argv=None):
     options = parser.parse_args(argv)
     path = options.run / "options.json"
     with reading(path, "the options of a run", "give the folder of a run of main_NPC.py"):
-        told = json.loads(path.read_text(encoding="utf-8"))
-        args = argparse.Namespace(**{**told, "data_on": "workers"})  # ten images are read
+        args = argparse.Namespace(**json.loads(path.read_text(encoding="utf-8")))
+        args.data_on = "workers"  # ten images are read
         size = clip.architecture(args.vision_model)["image_resolution"]
     pairs = training_pairs(args, clip.Preprocess(size))
     w = read_weights(options.run / "weights.npz", pairs)

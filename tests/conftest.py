@@ -112,6 +112,17 @@ def options(dataset, *more, command="npc"):
                                 "--batch_size", "4", *map(str, more)])
 
 
+def parsed(command="npc", **values):
+    """The namespace of options of a command, which are given as keywords; None: as by default."""
+    words = []
+    for name, value in values.items():
+        if value is True:
+            words += [f"--{name}"]
+        elif value is not None and value is not False:
+            words += [f"--{name}", str(value)]
+    return parse_args(command, words)
+
+
 # ---- features without a model -------------------------------------------------------------------
 
 

@@ -1,7 +1,6 @@
 """The judge: losses, neighbours and posteriors against brute force and known mixtures; its rounds,
 its banks and its relatives through the commands."""
 
-import argparse
 import csv
 import hashlib
 import json
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Watched, pairs_for
+from conftest import Watched, pairs_for, parsed
 from PIL import Image
 from processes import BANK, run_in_two, save_small
 from sklearn.metrics import roc_auc_score
@@ -144,9 +143,7 @@ def test_the_paper_s_judge_sees_one_draw_and_others_the_mean_of_several(monkeypa
     draws = []
     monkeypatch.setattr(judge_module, "losses_in_batches",
                         lambda *args: draws.append(args) or losses_in_batches(*args))
-    args = argparse.Namespace(
-        seed=0, batch_size=10, recipe="paper", clean_threshold=0.8, min_clean=0.02, judge_rounds=0,
-        judge_neighbours=0, search_among=None)
+    args = parsed("memorybank", seed=0, batch_size=10, clean_threshold=0.8)
     paper = judge_module.judge(images, texts, torch.tensor(2.0), pairs, args)
     assert len(draws) == 1 and paper.mismatches is None and len(paper.components) == 2
     args.judge_neighbours = 3

@@ -1,6 +1,5 @@
 """The memory bank against double loops over features, and its files."""
 
-import argparse
 import io
 import json
 import math
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Lookup, pairs_for, tree
+from conftest import Lookup, pairs_for, parsed, tree
 
 from utils.errors import InputError
 from utils.method import judge, neighbours, rounds
@@ -35,13 +34,10 @@ def no_random_inputs(monkeypatch):
 
 
 def options(**changes):
-    values = {"eval_batch_size": 7, "num_workers": 0, "device": torch.device("cpu"), "seed": 3,
-              "batch_size": N, "recipe": "paper", "clean_threshold": 0.9, "min_clean": 0.02,
-              "vision_model": "lookup", "activation": "quick_gelu", "resume": None,
-              "noise_ratio": 0.4, "judge": None, "judge_features": None, "judge_rounds": 0,
-              "judge_steps": 4, "judge_neighbours": 0, "judge_lr": None, "search_among": None,
-              "noise_kind": "random", "noise_seed": 3, "context_length": 4}
-    return argparse.Namespace(**{**values, **changes})
+    return parsed("memorybank", **{
+        "eval_batch_size": 7, "num_workers": 0, "device": "cpu", "seed": 3, "batch_size": N,
+        "vision_model": "lookup", "activation": "quick_gelu", "noise_ratio": 0.4, "judge_steps": 4,
+        "context_length": 4, **changes})
 
 
 NAME = "0.4_mbank_lookup_random_seed3_0123abcd.npz"

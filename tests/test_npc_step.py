@@ -4,7 +4,6 @@ The reference follows the equations and the table of docs/fidelity.md point by p
 and uses nothing of the repository but the towers.
 """
 
-import argparse
 import copy
 import dataclasses
 import functools
@@ -16,6 +15,7 @@ import naive
 import numpy as np
 import pytest
 import torch
+from conftest import parsed
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import clip
@@ -40,11 +40,8 @@ NUM_PAIRS, NUM_IMAGES, BATCH = 30, 6, 10
 
 
 def options(**changes):
-    args = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.98, "eps": 1e-6, "weight_decay": 0.2,
-            "clip_grad": 0.5, "weighting": "npc", "memory_loss_weight": 1.0, "recipe": "paper",
-            "accum_steps": 1, "grad_checkpointing": False, "compile": False,
-            "freeze": "none"}
-    return argparse.Namespace(**{**args, **changes})
+    return parsed(**{"lr": 1e-3, "clip_grad": 0.5, "weighting": "npc", "memory_loss_weight": 1.0,
+                     "device": "cpu", **changes})
 
 
 class StubRun:

@@ -1,6 +1,5 @@
 """The judge's rounds: it learns from what it finds clean, and judges again (`--judge_rounds`)."""
 
-import argparse
 import copy
 import itertools
 import math
@@ -18,6 +17,7 @@ from utils.method.neighbours import unit
 from utils.method.optimizer import adamw
 from utils.method.pairs import for_model, take
 from utils.method.passes import Passes
+from utils.options import changed
 
 RATES = (1e-6, 1e-5, 1e-4, 1e-3)  # learning rates that a judge chooses from
 WARMUP = 4  # steps of a round
@@ -30,7 +30,7 @@ def judge_pairs(model, pairs, args, precision, log=print):
     Returns (`Verdict`, raw features (u, D) and (v, D) of the judge, tensors or `Rows`, dict of
     numbers about it). With `--judge_features` no model is asked.
     """
-    args = replaced(args, seed=args.noise_seed)
+    args = changed(args, seed=args.noise_seed)
     if args.judge_features:
         features, scale = read_features(args.judge_features, pairs, args.device)
         verdict = judge(*map(unit, features), scale, pairs, args)
@@ -55,17 +55,12 @@ def judge_pairs(model, pairs, args, precision, log=print):
     return verdict._replace(cosine=cosine), features, info
 
 
-def replaced(args, **values):
-    """A copy of the options with other values of some."""
-    return argparse.Namespace(**{**vars(args), **values})
-
-
 def other_judge(pairs, args, precision):
     """(model, `pairs` as it reads them) of `--judge`."""
     with main_first():
         model, preprocess = clip.load(args.judge, device=args.device)
     length = min(args.context_length, model.context_length)
-    own = replaced(args, context_length=length)
+    own = changed(args, context_length=length)
     return precision.prepare(model), for_model(pairs, own, preprocess, log=lambda _: None)
 
 
@@ -73,7 +68,7 @@ def teach(model, pairs, clean, rate, args, precision, number):
     """A copy of `model` after `--judge_steps` steps of AdamW, as in training, on the pairs that are
     clean, (n,) bool. `number`, of the round, goes into the order of the pairs."""
     size = min(args.batch_size, int(clean.sum()))
-    own = replaced(args, batch_size=size, lr=rate)
+    own = changed(args, batch_size=size, lr=rate)
     loader = training_loader(own, pairs, chosen=np.flatnonzero(clean))
     taught, precision = copy.deepcopy(model), precision.anew()
     taught.grad_checkpointing = args.grad_checkpointing

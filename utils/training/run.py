@@ -109,7 +109,7 @@ class Run:
                     f"{args.resume} holds {clip.describe(model.config)}, but --vision_model is "
                     f"{clip.describe(expected)}; leave --vision_model out to take what the "
                     "checkpoint holds")
-        if "eval" in args and not args.eval and {"args", "history"} <= checkpoint.keys():
+        if self.folder and not args.eval and {"args", "history"} <= checkpoint.keys():
             if not checkpoints.intact(args.resume):
                 raise InputError(f"{args.resume} is damaged: its checksums do not fit; take an "
                                  "older checkpoint, as --resume auto does")
