@@ -26,6 +26,7 @@ from utils.reading.layout import (
     image_names,
     read_captions,
     read_ids,
+    read_lines,
     require_images,
     split_folder,
 )
@@ -86,6 +87,19 @@ def training_data(args, preprocess, log=print):
     pairs = training_pairs(args, preprocess, log)
     require_batch(args, len(pairs))
     return pairs, retrieval_split(args, "dev", preprocess, log)
+
+
+def all_pairs(args, preprocess, log=print):
+    """The pairs of all three splits, those of training first, as one `Pairs`. A split may be
+    empty."""
+    folder, ids, captions = split_folder(args.dataset_root), [], []
+    for split in SPLITS:
+        path = folder / f"{split}_caps.txt"
+        if own := read_lines(path) and read_captions(path):
+            ids += read_ids(args.dataset_root, split, len(own),
+                            args.num_anns if split == "train" else 1, path)
+            captions += own
+    return _pairs(args, "all splits", ids, captions, folder, preprocess, log)
 
 
 @command

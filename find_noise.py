@@ -20,12 +20,13 @@ import numpy as np
 import torch
 
 import clip
-from data import training_pairs
+from data import all_pairs, training_pairs
 from params import parse_args
 from utils.cleaning.labels import NAMES, cells, label_findings, no_labels, read_labels
 from utils.cleaning.noise_page import Suspect, noise_page
+from utils.cleaning.source import SOURCE, copy_cleaned, require_unchanged, rows_of, source_of
 from utils.cleaning.survey import draw_sample
-from utils.cleaning.tables import SOURCE, copy_rows, copy_suffix, source_of
+from utils.cleaning.tables import copy_suffix
 from utils.cleaning.text import text_cell
 from utils.errors import InputError, command
 from utils.files import atomic_write, new_folder, require_new
@@ -34,13 +35,20 @@ from utils.method.neighbours import Rows, nearest, random_rows, unit
 from utils.method.pairs import fingerprint, first_pairs
 from utils.method.rounds import judge_pairs
 from utils.reading.images import Images
-from utils.reading.layout import split_folder, write_lines, write_split
+from utils.reading.layout import (
+    SPLITS,
+    read_captions,
+    read_lines,
+    split_folder,
+    write_lines,
+    write_split,
+)
 from utils.scoring.diagnostics import noise_measures
 from utils.training.pair_weights import mean_weights, read_weights
 from utils.training.run import Run
 
 THUMBNAIL = 160  # pixels
-COLUMNS = ("rank", "pair", "row", "score", "posterior", "image", "caption", "best_caption",
+COLUMNS = ("rank", "pair", "row", "place", "score", "posterior", "image", "caption", "best_caption",
            "clean_pair", "clean_image", "clean_caption", "stratum", "stratum_size", "decision")
 
 
@@ -62,11 +70,19 @@ def main(argv=None):
     run = Run(args)
     if args.write_clean:
         require_new("--write_clean", args.write_clean)
+    # The user's table, whose pairs are judged whatever their split; shuffled captions are not its
+    source = None if args.noise_ratio else source_of(args.dataset_root)
+    if source and args.write_clean:
+        require_unchanged(source)
+    whole = source and not args.judge_features and args.score != "npc"  # else: of training alone
+    splits = SPLITS if whole else ("train",)
     model, preprocess = (None, None) if args.judge_features else run.load_model()
-    pairs = training_pairs(args, preprocess, run.log)
+    pairs = (all_pairs if whole else training_pairs)(args, preprocess, run.log)
     labels = read_labels(args.labels, pairs) if args.labels else no_labels(len(pairs))
-    # of each pair, the row of the user's table; shuffled captions are no longer in theirs
-    rows, table = (None if args.noise_ratio else source_of(args.dataset_root)) or (None, None)
+    rows = source and np.concatenate([rows_of(args.dataset_root, split) for split in splits])
+    if source and len(rows) != len(pairs):
+        raise InputError(f"{pairs.source} has {len(pairs)} pairs, but {len(rows)} are known to be "
+                         f"from {source.table}; prepare the data set again")
 
     # What the judge says, and the order of the pairs by --score
     verdict, features, _ = judge_pairs(model, pairs, args, run.precision, run.log)
@@ -79,6 +95,8 @@ def main(argv=None):
     share = verdict.wrong_share
     findings = [f"Estimated noise share: {share:.1%} of the pairs, the judge's guess; labels of "
                 "the random sample measure it (--labels)."]
+    if not whole:
+        findings.append("Only the training split is judged, neither dev nor test.")
     if missing := len(order) - len(scored):
         findings.append(f"{missing} of {len(pairs)} pairs have no weight in {args.weights}, as "
                         "training never drew them; they come last.")
@@ -119,9 +137,7 @@ def main(argv=None):
             f"{len(ranking.sample)}")
     if args.write_clean:
         keep = np.where(labels.answer == 0, verdict.posterior >= args.keep_above, labels.answer < 0)
-        write_clean(args, pairs, keep, rows, run.log)
-        if rows is not None:
-            write_clean_table(args, rows, keep, table["table"], run.log)
+        write_clean(args, pairs, keep, splits, rows, source, run.log)
 
 
 def scores(args, verdict, pairs):
@@ -151,16 +167,16 @@ def against_truth(suspicion, wrong, share):
 
 
 def write_table(f, pairs, verdict, ranking, rows, best_text, nearest_pair):
-    """Write the CSV of all pairs in order, each with its row in the user's table, rows (n,) or
-    None, the caption that best fits its image, best_text (u,), and the strict-clean pair
-    nearest_pair (n,)."""
+    """Write the CSV of all pairs in order, each with its row in the user's table and its place
+    there, rows (n, 2) or None, the caption that best fits its image, best_text (u,), and the
+    strict-clean pair nearest_pair (n,)."""
     first = first_pairs(pairs.text_of)
     table = csv.writer(f, lineterminator="\n")
     table.writerow(COLUMNS)
     for rank, i in enumerate(map(int, ranking.order), 1):
         score, j = ranking.score[i], nearest_pair[i]
         best = pairs.captions[first[best_text[pairs.image_of[i]]]]
-        table.writerow((rank, i, "" if rows is None else rows[i],
+        table.writerow((rank, i, *(("", "") if rows is None else rows[i]),
                         "" if np.isnan(score) else f"{score:.6g}", f"{verdict.posterior[i]:.6g}",
                         *cells(pairs, i), text_cell(best), j, *cells(pairs, j),
                         *ranking.sample.get(i, ("", "")), NAMES[ranking.answer[i]]))
@@ -192,52 +208,65 @@ def suspects(args, pairs, verdict, ranking, images, texts, best_text):
 # ---- the cleaned data set -----------------------------------------------------------------------
 
 
-def write_clean(args, pairs, keep, rows, log):
-    """Make the data set --write_clean of the pairs that `keep` (n,) bool names; `rows` (n,) are
-    those of the user's table, or None."""
+def write_clean(args, pairs, keep, splits, rows, source, log):
+    """Make the data set --write_clean of the pairs that `keep` (n,) bool names, and, where it came
+    from a table, `source`, the table without the others. The pairs are those of `splits`; rows
+    (n, 2) are where the table has them, or None."""
+    few = f"--keep_above {args.keep_above} keeps {keep.sum()} of {len(keep)} pairs; lower it"
     if keep.sum() < 2:
-        raise InputError(f"--keep_above {args.keep_above} keeps {keep.sum()} of {len(keep)} pairs; "
-                         "lower it")
+        raise InputError(few)
     with new_folder("--write_clean", args.write_clean) as folder:
-        counts = write_subset(pairs, keep, rows, args.dataset_root, folder)
-    log(f"wrote {args.write_clean}: the {keep.sum()} of {len(keep)} pairs that --keep_above "
-        f"{args.keep_above} and the labels keep, on {len(counts)} of {len(pairs.image_ids)} "
-        "images; train on it with:\n"
+        counts = write_subset(pairs, keep, splits, rows, args.dataset_root, folder)
+        if [] in counts.values():
+            raise InputError(f"{few}: a split would be left with none")
+        said = (f"wrote {args.write_clean}: the {keep.sum()} of {len(keep)} pairs that "
+                f"--keep_above {args.keep_above} and the labels keep")
+        if source:
+            others = [split for split in SPLITS if split not in splits]
+            table = f"cleaned{copy_suffix(source.table)}"
+            captions = [pairs.captions[i] for i in np.flatnonzero(keep)]
+            for split in others:
+                captions += read_captions(split_folder(args.dataset_root) / f"{split}_caps.txt")
+            held = [rows[keep], *(rows_of(args.dataset_root, split) for split in others)]
+            number = copy_cleaned(source, folder / table, np.concatenate(held), captions)
+            said += (f"\nwrote {Path(args.write_clean) / table}: {number} of the {source.rows} "
+                     f"rows of {source.table}, without wrong captions and what could not be used"
+                     + (f"; {len(captions) - keep.sum()} captions of {' and '.join(others)} were "
+                        "judged by nobody" if others else ""))
+    counts = counts.get("train", [1])
+    log(f"{said}\ntrain on it with:\n"
         f"  python main_CLIP.py --dataset {args.dataset} --dataset_root "
         f"{shlex.quote(args.write_clean)} --num_anns "
         f"{counts[0] if len(set(counts)) == 1 else 1}")
 
 
-def write_clean_table(args, rows, keep, table, log):
-    """Write the user's table without the rows of wrong pairs beside the data set --write_clean.
-    rows (n,): that of each training pair, of which `keep` (n,) bool stay."""
-    others = [source_of(args.dataset_root, split)[0] for split in ("dev", "test")]
-    target = Path(args.write_clean) / f"cleaned{copy_suffix(table)}"
-    copy_rows(table, target, np.concatenate([rows[keep], *others]))
-    log(f"wrote {target}: {table} without the rows of wrong pairs and those that could not be used")
-
-
-def write_subset(pairs, keep, rows, dataset_root, target):
-    """Make the data set `target` of the pairs of `dataset_root` that `keep` (n,) bool names; `rows`
-    (n,) are those of the user's table, or None. Its dev and test split are copies, its images/ is a
-    link. Returns the number of captions of each image."""
-    kept = np.flatnonzero(keep)
-    kept = kept[np.argsort(pairs.image_of[kept], kind="stable")]
-    images, counts = np.unique(pairs.image_of[kept], return_counts=True)
-    captions = iter([pairs.captions[i] for i in kept])
-    root = Path(target)
-    write_split(split_folder(root), "train", [pairs.image_ids[k] for k in images],
-                [list(itertools.islice(captions, count)) for count in counts])
-    if rows is not None:
-        write_lines(split_folder(root) / "train_rows.txt", rows[kept])
-    for name in ("image_name.txt", SOURCE, *(f"{split}_{what}.txt" for split in ("dev", "test")
-                                             for what in ("ids", "caps", "rows"))):
-        source = split_folder(dataset_root) / name
-        if source.exists():
-            with atomic_write(split_folder(root) / name, "wb") as f:
-                f.write(source.read_bytes())
-    os.symlink(os.path.realpath(Path(dataset_root) / "images"), root / "images")
-    return counts.tolist()
+def write_subset(pairs, keep, splits, rows, dataset_root, target):
+    """Make the data set `target` of the pairs of `dataset_root` that `keep` (n,) bool names, which
+    are those of `splits`; rows (n, 2) are where the user's table has them, or None. Other splits
+    are copies, images/ is a link. Returns {split: number of captions of each image}."""
+    source, folder, start, result = split_folder(dataset_root), split_folder(target), 0, {}
+    for split in splits:
+        length = len(read_lines(source / f"{split}_caps.txt")) if len(splits) > 1 else len(pairs)
+        kept = start + np.flatnonzero(keep[start : start + length])
+        start += length
+        kept = kept[np.argsort(pairs.image_of[kept], kind="stable")]
+        images, counts = np.unique(pairs.image_of[kept], return_counts=True)
+        captions = iter([pairs.captions[i] for i in kept])
+        write_split(folder, split, [pairs.image_ids[k] for k in images],
+                    [list(itertools.islice(captions, count)) for count in counts])
+        if rows is not None:
+            write_lines(folder / f"{split}_rows.txt", (f"{row} {place}" for row, place
+                                                       in rows[kept]))
+        if length:
+            result[split] = counts.tolist()
+    for name in ("image_name.txt", SOURCE, *(
+            f"{split}_{what}.txt" for split in SPLITS if split not in splits
+            for what in ("ids", "caps", "rows"))):
+        if (source / name).exists():
+            with atomic_write(folder / name, "wb") as f:
+                f.write((source / name).read_bytes())
+    os.symlink(os.path.realpath(Path(dataset_root) / "images"), Path(target) / "images")
+    return result
 
 
 if __name__ == "__main__":

@@ -12,18 +12,13 @@ import tempfile
 from pathlib import Path
 
 from clip.preprocess import to_8_bit
+from utils.cleaning.captions import clean as clean  # with the others for who prepares data
 from utils.errors import InputError
 from utils.files import atomic_write, new_folder
 from utils.reading.images import open_image
 from utils.reading.layout import SPLITS, split_folder, write_lines, write_split
 
 JPEG = ("JPEG", "MPO")  # an MPO is a JPEG with further pictures behind the first
-
-
-def clean(text):
-    """One line of plain text: runs of white space, line ends and NUL become one blank each."""
-    text = text.encode("utf-8", "replace").decode("utf-8")  # JSON can hold halves of characters
-    return " ".join(text.replace("\0", " ").split())
 
 
 def inner_name(name):
@@ -44,18 +39,18 @@ def opened(source):
 
 
 def image_format(source):
-    """Format ("JPEG", "PNG", ...) of an image, given as path or bytes; None when it cannot be used.
-
-    It is decoded in full, as training will do. Decompression bombs count as unusable.
-    """
+    """Format ("JPEG", "PNG", ...) of an image, given as path or bytes, which is decoded in full, as
+    training will do. Raises ValueError, with the reason, when it cannot be used."""
+    if not isinstance(source, bytes) and not os.path.isfile(source):
+        raise ValueError("no regular file")  # a pipe would block
     try:
-        if not isinstance(source, bytes) and not os.path.isfile(source):
-            return None  # a pipe would block
         with opened(source) as image:
             image.convert("RGB")
             return image.format
-    except Exception:  # whatever a decoder stumbles over, the image is no use
-        return None
+    except Exception as error:  # whatever a decoder stumbles over, the image is no use
+        reason = " ".join(str(error).split())[:150]
+        raise ValueError("no image that Pillow knows" if "cannot identify" in reason
+                         else reason) from None
 
 
 def as_jpeg(source):

@@ -138,8 +138,9 @@ def draw(samples, sizes, seed):
             if not caption:
                 left_out["images without a caption"].append(key)
                 continue
-            kind = image_format(image.read() if isinstance(image, Member) else image)
-            if kind is None:
+            try:
+                kind = image_format(image.read() if isinstance(image, Member) else image)
+            except ValueError:
                 left_out["images that cannot be read"].append(key)
                 continue
             drawn.append((str(key), image, caption, kind))

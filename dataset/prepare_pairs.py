@@ -4,8 +4,8 @@
     python dataset/prepare_pairs.py --pairs "data/*.parquet" --image_column jpg --root dataset/mine
     python dataset/prepare_pairs.py --pairs shards/ --root dataset/mine
 
-The table is a .csv, .tsv or .jsonl, a .parquet, or a .tar of img2dataset or webdataset, a glob of
-such files, or a folder of .tar files. A caption may be a list of captions. An image is a path, or
+The table is text with separators, JSON, Parquet or Arrow, or a .tar of img2dataset or webdataset, a
+glob of such files or a folder of them. A caption may be a list of captions. An image is a path, or
 the bytes of an image file (in Parquet, as Hugging Face's data sets have them, and in tars); images
 given as bytes are named by the number of their row. Rows with the same image are its captions.
 
@@ -16,11 +16,11 @@ The command can be stopped and run again; nothing is written before all images h
 
 import csv
 import hashlib
-import json
 import os
 import random
 import shlex
 import sys
+import unicodedata
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -30,7 +30,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataset.common import (
     JPEG,
-    clean,
     image_format,
     inner_name,
     new_split,
@@ -39,11 +38,15 @@ from dataset.common import (
     write_splits,
 )
 from params import Parser
-from utils.cleaning.tables import SOURCE, Member, read_rows
+from utils.cleaning.captions import captions_in
+from utils.cleaning.source import Digest, Source, save_source
+from utils.cleaning.tables import Member, read_rows
 from utils.errors import InputError, command
 from utils.files import atomic_write
 from utils.reading.layout import SPLITS, write_lines
 
+SPLIT_OF = {"train": "train", "training": "train", "restval": "train", "dev": "dev", "val": "dev",
+            "valid": "dev", "validation": "dev", "test": "test", "testing": "test"}
 MOST_HELD_OUT = 5000  # images of dev and test unless asked for more; as many as MSCOCO has
 
 
@@ -59,44 +62,64 @@ amount.__name__ = "number or share below 1"  # argparse names the type in its me
 
 
 class Unusable(Exception):
-    """Why a row cannot be used."""
+    """Why a row cannot be used: a reason, and perhaps the case's details."""
 
 
-class Pairs:
+class Usable:
     """The rows of a table that can be used.
 
-    captions: {image name: list of (row number, caption)}. first: {number of the row that an image
-    is taken from: its name}. unusable: list of (row number, reason).
+    captions: {image name: list of (row number, place, caption)}. first: {number of the row that an
+    image is taken from: its name}. split: {image name: its split}, where a column says it.
+    unusable: list of (row number, reason, detail). source: the table as it was read.
     """
 
     def __init__(self, args):
         self.args = args
         self.captions, self.first, self.unusable = defaultdict(list), {}, []
-        self.names = {}  # of images that were looked at, by name or by content; None: no use
-        for number, row in enumerate(self.rows("reading")):
+        self.split, self.there = {}, None
+        self.names = {}  # of images that were looked at, by name or by content, or what is wrong
+        columns = args.image_column, args.caption_column
+        table = Digest(self.rows("reading"), columns)
+        for number, row in enumerate(table):
             try:
                 if isinstance(row, str):
                     raise Unusable(row)
                 captions = self.captions_in(row)
+                split = self.split_in(row)
                 name = self.image_in(number, row)
-                self.captions[name] += [(number, caption) for caption in captions]
+                if self.split.setdefault(name, split) != split:
+                    raise Unusable("image is in two splits", f"{self.split[name]} and {split}")
+                self.captions[name] += [(number, *caption) for caption in captions]
             except Unusable as why:
-                self.unusable.append((number, str(why)))
+                self.unusable.append((number, *why.args, "")[:3])
+        self.source = Source(os.path.abspath(args.pairs), *columns, table.rows,
+                             table.sha256.hexdigest())
 
     def rows(self, what):
-        columns = self.args.image_column, self.args.caption_column
-        return tqdm(read_rows(self.args.pairs, columns), desc=what, unit=" rows", disable=None)
+        columns = [self.args.image_column, self.args.caption_column, self.args.split_column]
+        return tqdm(read_rows(self.args.pairs, list(filter(None, columns))), desc=what,
+                    unit=" rows", disable=None)
 
     def captions_in(self, row):
-        value = row[self.args.caption_column]
-        texts = [text for text in (value if isinstance(value, list) else [value])
-                 if isinstance(text, str)]
-        captions = [caption for caption in map(clean, texts) if caption]
+        """[(place, caption)] of a row."""
+        try:
+            captions = captions_in(row[self.args.caption_column])
+        except ValueError as error:
+            raise Unusable("caption cannot be understood", str(error)) from None
         if not captions:
             raise Unusable("no caption")
         return captions
 
-    def source(self, row):
+    def split_in(self, row):
+        """The split that a row says it is in; None without --split_column."""
+        if self.args.split_column is None:
+            return None
+        said = str(row[self.args.split_column]).strip().lower()
+        if said not in SPLIT_OF:
+            raise Unusable("split is none of train, dev, test", said)
+        return SPLIT_OF[said]
+
+    def image(self, row):
         """A row's image: its path below --images, or None, and where it is: a path or bytes."""
         value = row[self.args.image_column]
         if isinstance(value, dict):
@@ -112,38 +135,65 @@ class Pairs:
             name = os.path.relpath(name, os.path.abspath(self.args.images))
         try:
             name = inner_name(name)
-        except ValueError:
-            raise Unusable("image is outside the images folder or its name is no text") from None
+        except ValueError as error:
+            raise Unusable("image is outside the images folder or its name is no text",
+                           str(error)) from None
         return name, os.path.join(self.args.images, name)
 
     def image_in(self, number, row):
         """Name of a row's image, which is looked at when it is a new one."""
-        name, source = self.source(row)
+        name, source = self.image(row)
         key = hashlib.sha256(source).digest() if name is None else name
         if key not in self.names:
             if name and not os.path.isfile(source):
-                raise Unusable("image does not exist")
-            kind = image_format(source)
-            self.names[key] = kind and (
-                name or f"{number:08d}.{'jpg' if kind in JPEG else kind.lower()}")
-            if kind:
-                self.first[number] = self.names[key]
-        if self.names[key] is None:
-            raise Unusable("image cannot be read")
+                raise Unusable("image does not exist", source + self.like(name))
+            try:
+                kind = image_format(source)
+                extension = "jpg" if kind in JPEG else kind.lower()
+                self.names[key] = self.first[number] = name or f"{number:08d}.{extension}"
+            except ValueError as error:
+                self.names[key] = Unusable("image cannot be read",
+                                           f"{source}: {error}" if name else str(error))
+        if isinstance(self.names[key], Unusable):
+            raise self.names[key]
         return self.names[key]
+
+    def like(self, name):
+        """What is there instead of an image that is not: a name with another slash, ending, case or
+        Unicode form, or the file in another folder."""
+        if self.there is None:
+            self.there = {}
+            for folder, _, files in os.walk(self.args.images):
+                for file in files:
+                    path = os.path.relpath(os.path.join(folder, file), self.args.images)
+                    self.there.setdefault(plain_name(path), path)
+                    self.there.setdefault(plain_name(file), path)
+        found = self.there.get(plain_name(name)) or self.there.get(
+            plain_name(name).rpartition("/")[2])
+        return f"; there is {os.path.join(self.args.images, found)}" if found else ""
 
     def place(self):
         """Put the images into ROOT/images; returns how many were not there."""
         placed = 0
         for number, row in enumerate(self.rows("placing")):
             if number in self.first:
-                placed += place(self.source(row)[1],
+                placed += place(self.image(row)[1],
                                 self.args.root / "images" / self.first[number], self.args.link)
         return placed
 
     def reasons(self):
-        return "; ".join(f"{count} rows: {reason}" for reason, count
-                         in Counter(reason for _, reason in self.unusable).most_common(5))
+        """How often what is wrong, with an example of the most frequent."""
+        counts = Counter(reason for _, reason, _ in self.unusable).most_common(5)
+        text = "; ".join(f"{count} rows: {reason}" for reason, count in counts)
+        examples = [f" (row {row}: {detail})" for row, reason, detail in self.unusable
+                    if detail and reason == counts[0][0]]
+        return text + (examples or [""])[0]
+
+
+def plain_name(name):
+    """A file name without what systems differ in: kind of slash, case, Unicode form, ending."""
+    name = unicodedata.normalize("NFC", name.replace("\\", "/")).casefold()
+    return os.path.splitext(name)[0]
 
 
 def draw(count, dev, test, seed):
@@ -169,8 +219,7 @@ def draw(count, dev, test, seed):
 def main(argv=None):
     parser = Parser(__doc__)
     parser.add_argument("--pairs", required=True, metavar="TABLE",
-                        help="table of images and captions: a file, a glob in quotes, or a folder "
-                             "of .tar files")
+                        help="table of images and captions: a file, a glob in quotes, or a folder")
     parser.add_argument("--images", type=Path, metavar="DIR",
                         help="folder that the image paths start from; ROOT/images leaves the "
                              "images where they are; without it the folder of the table")
@@ -178,7 +227,12 @@ def main(argv=None):
                         help="folder of the data set to make")
     for what in ("image", "caption"):
         parser.add_argument(f"--{what}_column", default=what, metavar="NAME",
-                            help=f"column or key with the {what}")
+                            help=f"column or key with the {what}"
+                                 + (", or a pattern of several, 'caption_*'" if what == "caption"
+                                    else ""))
+    parser.add_argument("--split_column", default=None, metavar="NAME",
+                        help="column that says train, dev (or val) or test; without it the split "
+                             "is drawn")
     for split in ("dev", "test"):
         parser.add_argument(f"--{split}", type=amount, default=None, metavar="N",
                             help=f"images of the {split} split, as number (1000) or share (0.1); "
@@ -197,13 +251,16 @@ def main(argv=None):
         raise InputError(f"--images {args.images} is not a folder; give the one that the paths in "
                          f"{args.pairs} start from")
 
-    pairs = Pairs(args)
-    names = sorted(pairs.captions)
+    usable = Usable(args)
+    names = sorted(usable.captions)
     if not names:
-        raise InputError(f"no row of {args.pairs} can be used: {pairs.reasons() or 'it has none'}; "
-                         f"image paths start from --images {args.images}")
-    drawn = draw(len(names), args.dev, args.test, args.seed)
-    splits = {split: (ids, [[caption for _, caption in pairs.captions[names[i]]] for i in ids])
+        raise InputError(f"no row of {args.pairs} can be used: "
+                         f"{usable.reasons() or 'it has none'}; image paths start from --images "
+                         f"{args.images}")
+    drawn = ({split: [i for i, name in enumerate(names) if usable.split[name] == split]
+              for split in SPLITS} if args.split_column
+             else draw(len(names), args.dev, args.test, args.seed))
+    splits = {split: (ids, [[caption for *_, caption in usable.captions[names[i]]] for i in ids])
               for split, ids in drawn.items()}
 
     def write(folder):
@@ -211,19 +268,19 @@ def main(argv=None):
         write_splits(folder, splits, names)
         for split in SPLITS:
             write_lines(folder / f"{split}_rows.txt",
-                        [row for i in drawn[split] for row, _ in pairs.captions[names[i]]])
+                        [f"{row} {at}" for i in drawn[split]
+                         for row, at, _ in usable.captions[names[i]]])
         with atomic_write(folder / "unusable_rows.csv") as f:
-            csv.writer(f, lineterminator="\n").writerows([("row", "reason"), *pairs.unusable])
-        with atomic_write(folder / SOURCE) as f:
-            json.dump({"table": os.path.abspath(args.pairs), "image_column": args.image_column,
-                       "caption_column": args.caption_column}, f, indent=1)
+            csv.writer(f, lineterminator="\n").writerows(
+                [("row", "reason", "detail"), *usable.unusable])
+        save_source(usable.source, folder)
 
     with new_split(args.root, write):
-        placed = pairs.place()
+        placed = usable.place()
     print(f"placed {placed} images in {args.root / 'images'}, {len(names) - placed} were there")
-    if pairs.unusable:
-        print(f"left out {len(pairs.unusable)} rows, listed in unusable_rows.csv: "
-              f"{pairs.reasons()}")
+    if usable.unusable:
+        print(f"left out {len(usable.unusable)} rows, listed in unusable_rows.csv: "
+              f"{usable.reasons()}")
     report(args.root, splits)
     print("train on it with:\n  python main_NPC.py --recipe robust --dataset_root "
           f"{shlex.quote(os.path.abspath(args.root))} --experiments mine")

@@ -512,7 +512,8 @@ def test_postscript_is_not_drawn(tmp_path, monkeypatch):
     Image.new("RGB", (9, 9)).save(path, "EPS")
     with pytest.raises(InputError, match=r"a\.jpg is not an image .*Ghostscript"):
         Images(tmp_path, ["a.jpg"], PREPROCESS)[0]
-    assert image_format(path) is None
+    with pytest.raises(ValueError, match="Ghostscript"):
+        image_format(path)
     assert not (tmp_path / "drawn").exists()
 
 
@@ -523,11 +524,13 @@ def test_thin_images(tmp_path, size, good):
     (tmp_path / "images").mkdir()
     path = tmp_path / "images" / "a.png"
     Image.new("RGB", size).save(path)
-    assert (image_format(path) is not None) == good
     images = Images(tmp_path, ["a.png"], PREPROCESS)
     if good:
+        assert image_format(path) == "PNG"
         assert len(images[0]) == 3
     else:
+        with pytest.raises(ValueError, match="too thin"):
+            image_format(path)
         with pytest.raises(InputError, match="too thin"):
             images[0]
 

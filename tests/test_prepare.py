@@ -97,10 +97,14 @@ def test_image_format(tmp_path, monkeypatch):
     Image.effect_noise((64, 64), 50).save(noise, "JPEG")
     cut = noise.getvalue()[:-500]
     assert Image.open(io.BytesIO(cut)).size == (64, 64)  # only decoding shows that it is cut short
-    assert common.image_format(noise.getvalue()) == "JPEG" and common.image_format(cut) is None
-    assert common.image_format(b"<html>404</html>") is None
+    assert common.image_format(noise.getvalue()) == "JPEG"
+    with pytest.raises(ValueError, match="truncated"):
+        common.image_format(cut)
+    with pytest.raises(ValueError, match="^no image that Pillow knows$"):
+        common.image_format(b"<html>404</html>")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64 * 64 - 1)  # now a decompression bomb
-    assert common.image_format(whole) is None
+    with pytest.raises(ValueError, match="exceeds limit"):
+        common.image_format(whole)
     assert common.image_format(jpeg(1)) == "JPEG"
 
 
@@ -622,18 +626,17 @@ def test_pairs_counts_and_lists_what_it_leaves_out(tmp_path, ok):
     source.write_text(source.read_text() + "a.jpg\na.jpg,b,c\n", encoding="utf-8")
     out = ok(prepare_pairs, "--pairs", source, "--images", tmp_path / "photos", "--root",
              tmp_path / "r")
+    listed = [line.split(",")[:2] for line in lines(tmp_path / "r", "unusable_rows.csv")]
     expected = {0: "image cannot be read", 1: "image cannot be read", 2: "image does not exist",
                 3: "image does not exist", 4: "no caption", 7: OUTSIDE, 8: OUTSIDE,
-                9: "image does not exist", 10: "no image", 20: FIELDS, 21: FIELDS}
-    assert lines(tmp_path / "r", "unusable_rows.csv") == [
-        "row,reason", *(f"{row},{reason}" for row, reason in expected.items())]
+                9: "image does not exist", 10: "no image", 20: '"1 fields', 21: '"3 fields'}
+    assert listed == [["row", "reason"], *([str(row), reason] for row, reason in expected.items())]
     assert "left out 11 rows, listed in unusable_rows.csv: 3 rows: image does not exist; " in out
     assert len(check_pairs(tmp_path / "r", 1, 11)) == 6
     assert not (tmp_path / "r/images" / found[0][0]).exists()
 
 
 OUTSIDE = "image is outside the images folder or its name is no text"
-FIELDS = "not as many fields as the header"
 
 
 @pytest.mark.parametrize("name, text, message", [
@@ -642,7 +645,7 @@ FIELDS = "not as many fields as the header"
     ("p.csv", "image,caption\n", "it has none"),
     ("p.csv", "", "it has none"),
     ("p.csv", "image,caption\na.jpg,a dog\nb.jpg,a cat\n", "used: 2 rows: image does not exist"),
-    ("p.csv", "image;caption\na.jpg;a dog\n", "has no column 'image', only image;caption; give"),
+    ("p.csv", "file;caption\na.jpg;a dog\n", "has no column 'image', only file, caption; give"),
     ("p.csv", b"image,caption\na.jpg,\xff\n", "save it as UTF-8"),
     ("p.jsonl", '{"image": "a.jpg", "caption": 3}\n', "1 rows: no caption"),
     ("p.jsonl", '{"image": "a.jpg", "caption": []}\n', "1 rows: no caption"),
@@ -651,7 +654,7 @@ FIELDS = "not as many fields as the header"
     ("p.jsonl", "[1]\n{\n" + "[" * 100_000 + "\n" + "1" * 5000, "4 rows: no JSON object"),
     ("p.parquet", "PAR1 no more", "is not a Parquet file or is damaged"),
     ("p.tar", "no tar", "is not a whole, uncompressed tar or is damaged"),
-    ("p.xlsx", "x", "must end in one of .csv, .tsv, .jsonl")])
+    ("p.xlsx", "x", "must end in .csv, .tsv, .txt, .json,")])
 def test_pairs_refuses(tmp_path, fails, name, text, message):
     (tmp_path / "photos").mkdir()
     assert message in fails(prepare_pairs, "--pairs", put(tmp_path / name, text), "--images",

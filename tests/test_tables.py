@@ -14,7 +14,8 @@ import pytest
 from test_prepare import as_csv, jpeg, lines, put, tree
 
 from dataset import prepare_pairs
-from utils.cleaning.tables import copy_rows, copy_suffix, read_rows, source_of
+from utils.cleaning.source import rows_of, source_of
+from utils.cleaning.tables import copy_rows, copy_suffix, read_rows
 from utils.errors import InputError
 from utils.reading.layout import image_names, read_captions, read_ids
 
@@ -23,7 +24,7 @@ CAPTIONS = [f'Row {i}, "é"' for i in range(COUNT)]
 IMAGES = [jpeg(i, "PNG" if i % 5 == 0 else "JPEG", size=(16, 16)) for i in range(COUNT)]
 
 
-def rows_of(folder):
+def table_rows(folder):
     """Rows with further columns, their images as files below `folder`."""
     return [{"image": str(put(folder / f"{i}.jpg", IMAGES[i])), "price": i / 4,
              "caption": CAPTIONS[i], "note": f"a\tb {i}"} for i in range(COUNT)]
@@ -32,22 +33,22 @@ def rows_of(folder):
 def write_csv(folder):
     text = "image,price,caption,note\n" + "".join(
         ",".join('"' + str(value).replace('"', '""') + '"' for value in row.values()) + "\n"
-        for row in rows_of(folder))
+        for row in table_rows(folder))
     return put(folder / "t.CSV", text)
 
 
 def write_tsv(folder):
     text = "image\tcaption\n" + "".join(f"{row['image']}\t{row['caption']}\n"
-                                        for row in rows_of(folder))
+                                        for row in table_rows(folder))
     return put(folder / "t.tsv", text)
 
 
 def write_jsonl(folder):
-    return put(folder / "t.jsonl", "\n".join(map(json.dumps, rows_of(folder))))
+    return put(folder / "t.jsonl", "\n".join(map(json.dumps, table_rows(folder))))
 
 
 def write_parquet(folder, images=None, name="t.parquet", rows=slice(None)):
-    table = pa.Table.from_pylist(rows_of(folder))
+    table = pa.Table.from_pylist(table_rows(folder))
     if images is not None:
         table = table.set_column(0, "image", images)
     table = table.replace_schema_metadata({"huggingface": "{}"})
@@ -116,15 +117,15 @@ def test_every_format_is_prepared_with_the_rows_that_it_came_from(tmp_path, caps
     seen = []
     for split in ("train", "dev", "test"):
         captions = read_captions(root / f"annotations/scan_split/{split}_caps.txt")
-        numbers, source = source_of(root, split)
-        assert source == {"table": str(table), "image_column": "image", "caption_column": "caption"}
+        source, (numbers, places) = source_of(root), rows_of(root, split).T
+        assert source[:4] == (str(table), "image", "caption", COUNT) and not places.any()
         assert captions == [CAPTIONS[i] for i in numbers]
         names = image_names(root, "pairs", read_ids(root, split, len(captions), 1, "caps"))
         assert [(root / "images" / name).read_bytes() for name in names] == [
             IMAGES[i] for i in numbers]
         seen += numbers.tolist()
     assert sorted(seen) == list(range(COUNT))
-    assert lines(root, "unusable_rows.csv") == ["row,reason"]
+    assert lines(root, "unusable_rows.csv") == ["row,reason,detail"]
 
 
 @pytest.mark.parametrize("write", WRITERS)
@@ -132,12 +133,12 @@ def test_copy_of_every_format_has_the_kept_rows_with_all_their_columns(tmp_path,
     (tmp_path / "source").mkdir()
     table, kept = write(tmp_path / "source"), [0, 4, 5, 8, 11]
     target = tmp_path / f"copy{copy_suffix(table)}"
-    copy_rows(table, target, kept)
+    copy_rows(table, target, "caption", dict.fromkeys(kept, [0]))
     if write in (write_tar, write_tars, write_loose):
         shards = {write_tar: ["t.tar"] * 5, write_tars: ["00000.tar"] * 3 + ["00001.tar"] * 2,
                   write_loose: ["00000"] * 3 + ["00001"] * 2}[write]
-        assert target.read_text() == "shard,key\n" + "".join(
-            f"{shard},{i:05d}\n" for shard, i in zip(shards, kept, strict=True))
+        assert target.read_text() == "shard,key,caption\n" + "".join(
+            f'{shard},{i:05d},"Row {i}, ""é"""\n' for shard, i in zip(shards, kept, strict=True))
         return
     columns = ["image", "caption"] + ["price", "note"] * (write is not write_tsv)
     everything = list(read_rows(table, columns))
@@ -149,17 +150,17 @@ def test_copy_of_every_format_has_the_kept_rows_with_all_their_columns(tmp_path,
 
 
 def test_text_is_copied_byte_for_byte(tmp_path):
-    pieces = ['\ufeffimage,"cap\r\ntion"\r\n', 'a.jpg,"two\nlines, ""quoted"""\n', "\n",
+    pieces = ['\ufeffimage,caption\r\n', 'a.jpg,"two\nlines, ""quoted"""\n', "\n",
               "broken\r\n", "b.jpg, plain \r\n", "c.jpg,no end of line"]
     source = put(tmp_path / "t.csv", "".join(pieces))
     for kept in ([0, 1], [1, 2, 3], [3], []):
-        copy_rows(source, tmp_path / "copy.csv", kept)
+        copy_rows(source, tmp_path / "copy.csv", "caption", dict.fromkeys(kept, [0]))
         own = [pieces[1], *pieces[3:5], pieces[5] + "\n"]
         assert (tmp_path / "copy.csv").read_bytes().decode() == pieces[0] + "".join(
             own[i] for i in kept)
-    rows = list(read_rows(source, ["image", "cap\r\ntion"]))
-    assert rows[1] == "not as many fields as the header"
-    assert rows[0] == {"image": "a.jpg", "cap\r\ntion": 'two\nlines, "quoted"'}
+    rows = list(read_rows(source, ["image", "caption"]))
+    assert rows[1] == "1 fields, but the header has 2"
+    assert rows[0] == {"image": "a.jpg", "caption": 'two\nlines, "quoted"'}
 
 
 def test_columns_by_name_and_the_same_bytes_are_one_image(tmp_path, capsys):
@@ -174,17 +175,17 @@ def test_columns_by_name_and_the_same_bytes_are_one_image(tmp_path, capsys):
     prepare_pairs.main([*argv, "--image_column", "jpg", "--caption_column", "alt"])
     assert lines(tmp_path / "r", "image_name.txt") == [
         "00000000.png", *(f"{i:08d}.jpg" for i in range(1, 5))]
-    assert lines(tmp_path / "r", "unusable_rows.csv")[1:] == ["6,image cannot be read",
-                                                              "7,no image"]
-    numbers = sum((source_of(tmp_path / "r", s)[0].tolist() for s in ("train", "dev", "test")), [])
-    assert sorted(numbers) == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
-    of_two = next(s for s in ("train", "dev", "test") if 2 in source_of(tmp_path / "r", s)[0])
-    assert 5 in source_of(tmp_path / "r", of_two)[0]  # both of its rows are in one split
+    assert lines(tmp_path / "r", "unusable_rows.csv")[1:] == [
+        "6,image cannot be read,no image that Pillow knows", "7,no image,"]
+    rows = {s: rows_of(tmp_path / "r", s).tolist() for s in ("train", "dev", "test")}
+    assert sorted(sum(rows.values(), [])) == [[i, place] for i in range(6) for place in (0, 2)]
+    of_two = next(own for own in rows.values() if [2, 0] in own)
+    assert [5, 0] in of_two  # both of its rows are in one split
 
 
 def test_parquet_without_pyarrow_is_one_line(tmp_path, monkeypatch):
     source = write_parquet(tmp_path)
-    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(InputError, match="t.parquet needs the package pyarrow: pip install"):
         list(read_rows(source, ["image"]))
 
@@ -192,7 +193,7 @@ def test_parquet_without_pyarrow_is_one_line(tmp_path, monkeypatch):
 def test_files_of_two_kinds_are_no_table(tmp_path):
     as_csv(tmp_path / "a.csv", [])
     put(tmp_path / "b.jsonl", "")
-    with pytest.raises(InputError, match="must end in one of"):
+    with pytest.raises(InputError, match="files of several kinds"):
         list(read_rows(tmp_path / "*", ["image"]))
 
 

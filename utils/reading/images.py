@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
@@ -22,6 +22,9 @@ from utils.distributed import world
 from utils.errors import InputError
 from utils.files import reading
 from utils.reading.image_cache import ImageCache
+
+# Texts beside a picture may be as long as all of them together; some programs write megabytes
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 
 
 class Images(Dataset):

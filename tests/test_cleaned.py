@@ -1,0 +1,469 @@
+"""A person's table through prepare_pairs.py and find_noise.py: what comes back, in every format."""
+
+import csv
+import io
+import json
+import re
+import sys
+import tarfile
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image, PngImagePlugin
+from test_prepare import jpeg, lines, put
+
+import find_noise
+from dataset import prepare_pairs
+from utils.cleaning import source as source_module
+from utils.cleaning.captions import captions_in, clean, without
+from utils.cleaning.tables import copy_suffix, read_rows
+from utils.errors import InputError
+
+COUNT = 24
+WRONG = {3: [0], 7: [1], 11: [0, 1], 12: [1], 15: [0], 20: [0, 1]}  # places of wrong captions
+RIGHT = {i: [c for c in (0, 1) if c not in WRONG.get(i, [])] for i in range(COUNT)}
+
+
+def captions(i):
+    """Two captions of image i, each with the number of the image that it is right for."""
+    return [f"thing {i + 5 * (c in WRONG.get(i, [])):03d}, {'çé'[c]} \"{c}\"" for c in (0, 1)]
+
+
+def features(model, pairs, *_, **__):
+    """Stands in for the model: what names the same number is alike."""
+    rng = np.random.default_rng(0)
+    place = torch.from_numpy(rng.normal(size=(100, 32))).float()
+    number = [int(re.search(r"\d+", name)[0]) for name in pairs.images.names]
+    named = dict(zip(pairs.text_of, (int(re.search(r"\d+", c)[0]) for c in pairs.captions),
+                     strict=True))
+    return (F.normalize(place[number], dim=1),
+            F.normalize(place[[named[k] for k in range(len(named))]] + .1, dim=1))
+
+
+@pytest.fixture
+def judged(monkeypatch):
+    """The numbers of pairs that were judged."""
+    seen = []
+    monkeypatch.setattr(sys.modules[find_noise.judge_pairs.__module__], "embed_pairs",
+                        lambda model, pairs, *a, **k: seen.append(len(pairs)) or features(
+                            model, pairs))
+    return seen
+
+
+def prepare(table, root, *more):
+    prepare_pairs.main(["--pairs", str(table), "--root", str(root), *map(str, more)])
+
+
+def find(root, out, *more):
+    find_noise.main(["--dataset_root", str(root), "--vision_model", "tiny", "--num_workers", "0",
+                     "--device", "cpu", "--out", str(out), "--recipe", "paper", "--batch_size",
+                     "200", *map(str, more)])
+    with open(out / "suspicious_pairs.csv", encoding="utf-8", newline="") as f:
+        return list(csv.DictReader(f))
+
+
+def refused(function, *args):
+    """The one line on which a command ends."""
+    with pytest.raises(SystemExit) as stop:
+        function(*args)
+    assert stop.value.code == 2
+
+
+# ---- formats: each writes a table of `captions`, returns path and options --------------
+
+
+def files(folder):
+    return [put(folder / f"{i:03d}.jpg", jpeg(i, size=(40, 40))).name for i in range(COUNT)]
+
+
+def delimited(folder, name, rows, **dialect):
+    with open(folder / name, "w", encoding="utf-8", newline="") as f:
+        csv.writer(f, **dialect).writerows(rows)
+    return folder / name
+
+
+def csv_json(folder):
+    return delimited(folder, "t.csv", [["id", "caption", "image"], *(
+        [i, json.dumps(captions(i)), name] for i, name in enumerate(files(folder)))]), ()
+
+
+def csv_pandas(folder):
+    return delimited(folder, "t.csv", [["image", "caption"], *(
+        [name, repr(captions(i))] for i, name in enumerate(files(folder)))], delimiter=";"), ()
+
+
+def csv_columns(folder):
+    table = delimited(folder, "t.csv", [["caption_0", "image", "caption_1"], *(
+        [captions(i)[0], name, captions(i)[1]] for i, name in enumerate(files(folder)))])
+    return table, ("--caption_column", "caption_*")
+
+
+def csv_lines(folder):
+    return delimited(folder, "t.csv", [["image", "caption"], *(
+        [name, c] for i, name in enumerate(files(folder)) for c in captions(i))],
+        delimiter="\t"), ()
+
+
+def utf_16(folder):
+    text = csv_lines(folder)[0].read_text(encoding="utf-8")
+    return put(folder / "t.txt", text.replace('""', "'").replace('"', "").encode("utf-16")), ()
+
+
+def token(folder):
+    return put(folder / "results.token", "".join(
+        f"{name}#{k}\t{c}\n" for i, name in enumerate(files(folder))
+        for k, c in enumerate(captions(i)))), ()
+
+
+def jsonl(folder):
+    return put(folder / "t.jsonl", "".join(
+        json.dumps({"image": name, "caption": ["", *captions(i)], "n": i}) + "\n\n"
+        for i, name in enumerate(files(folder)))), ()
+
+
+def json_array(folder):
+    return put(folder / "t.json", json.dumps(
+        [{"image": name, "caption": captions(i)} for i, name in enumerate(files(folder))],
+        indent=1)), ()
+
+
+def karpathy(folder):
+    images = [{"filename": name, "sentences": [{"raw": c, "tokens": c.split(), "sentid": 1}
+                                               for c in captions(i)]}
+              for i, name in enumerate(files(folder))]
+    return put(folder / "dataset.json", json.dumps({"images": images, "dataset": "flickr8k"})), (
+        "--image_column", "filename", "--caption_column", "sentences")
+
+
+def parquet(folder, cell=captions, kind=None, name="t.parquet", bytes_of=None):
+    images = bytes_of or files(folder)
+    table = pa.table({"image": images, "caption": pa.array([cell(i) for i in range(COUNT)], kind),
+                      "time": pa.array(range(COUNT), pa.timestamp("ns"))})
+    pq.write_table(table, folder / name, row_group_size=5)
+    return folder / name, ()
+
+
+def parquet_structs(folder):
+    return parquet(folder, lambda i: [{"raw": c, "id": 1} for c in captions(i)])
+
+
+def parquet_lists_beside(folder):
+    return parquet(folder, lambda i: {"raw": captions(i), "id": [1, 2]})
+
+
+def parquets(folder):
+    """Of two files with other orders and types of columns."""
+    one = pa.table({"image": files(folder)[:12], "caption": [captions(i) for i in range(12)],
+                    "note": pa.array([None] * 12, pa.null())})
+    two = pa.table({"note": ["x"] * 12, "image": pa.array(files(folder)[12:], pa.large_string()),
+                    "caption": pa.array([captions(i) for i in range(12, COUNT)],
+                                        pa.large_list(pa.string()))})
+    (folder / "data").mkdir()
+    pq.write_table(one, folder / "data/0.parquet")
+    pq.write_table(two, folder / "data/1.parquet")
+    return folder / "data", ("--images", folder)
+
+
+def arrow(folder):
+    table = pq.read_table(parquet(folder)[0])
+    with pa.ipc.new_file(folder / "t.arrow", table.schema) as f:
+        f.write_table(table)
+    return folder / "t.arrow", ()
+
+
+def csvs(folder):
+    """Of two files with other orders of columns."""
+    names = files(folder)
+    delimited(folder, "0.csv", [["image", "caption"], *(
+        [names[i], json.dumps(captions(i))] for i in range(12))])
+    delimited(folder, "1.csv", [["caption", "image"], *(
+        [json.dumps(captions(i)), names[i]] for i in range(12, COUNT))])
+    return f"{folder}/*.csv", ()
+
+
+def tar(folder):
+    with tarfile.open(folder / "t.tar", "w") as f:
+        for i in range(COUNT):
+            for ending, data in (("jpg", jpeg(i, size=(40, 40))),
+                                 ("json", json.dumps({"caption": captions(i)}).encode())):
+                info = tarfile.TarInfo(f"v1.2_{i:03d}.{ending}" if i % 2 else f"{i:03d}.{ending}")
+                info.size = len(data)
+                f.addfile(info, io.BytesIO(data))
+    return folder / "t.tar", ()
+
+
+FORMATS = [csv_json, csv_pandas, csv_columns, csv_lines, utf_16, token, jsonl, json_array, karpathy,
+           parquet, parquet_structs, parquet_lists_beside, parquets, arrow, csvs, tar]
+
+
+def pairs_of(table, options, image="image", caption="caption"):
+    """[(image, caption)] of a table as a person would read them."""
+    options = dict(zip(options[::2], options[1::2], strict=True))
+    image = options.get("--image_column", image)
+    caption = options.get("--caption_column", caption)
+    return [(row[image], text) for row in read_rows(table, (image, caption))
+            for _, text in captions_in(row[caption])]
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_every_table_comes_back_without_its_wrong_captions(tmp_path, judged, capsys, form):
+    (tmp_path / "in").mkdir()
+    table, options = form(tmp_path / "in")
+    prepare(table, tmp_path / "mine", *options)
+    rows = find(tmp_path / "mine", tmp_path / "out", "--write_clean", tmp_path / "clean")
+    assert judged[0] == len(rows) == 2 * COUNT  # dev and test too
+    wrong = [captions(i)[c] for i, places in WRONG.items() for c in places]
+    assert {row["caption"].replace("'", '"') for row in rows[: len(wrong)]} == set(
+        c.replace("'", '"') for c in wrong)
+    cleaned = tmp_path / "clean" / f"cleaned{copy_suffix(table)}"
+    if form is tar:
+        expected = [(f"v1.2_{i:03d}" if i % 2 else f"{i:03d}", captions(i)[c])
+                    for i in range(COUNT) for c in RIGHT[i]]
+        assert pairs_of(cleaned, (), image="key") == expected
+    else:
+        expected = [(image, c) for image, c in pairs_of(table, options) if image[:3] == c[6:9]]
+        assert len(expected) == 2 * COUNT - len(wrong)
+        assert pairs_of(cleaned, options) == expected
+    kept = sum((lines(tmp_path / "clean", f"{split}_caps.txt")
+                for split in ("train", "dev", "test")), [])
+    assert sorted(kept) == sorted(caption for _, caption in expected)
+    if form is not tar:  # it can be prepared and cleaned again, and nothing comes back in
+        find(tmp_path / "clean", tmp_path / "out", "--write_clean", tmp_path / "again",
+             "--keep_above", 0)
+        assert pairs_of(tmp_path / "again" / cleaned.name, options) == expected
+
+
+def test_the_place_in_the_list_is_said(tmp_path, judged):
+    table, _ = jsonl(tmp_path)
+    prepare(table, tmp_path / "mine")
+    for row in find(tmp_path / "mine", tmp_path / "out"):
+        assert captions(int(row["row"]))[int(row["place"]) - 1] == row["caption"]
+
+
+# ---- a table that is not what it was -------------------------------------------------------------
+
+
+def reorder(folder):
+    rows = (folder / "t.jsonl").read_text().split("\n\n")
+    (folder / "t.jsonl").write_text("\n\n".join(reversed(rows)))
+
+
+def append(folder):
+    with open(folder / "t.jsonl", "a") as f:
+        f.write('{"image": "000.jpg", "caption": "thing 000 again"}\n')
+
+
+def other_image(folder):
+    text = (folder / "t.jsonl").read_text()
+    (folder / "t.jsonl").write_text(text.replace('"000.jpg"', '"001.jpg"'))
+
+
+def remove(folder):
+    (folder / "t.jsonl").unlink()
+
+
+@pytest.mark.parametrize("change", [reorder, append, other_image, remove])
+def test_a_changed_table_is_an_error_before_anything_is_judged(tmp_path, judged, capsys, change):
+    table, _ = jsonl(tmp_path)
+    prepare(table, tmp_path / "mine")
+    before = table.read_bytes()
+    change(tmp_path)
+    refused(find, tmp_path / "mine", tmp_path / "out", "--write_clean", tmp_path / "clean")
+    assert ("does not exist" if change is remove else "t.jsonl has changed since") in (
+        capsys.readouterr().err)
+    assert not judged and not (tmp_path / "clean").exists()
+    table.write_bytes(before)
+    find(tmp_path / "mine", tmp_path / "out", "--write_clean", tmp_path / "clean")
+    assert (tmp_path / "clean/cleaned.jsonl").exists()
+
+
+def test_a_copy_that_is_not_right_leaves_nothing_and_blocks_nothing(tmp_path, judged, capsys,
+                                                                    monkeypatch):
+    table, _ = jsonl(tmp_path)
+    prepare(table, tmp_path / "mine")
+    copy, broken = source_module.copy_rows, {2: [1, 2]}
+
+    def wrong(source, target, column, keep):
+        copy(source, target, column, {**keep, **broken})
+
+    options = tmp_path / "mine", tmp_path / "out", "--write_clean", tmp_path / "clean"
+    for broken in ({3: {1: ""}}, {4: {}}, {11: [1]}):  # noqa: B007
+        with monkeypatch.context() as patch:
+            patch.setattr(source_module, "copy_rows", wrong)
+            refused(find, *options)
+        assert "would not hold the pairs that are kept" in capsys.readouterr().err
+        assert not list(tmp_path.glob("*clean*"))
+    find(*options)
+
+
+def test_types_that_cannot_be_one_are_refused_when_preparing(tmp_path, capsys):
+    for number, values in enumerate((["a"], [1])):
+        pq.write_table(pa.table({"image": ["a.jpg"], "caption": ["x"], "note": values}),
+                       tmp_path / f"{number}.parquet")
+    refused(prepare, f"{tmp_path}/*.parquet", tmp_path / "mine")
+    error = capsys.readouterr().err
+    assert "1.parquet: its columns do not fit those of" in error and "note" in error
+    delimited(tmp_path, "0.csv", [["image", "caption", "note"]])
+    delimited(tmp_path, "1.csv", [["image", "caption"]])
+    refused(prepare, f"{tmp_path}/*.csv", tmp_path / "mine")
+    assert "1.csv has other columns than" in capsys.readouterr().err
+
+
+def test_what_nobody_judged_is_said(tmp_path, judged, capsys):
+    table, _ = jsonl(tmp_path)
+    prepare(table, tmp_path / "mine")
+    np.savez(tmp_path / "w.npz", w=np.ones((1, len(lines(tmp_path / "mine", "train_caps.txt")))))
+    find(tmp_path / "mine", tmp_path / "out", "--score", "npc", "--weights", tmp_path / "w.npz",
+         "--write_clean", tmp_path / "clean")
+    out = capsys.readouterr().out
+    assert "Only the training split is judged, neither dev nor test" in out
+    assert "8 captions of dev and test were judged by nobody" in out
+
+
+# ---- read = used + listed ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_rows_read_are_used_or_listed(tmp_path, form, capsys):
+    (tmp_path / "in").mkdir()
+    table, options = form(tmp_path / "in")
+    for i in (2, 9):
+        (tmp_path / "in" / f"{i:03d}.jpg").unlink(missing_ok=True)
+    prepare(table, tmp_path / "mine", *options)
+    used = {int(line.split()[0]) for split in ("train", "dev", "test")
+            for line in lines(tmp_path / "mine", f"{split}_rows.txt")}
+    with open(tmp_path / "mine/annotations/scan_split/unusable_rows.csv", newline="") as f:
+        listed = {int(row["row"]) for row in csv.DictReader(f)}
+    read = json.loads("\n".join(lines(tmp_path / "mine", "source.json")))["rows"]
+    assert used | listed == set(range(read)) and not used & listed
+    assert bool(listed) == (form is not tar)
+    assert read == COUNT * (2 if form in (csv_lines, utf_16, token) else 1)
+
+
+def test_a_shard_loses_no_sample(tmp_path, capsys):
+    names = ["v1.2_001", "v002", "a.b/c.d.003", "004.x", "004.x"]
+    with tarfile.open(tmp_path / "t.tar", "w") as f:
+        for i, name in enumerate(names):
+            for ending, data in (("JPG", jpeg(i)), ("txt", b"thing")):
+                info = tarfile.TarInfo(f"{name}.{ending}")
+                info.size = len(data)
+                f.addfile(info, io.BytesIO(data))
+    rows = list(read_rows(tmp_path / "t.tar", ("key", "image", "caption")))
+    assert [row["key"] for row in rows] == ["v1.2_001", "v002", "c.d.003", "004.x", "004.x"]
+    assert [row["image"].read() for row in rows] == [jpeg(i) for i in range(5)]
+    assert all(row["caption"] == "thing" for row in rows)
+    with tarfile.open(tmp_path / "u.tar", "w") as f:
+        for ending in ("jxl", "caption", "jxl"):
+            f.addfile(tarfile.TarInfo(f"1.{ending}"))
+    with pytest.raises(InputError, match="u.tar holds files that end in caption, jxl; needed"):
+        list(read_rows(tmp_path / "u.tar", ("image", "caption")))
+
+
+# ---- cells ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value, found", [
+    ("a dog", [(0, "a dog")]),
+    ('["a dog", "a cat"]', [(0, "a dog"), (1, "a cat")]),
+    ("['a dog', \"a cat's\"]", [(0, "a dog"), (1, "a cat's")]),
+    ('["a dog", "", null, "a cat"]', [(0, "a dog"), (3, "a cat")]),
+    ("[]", []), (["a", None, 3, " b "], [(0, "a"), (3, "b")]), (None, []), (3, []),
+    ({"raw": "a dog", "tokens": ["a", "dog"], "id": 3}, [(0, "a dog")]),
+    ({"raw": ["a dog", "a cat"], "id": [1, 2]}, [(0, "a dog"), (1, "a cat")]),
+    ([{"raw": "a dog", "n": 1}, {"raw": None, "n": 2}, {"raw": "a cat"}],
+     [(0, "a dog"), (2, "a cat")])])
+def test_captions_in_a_cell(value, found):
+    assert captions_in(value) == found
+    for gone, _ in found:
+        left = without(value, {gone})
+        assert type(left) is type(value)
+        if len(found) > 1:
+            assert [c for _, c in captions_in(left)] == [c for p, c in found if p != gone]
+
+
+@pytest.mark.parametrize("value, reason", [
+    ("['a dog' 'a cat']", "looks like a list; write it as JSON"),  # as numpy writes it
+    ("[a dog]", "looks like a list"), ("['a', exit()]", "looks like a list"),
+    ({"raw": "a dog", "lang": "en"}, "structure with several texts \\(raw, lang\\)")])
+def test_cells_that_are_refused(value, reason):
+    with pytest.raises(ValueError, match=reason):
+        captions_in(value)
+
+
+@pytest.mark.parametrize("text", ["&nbsp;", "&amp;nbsp; ", "\x1b[0m", "\u200b\u200d", "\x07",
+                                  "&#8203;"])
+def test_captions_that_clip_empties_are_none(text):
+    assert clean(text) == "" and clean(f"{text}a") != ""
+
+
+# ---- what was seen, and why ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, content, said", [
+    ("t.json", '{"images": [{"id": 1}], "annotations": [{"caption": "a"}]}',
+     "an object with the lists images, annotations"),
+    ("t.xlsx", b"PK\3\4 and more", "a spreadsheet or another zip archive; save it as CSV"),
+    ("t.csv.gz", b"\x1f\x8b\x08", "compressed; unpack it"),
+    ("t.arrow", b"\xff\xff\xff\xff\0\0", "give what to_parquet"),
+    ("t.csv", 'image,caption\na.jpg,fine\nb.jpg,"a dog\nc.jpg,x\nd.jpg,y\n',
+     "the quote that opens in line 3 is not closed"),
+    ("t.csv", "image,caption\n" + 'a.jpg,"' + "x,y\n" * 40_000, "the quote that opens in line 2")])
+def test_a_file_that_cannot_be_read_is_named_for_what_it_is(tmp_path, capsys, name, content, said):
+    refused(prepare, put(tmp_path / name, content), tmp_path / "mine")
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("asked, there", [
+    ("A\\1.jpg", "A/1.jpg"), ("a/1.JPG", "A/1.jpg"), ("A/1.jpeg", "A/1.jpg"), ("1.jpg", "A/1.jpg"),
+    ("A/1", "A/1.jpg"), ("cafe\u0301.jpg", "caf\xe9.jpg")])
+def test_an_image_that_would_be_there_under_another_name_is_named(tmp_path, capsys, asked, there):
+    put(tmp_path / "A/1.jpg", jpeg(1))
+    put(tmp_path / "caf\xe9.jpg", jpeg(2))
+    table = delimited(tmp_path, "t.csv", [["image", "caption"], [asked, "x"]])
+    refused(prepare, table, tmp_path / "mine")
+    assert (f"1 rows: image does not exist (row 0: {tmp_path}/{asked}; there is {tmp_path}/{there})"
+            in capsys.readouterr().err)
+
+
+def test_why_an_image_cannot_be_read_is_listed(tmp_path, capsys):
+    notes = PngImagePlugin.PngInfo()
+    notes.add_itxt("workflow", "x" * 3_000_000, zip=True)  # every browser shows it
+    names = files(tmp_path)
+    Image.new("RGB", (40, 40)).save(tmp_path / names[0], "PNG", pnginfo=notes)
+    put(tmp_path / names[1], "<html>404</html>")
+    put(tmp_path / names[2], jpeg(1, size=(2, 3000)))
+    prepare(delimited(tmp_path, "t.csv", [["image", "caption"], *([n, "x"] for n in names)]),
+            tmp_path / "mine")
+    assert lines(tmp_path / "mine", "unusable_rows.csv")[1:] == [
+        f"1,image cannot be read,{tmp_path / names[1]}: no image that Pillow knows",
+        f"2,image cannot be read,{tmp_path / names[2]}: 2 x 3000 pixels are too thin"]
+
+
+# ---- a split of one's own ------------------------------------------------------------------------
+
+
+def test_a_column_says_the_split(tmp_path, capsys):
+    said = ["Train", "restval", "val", "dev", "test", "validation", "unknown", ""]
+    table = delimited(tmp_path, "t.csv", [["image", "caption", "part"], *(
+        [name, f"thing {i}", said[i % 8]] for i, name in enumerate(files(tmp_path)))])
+    prepare(table, tmp_path / "mine", "--split_column", "part")
+    of = {"train": {0, 1}, "dev": {2, 3, 5}, "test": {4}}
+    for split, kinds in of.items():
+        assert {int(line.split()[1]) % 8 for line in lines(tmp_path / "mine", f"{split}_caps.txt")
+                } == kinds
+    listed = lines(tmp_path / "mine", "unusable_rows.csv")
+    assert listed[1] == '6,"split is none of train, dev, test",unknown' and len(listed) == 7
+
+
+def test_everything_may_be_in_one_split(tmp_path, judged, capsys):
+    table = delimited(tmp_path, "t.csv", [["image", "caption", "split"], *(
+        [name, c, "test"] for i, name in enumerate(files(tmp_path)) for c in captions(i))])
+    prepare(table, tmp_path / "mine", "--split_column", "split")
+    find(tmp_path / "mine", tmp_path / "out", "--write_clean", tmp_path / "clean")
+    assert judged == [2 * COUNT]
+    assert [c for _, c in pairs_of(tmp_path / "clean/cleaned.csv", ())] == [
+        captions(i)[c] for i in range(COUNT) for c in RIGHT[i]]
