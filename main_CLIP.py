@@ -53,7 +53,7 @@ class Baseline:
         loss = passes.batch().mean()
         passes.backward(loss)
         norm = update(model, self.optimizer, run, self.max_norm)
-        return {"loss": loss, "grad_norm": norm, "logit_scale": model.logit_scale}
+        return {"batch_loss": loss, "grad_norm": norm, "exp_logit_scale": model.logit_scale.exp()}
 
 
 if __name__ == "__main__":

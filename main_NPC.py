@@ -17,7 +17,7 @@ from utils.errors import command
 from utils.method.batches import training_loader
 from utils.method.building import memory_bank
 from utils.method.memorybank import arrays_on, clean_pairs
-from utils.method.optimizer import adamw, prepare_training, update
+from utils.method.optimizer import adamw, prepare_training, steps_of, update
 from utils.method.passes import Passes
 from utils.method.weightings import WEIGHTINGS
 from utils.training.loop import fit
@@ -50,7 +50,7 @@ class NPC:
     def __init__(self, A, run, bank):
         args = run.args
         self.A, self.siamese, self.run = A, None, run
-        self.weighting = WEIGHTINGS[args.weighting]
+        self.weighting, self.num_pairs = WEIGHTINGS[args.weighting], len(bank.caption_entry)
         self.of_bank = arrays_on(run.device, bank, self.weighting.of_bank)  # (n,) each
         self.uses_memory = self.weighting.looks_ahead or args.memory_loss_weight > 0
         prepare_training(A, args, run.recipe)
@@ -75,6 +75,8 @@ class NPC:
         loss = passes.batch()                     # l(batch; A)           (B,)
         memory_i, memory_t = passes.memory()      # l(M^I; A), l(M^T; A)  (B,), (B,)
         known = {"batch": loss, "memory_i": memory_i, "memory_t": memory_t,
+                 "indices": batch.indices, "step": steps_of(self.optimizer),
+                 "num_pairs": self.num_pairs,
                  **{name: array[batch.indices] for name, array in self.of_bank.items()}}
 
         # A' takes its AdamW step on mean l(batch; A'), and shows what that does to the memory
@@ -92,9 +94,13 @@ class NPC:
         total = weighted + args.memory_loss_weight * (memory_i.mean() + memory_t.mean())
         passes.backward(total)
         norm = update(A, self.optimizer, run, args.clip_grad)
-        return {"loss": total, "batch_loss": loss.mean(), "weighted_loss": weighted,
-                "memory_image_loss": memory_i.mean(), "memory_text_loss": memory_t.mean(),
-                "grad_norm": norm, "logit_scale": A.logit_scale, "w": w}
+        numbers = {"batch_loss": loss.mean(), "grad_norm": norm,
+                   "exp_logit_scale": A.logit_scale.exp(), "w": w}
+        if self.uses_memory:
+            numbers |= {"memory_image_loss": memory_i.mean(), "memory_text_loss": memory_t.mean()}
+        if self.uses_memory or args.weighting != "none":  # else it is the batch's
+            numbers |= {"weighted_loss": weighted, "loss": total}
+        return numbers
 
 
 if __name__ == "__main__":

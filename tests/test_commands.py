@@ -22,6 +22,7 @@ import search
 from clip.model import ResidualAttentionBlock
 from data import retrieval_split
 from params import parse_args
+from utils.method import weightings
 from utils.reading.layout import read_lines
 from utils.scoring.retrieval import evaluate
 from utils.training import loop
@@ -110,7 +111,7 @@ def test_checkpoints_hold_weights_optimiser_and_origin(trained, name):
 
 
 @pytest.mark.parametrize("name, parts", [
-    ("clip", {"loss", "grad_norm"}),
+    ("clip", {"batch_loss", "grad_norm", "exp_logit_scale"}),
     ("npc", {"loss", "batch_loss", "weighted_loss", "memory_image_loss", "memory_text_loss",
              "grad_norm", "w", "w<1"})])
 def test_log_jsonl_has_an_object_per_epoch(trained, name, parts):
@@ -153,8 +154,9 @@ def test_tensorboard_has_losses_rate_and_scores(trained, name):
     events = EventAccumulator(str(folder))
     events.Reload()
     tags = set(events.Tags()["scalars"])
-    assert tags >= {"train/loss", "train/lr", "train/grad_norm", "train/logit_scale",
+    assert tags >= {"train/batch_loss", "train/lr", "train/grad_norm", "train/exp_logit_scale",
                     "dev/i2t_R@1", "dev/mean_R1"}
+    assert ("train/loss" in tags) == (name == "npc")  # a sum that the baseline does not have
     assert [event.step for event in events.Scalars("dev/mean_R1")] == [STEPS, 2 * STEPS]
     assert len(events.Scalars("train/lr")) == 2 * STEPS
     rates = [event.value for event in events.Scalars("train/lr")]
@@ -165,6 +167,47 @@ def test_tensorboard_has_losses_rate_and_scores(trained, name):
     if name == "npc":
         assert tags >= {"train/w", "train/w<1", "train/memory_image_loss", "train/weighted_loss"}
         assert events.Tags()["histograms"]
+
+
+def test_points_are_means_since_the_last_one(trained):
+    folder = trained.run("every_second", main_NPC.main, "--display", 2, "--epochs", 1)
+    (row,) = records(folder)
+    folders = folder, trained.run("each", main_NPC.main, "--epochs", 1)
+    events = [EventAccumulator(str(run)) for run in folders]
+    for each in events:
+        each.Reload()
+    for tag in ("batch_loss", "w<1", "memory_text_loss"):
+        mean, single = ({e.step: e.value for e in run.Scalars(f"train/{tag}")} for run in events)
+        assert mean == pytest.approx({2: (single[1] + single[2]) / 2, 3: single[3]}, rel=1e-5)
+        assert row[tag] == pytest.approx(np.mean([*single.values()]), rel=1e-5)
+        assert len(set(single.values())) > 1
+
+
+def test_the_log_has_only_what_a_recipe_computes(trained):
+    folder = trained.run("few", main_NPC.main, "--weighting", "none", "--memory_loss_weight", 0,
+                         "--epochs", 1)
+    line, = [line for line in (folder / "log.txt").read_text().splitlines() if "step 3:" in line]
+    assert "batch_loss" in line and "memory" not in line and " w " not in line
+
+
+def test_a_weighting_knows_the_pairs_and_the_step(trained, monkeypatch):
+    """Enough for a history of each pair's loss, which a resumed run goes on counting."""
+    seen = []
+
+    def remember(batch, indices, step, num_pairs, **_):
+        seen.append((int(step), indices.tolist(), num_pairs))
+        return torch.ones_like(batch)
+
+    monkeypatch.setitem(weightings.WEIGHTINGS, "remember",
+                        weightings.Weighting(remember, "for this test", False, ()))
+    for more in ([], ["--resume", "auto"]):
+        folder = trained.run("remember", main_NPC.main, "--weighting", "remember", *more,
+                             "--epochs", 1 + len(more) // 2)
+    assert [step for step, _, _ in seen] == list(range(2 * STEPS))
+    assert {n for _, _, n in seen} == {PAIRS}
+    for epoch, w in enumerate(weights(folder)):
+        drawn = sum((indices for _, indices, _ in seen[epoch * STEPS :][:STEPS]), [])
+        assert sorted(drawn) == np.flatnonzero(np.isfinite(w)).tolist()
 
 
 def test_log_txt_tells_the_epochs_and_the_mixture(trained):

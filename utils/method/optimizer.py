@@ -69,3 +69,9 @@ def update(model, optimizer, run, max_norm):
 def trained(model):
     """The parameters of `model` that have a gradient: all but those of a frozen tower."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def steps_of(optimizer):
+    """Steps that an AdamW optimiser has made so far, also before a resume: a scalar tensor."""
+    state = optimizer.state.get(optimizer.param_groups[0]["params"][0])
+    return state["step"].clone() if state else torch.zeros(())

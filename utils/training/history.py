@@ -22,6 +22,7 @@ class History:
         self.run, self.pairs, self.epoch_steps = run, pairs, epoch_steps
         self.w = torch.full((run.args.epochs, len(pairs)), torch.nan, device=run.device)
         self.lines, self.sums, self.steps = [], {}, 0  # sums over an epoch's steps, by name
+        self.weighs = getattr(run.args, "weighting", "none") != "none"
         self.pending = self.writer = None
 
     def state(self):
@@ -48,6 +49,7 @@ class History:
         self.epoch = epoch
         self.clock = self.waiting_since = time.perf_counter()
         self.since, self.waited = 0, 0.0  # pairs and seconds since the last line of the log
+        self.shown = self.steps, self.sums  # by then
 
     def data_arrived(self):
         """Tell that the next batch is there."""
@@ -60,6 +62,7 @@ class History:
         w = numbers.pop("w", None)
         if w is not None:
             self.w[self.epoch][batch.indices] = w.float()
+        if w is not None and self.weighs:
             numbers = {**numbers, "w": w.mean(), "w<1": (w < 1).float().mean()}
         if self.run.precision.scaler.is_enabled():  # which skips a step with infinite gradients
             norm = numbers["grad_norm"]
@@ -71,7 +74,7 @@ class History:
         self.steps += 1
         self.since += len(batch.indices)
         if step % self.run.args.display == 0 or step % self.epoch_steps == 0:
-            self._show(step, rate, batch, dict(zip(numbers, values.tolist(), strict=True)))
+            self._show(step, rate, batch)
         self.waiting_since = time.perf_counter()
 
     def check(self):
@@ -81,7 +84,7 @@ class History:
         step, indices, values = self.pending
         self.pending = None
         numbers = dict(zip(self.sums, values.get().tolist(), strict=True))
-        if not (math.isfinite(numbers["loss"]) and math.isfinite(numbers["grad_norm"])):
+        if not all(map(math.isfinite, numbers.values())):
             parts = ", ".join(f"{name} {value:.4g}" for name, value in numbers.items())
             ids = ", ".join(f"{i} ({self.pairs.image_ids[self.pairs.image_of[i]]})"
                             for i in indices.tolist())
@@ -89,17 +92,23 @@ class History:
                              "fp32; checkpoints before it are intact; pairs of the batch (and "
                              f"their image ids): {ids}")
 
-    def _show(self, step, rate, batch, scalars):
+    def _show(self, step, rate, batch):
+        """Means over the steps since the last line, in a line and in TensorBoard."""
         seconds = time.perf_counter() - self.clock
+        steps, before = self.shown
+        sums = torch.stack([total - before.get(name, 0) for name, total in self.sums.items()])
+        means = (sums / (self.steps - steps)).tolist()
+        scalars = dict(zip(self.sums, means, strict=True))
         parts = ", ".join(f"{name} {value:.4f}" for name, value in scalars.items())
         self.run.log(f"epoch {self.epoch + 1}, step {self.steps}: {parts}, lr {rate:.3g}, "
                      f"{self.since / seconds:.0f} pairs/s")
         scalars |= {"lr": rate, "pairs_per_second": self.since / seconds,
                     "data_wait_share": self.waited / seconds,
-                    "distinct_images": batch.images.total / len(batch.indices),
-                    "distinct_captions": batch.texts.total / len(batch.indices)}
+                    "distinct_images_per_pair": batch.images.total / len(batch.indices),
+                    "distinct_captions_per_pair": batch.texts.total / len(batch.indices)}
         self._scalars("train", scalars, step)
         self.clock, self.since, self.waited = time.perf_counter(), 0, 0.0
+        self.shown = self.steps, self.sums
 
     def _scalars(self, group, scalars, step):
         if self.writer:

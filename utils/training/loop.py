@@ -19,9 +19,9 @@ def fit(run, model, dev, optimizers, loader, step):
 
     dev: the `Pairs` that choose the best epoch. optimizers: name in the checkpoint -> optimiser,
     all on one schedule. step(batch) makes one optimiser step on a `Batch` and returns its numbers:
-    scalar tensors by name, `loss` and `grad_norm` among them, and under "w" the weights (B,) of its
-    pairs if it has any. Checkpoints are written while training goes on, and while an epoch is
-    scored on dev; once its checkpoint is whole come log.jsonl, weights.npz, TensorBoard and
+    scalar tensors by name, `batch_loss` and `grad_norm` among them, and under "w" the weights (B,)
+    of its pairs if it has any. Checkpoints are written while training goes on, and while an epoch
+    is scored on dev; once its checkpoint is whole come log.jsonl, weights.npz, TensorBoard and
     best.pt. SIGTERM, SIGINT and SIGHUP save a checkpoint after the step at hand and exit with
     status `INTERRUPTED`. Raises InputError when a loss or gradient is not finite, or a checkpoint
     cannot be written.
