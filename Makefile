@@ -2,11 +2,15 @@ PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 SEEDS ?= 1
+METHODS ?= npc_released clip_released
+OUT ?= logs/reproduce
 
 READY = $(VENV)/.ready
 
 help:
 	@echo "make demo [SEEDS=3]  compare CLIP and NPC on synthetic scenes; results in demo/"
+	@echo "make reproduce DATASET=f30k ROOT=dataset/Flickr30K [METHODS=...] [NOISE=...] [SEEDS=3]"
+	@echo "                     [OUT=...] [OPTIONS=...]  a table of the paper (docs/reproduce.md)"
 	@echo "make test            run the tests"
 	@echo "make lint            check the style"
 	@echo "make clean           remove .venv, demo/ and caches"
@@ -14,6 +18,10 @@ help:
 
 demo: $(READY)
 	$(VENV)/bin/python benchmarks/demo.py --seeds $(SEEDS)
+
+reproduce: $(READY)
+	$(VENV)/bin/python benchmarks/reproduce.py --dataset $(DATASET) --dataset_root $(ROOT) \
+		--methods $(METHODS) $(if $(NOISE),--noise $(NOISE)) --seeds $(SEEDS) --out $(OUT) $(OPTIONS)
 
 test: $(READY)
 	$(VENV)/bin/python -m pytest
@@ -30,4 +38,4 @@ $(READY): requirements.txt requirements-dev.txt $(CONSTRAINTS)
 	$(VENV)/bin/python -m pip install -r requirements-dev.txt $(CONSTRAINTS:%=-c %)
 	touch $@
 
-.PHONY: help demo test lint clean
+.PHONY: help demo reproduce test lint clean

@@ -4,6 +4,7 @@ import argparse
 import difflib
 import os
 import re
+import shlex
 import sys
 
 import torch
@@ -43,7 +44,12 @@ class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line, with the nearest option or choice to a mistyped one."""
 
     def __init__(self, description):
-        super().__init__(description=description, allow_abbrev=False, formatter_class=Help)
+        super().__init__(description=description, allow_abbrev=False, formatter_class=Help,
+                         fromfile_prefix_chars="@")
+
+    def convert_arg_line_to_args(self, line):
+        """The words of a line of a file of options, @FILE; # begins a comment."""
+        return shlex.split(line, comments=True)
 
     def error(self, message):
         said, _, offered = message.partition("(choose from")

@@ -13,6 +13,7 @@ and r1_over_noise.png.
 import csv
 import json
 import os
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -220,12 +221,27 @@ def document(tables, runs):
         parts += [f"### {title}", markdown(head, lines)]
         if any("t2i_R@10" not in row.mean for row in rows):
             parts.append(STAR)
+        if found := differences(rows):
+            parts.append(markdown(["less the published row", "noise", *head[3:]], found))
         if found := variances(rows):
             parts.append(markdown(["method", "noise ratios", "variance of i2t R@1"],
                                   [[label, ", ".join(map(percent, ratios)), f"{variance:.2f}"]
                                    for label, ratios, variance in found]))
     parts += ["### Runs", markdown(RUN_COLUMNS, map(run_line, runs))]
     return "\n\n".join(parts) + "\n"
+
+
+def differences(rows):
+    """Cells of our rows less the published ones of their noise and method, where there is one: that
+    whose name ours begins with, as npc_released does with NPC."""
+    published = {(row.noise, row.method): row.mean for row in rows if not row.seeds}
+    lines = []
+    for row in rows:
+        other = published.get((row.noise, re.match("[A-Za-z]*", row.method)[0].upper()))
+        if row.seeds and other:
+            lines.append([row.method, noise_name(row), *(
+                f"{row.mean[c] - other[c]:+.1f}" if c in other else "–" for c in COLUMNS)])
+    return lines
 
 
 def run_line(run):
@@ -305,6 +321,26 @@ def draw(ax, rows, metric, colours):
                 markerfacecolor=None if first.seeds else "white", **style)
 
 
+def write_tables(runs, out, published=True):
+    """Write tables.md, tables.csv and the figure of runs to the folder `out`, beside the published
+    rows or without them, and print the tables."""
+    rows = gather(runs)
+    titles = sorted({row.table for row in rows})
+    if published:
+        rows += published_rows()
+    rows.sort(key=lambda row: (-1 if row.noise is None else row.noise, row.seeds > 0, row.method))
+    tables = {title: [row for row in rows if row.table == title] for title in titles}
+
+    text = document(tables, runs)
+    with atomic_write(out / "tables.md") as f:
+        f.write(text)
+    with atomic_write(out / "tables.csv") as f:
+        write_csv(f, tables)
+    with atomic_write(out / "r1_over_noise.png", "wb") as f:
+        figure(tables).savefig(f, format="png", dpi=150)
+    print(f"{text}\nwrote tables.md, tables.csv and r1_over_noise.png to {out}")
+
+
 @command
 def main(argv=None):
     parser = Parser(description=__doc__.split("\n")[0])
@@ -320,21 +356,7 @@ def main(argv=None):
     runs = [run for folder in folders.values() if (run := read_run(folder))]
     if not runs:
         raise InputError("no run among these has scores: there is nothing to make tables of")
-    rows = gather(runs)
-    titles = sorted({row.table for row in rows})
-    if not args.no_published:
-        rows += published_rows()
-    rows.sort(key=lambda row: (-1 if row.noise is None else row.noise, row.seeds > 0, row.method))
-    tables = {title: [row for row in rows if row.table == title] for title in titles}
-
-    text = document(tables, runs)
-    with atomic_write(args.out / "tables.md") as f:
-        f.write(text)
-    with atomic_write(args.out / "tables.csv") as f:
-        write_csv(f, tables)
-    with atomic_write(args.out / "r1_over_noise.png", "wb") as f:
-        figure(tables).savefig(f, format="png", dpi=150)
-    print(f"{text}\nwrote tables.md, tables.csv and r1_over_noise.png to {args.out}")
+    write_tables(runs, args.out, not args.no_published)
 
 
 if __name__ == "__main__":

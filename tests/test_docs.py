@@ -66,6 +66,7 @@ def parse_only(argv):
         return parse_and_end
 
     for parser, method in ((argparse.ArgumentParser, "parse_args"), (params, "parse_args"),
+                           (argparse.ArgumentParser, "parse_known_args"),
                            (argparse.ArgumentParser, "parse_intermixed_args")):
         setattr(parser, method, then_end(getattr(parser, method)))
     run_script(argv)

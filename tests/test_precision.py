@@ -10,7 +10,6 @@ import torch
 import clip
 import main_CLIP
 import main_NPC
-from benchmarks.precision import Weights, displacements, resemblance, spacing, steps_kept, train
 from utils.errors import InputError
 from utils.method.losses import pair_losses
 from utils.method.optimizer import adamw
@@ -18,6 +17,14 @@ from utils.training.precision import PRECISIONS, clip_gradients
 
 ADAMW = {"lr": 1e-5, "beta1": 0.9, "beta2": 0.98, "eps": 1e-6, "weight_decay": 0.2}
 HALF_TOO = {torch.float16, torch.float32}
+
+
+class Weights(torch.nn.Module):
+    """A model that is nothing but a vector of weights."""
+
+    def __init__(self, values):
+        super().__init__()
+        self.values = torch.nn.Parameter(values)
 
 
 def run(main, data, folder, *more):
@@ -169,59 +176,3 @@ def test_loss_of_half_features_is_fp32():
 
 
 # ---- the benchmark's measures -------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype, exponent", [
-    (torch.float16, -17), (torch.bfloat16, -14), (torch.float32, -30)])
-def test_spacing_at_a_hundredth(dtype, exponent):
-    """0.01 lies between 2^-7 and 2^-6; formats have 10, 7 and 23 bits behind the point."""
-    weights = torch.tensor([0.01, -0.01])
-    assert spacing(weights, dtype).tolist() == [2.0**exponent] * 2
-    above = torch.nextafter(weights[:1].to(dtype), torch.ones(1, dtype=dtype)).float()
-    assert (above - weights[:1].to(dtype).float()).item() == 2.0**exponent
-
-
-def test_spacing_of_zero_is_the_smallest_subnormal():
-    assert spacing(torch.zeros(1), torch.float16).item() == 2.0**-24
-
-
-def test_a_step_changes_half_weights_whose_half_ulp_is_below_the_rate():
-    """A first step moves by lr where eps does not count, whatever the gradient."""
-    weights = (0.01 * torch.randn(20_000, generator=torch.Generator().manual_seed(0))).half()
-    slopes = torch.full((1, 20_000), 0.05)  # its second moment is no zero in half
-    for lr in (2e-7, 1e-6, 1e-5):
-        kept = steps_kept(weights, slopes, [lr], torch.float16)
-        expected = 100 * (spacing(weights, torch.float16) / 2 < lr).double().mean().item()
-        assert kept["changed in step 1 %"] == pytest.approx(expected, abs=0.5)
-        assert kept["zero v %"] == 0
-        assert steps_kept(weights, slopes, [lr], torch.float32)["changed in total %"] > 99
-    assert 100 > expected > 80
-
-
-def test_second_moments_underflow_below_a_slope_and_the_step_is_then_lr_m_over_eps():
-    limit = math.sqrt(2**-25 / 0.02)  # (1 - beta2) g^2 is under half the smallest number
-    for slope, zero in ((0.99 * limit, True), (1.01 * limit, False)):
-        kept = steps_kept(torch.zeros(4), torch.full((1, 4), slope), [1e-3], torch.float16)
-        assert kept["zero v %"] == (100 if zero else 0)
-        move = 1e-3 * slope / 1e-6 if zero else 1e-3 * slope / math.sqrt(2**-24 / 0.02)
-        assert kept["largest move"] == pytest.approx(move, rel=0.02)  # eps is 1.013e-6 in half
-
-
-def test_displacements_of_the_warm_up_grow_like_its_rates():
-    """Constant slopes: the t-th step is (t + 1) / 500 of the full one."""
-    moved = displacements(torch.zeros(3), torch.full((1, 3), 0.05), 1e-3, torch.float32, (1, 4))
-    assert moved[1].abs().max().item() == pytest.approx(1e-3 / 500, rel=1e-3)
-    assert moved[4].abs().max().item() == pytest.approx(1e-3 * 10 / 500, rel=1e-3)
-
-
-def test_gradients_take_turns():
-    slopes = torch.tensor([[0.05], [-0.05]])
-    after = [p.item() for _, p, _ in train(torch.zeros(1), slopes, [1e-3] * 3, torch.float32)]
-    assert len(after) == 3 and after[0] == pytest.approx(-1e-3, rel=1e-3)
-
-
-def test_resemblance_to_itself_and_to_nothing():
-    x = torch.tensor([3.0, 0.0, -4.0, 0.0])
-    assert resemblance(2 * x, x) == pytest.approx(
-        {"changed %": 50, "length": 2, "cosine": 1, "projection": 2})
-    assert resemblance(0 * x, x) == {"changed %": 0, "length": 0, "cosine": 0, "projection": 0}
