@@ -195,7 +195,7 @@ option("--min_clean", type=probability, default=0.02, help="""
 option("--judge_rounds", type=natural_int, metavar="N", help="""
     times that the judge learns from the pairs which it finds clean, then judges again; 0: the
     initial model judges; without it 0, or 2 for --recipe robust""")
-option("--judge_steps", type=positive_int, default=16, metavar="K", help="""
+option("--judge_steps", type=positive_int, default=32, metavar="K", help="""
     optimiser steps of a round; many more overfit""")
 option("--judge_neighbours", type=natural_int, metavar="K", help=f"""
     before the first round a pair must also agree with the K nearest neighbours of its image and
@@ -206,8 +206,8 @@ option("--search_among", type=at_least_two, metavar="N", help="""
     random items, so that the time grows with the number of pairs rather than its square: 16384 for
     a million pairs on a CPU; fewer find a little less; without it among all""")
 option("--judge_lr", type=natural_float, metavar="LR", help="""
-    learning rate of the rounds; without it --lr where there is one, else that of 1e-6, 1e-5, 1e-4,
-    1e-3 which works best on images held out""")
+    learning rate of the rounds; without it that from 1e-6 to 1e-3 which works best on images held
+    out""")
 option("--judge", metavar="NAME|PATH", help="""
     another model that judges, as for --vision_model; without it the initial model""")
 option("--judge_features", metavar="PATH", help="""
@@ -336,7 +336,7 @@ TRAINING = {
     "run": "seed batch_size checkpoint_path experiments name display save_every keep_checkpoints "
            "overwrite force_resume",
     "evaluation": "eval eval_batch_size dev_length"}
-JUDGED = {"lr": None, "clip_grad": 10.0, **ADAMW}  # what trains the judge of other commands
+JUDGED = {"clip_grad": 10.0, **ADAMW}  # what trains the judge of other commands
 COMMANDS = {  # name: what it does, its options by group, defaults of its own
     "npc": ("Train or evaluate NPC.",
             {"data": DATA, "model": MODEL,
@@ -441,8 +441,6 @@ def fill_in_judge(parser, command, args):
         if args.judge:
             parser.error("--judge and --judge_features name two judges; give one")
         args.judge_rounds = 0
-    if args.judge_lr is None and args.judge_rounds:
-        args.judge_lr = args.lr
     if args.judge_neighbours is None:
         own = args.judge_rounds or RECIPES[args.recipe].judge_rounds
         args.judge_neighbours = NEIGHBOURS if own else 0

@@ -478,3 +478,10 @@ def test_cleaned_data_is_neither_empty_nor_over_other_data(dataset, fails, tmp_p
     assert "not an empty folder" in fails(data, "--write_clean", data.root)
     assert "keeps 0 of 12" in fails(data, "--write_clean", tmp_path / "new", "--keep_above", 0.9)
     assert tree(data.root) == before and not (tmp_path / "new").exists()
+
+
+def test_clean_pairs_that_are_all_held_out_leave_a_fixed_rate(find, datasets):
+    """With this seed no clean pair is left to choose the rate by."""
+    said, rows = find(datasets["f30k"], "--recipe", "robust", "--seed", 37, "--judge_steps", 2)
+    assert "learning rate: 1e-05, as there is too little to choose it by" in said
+    assert len(rows) == 60

@@ -214,15 +214,47 @@ def test_rounds_make_a_better_judge(drawings, monkeypatch):
                for k in again)
 
 
-def test_the_rate_of_the_rounds_is_chosen_on_images_held_out(drawings, capsys):
+def test_the_rate_of_the_rounds_is_chosen_on_images_held_out(drawings, capsys, monkeypatch):
     place, options = drawings
+    teach, take, taught, asked = rounds_module.teach, rounds_module.take, [], []
+
+    def spied(model, pairs, clean, rate, args, precision, number):
+        taught.append((number, args.judge_steps, {*pairs.image_of[clean].tolist()}))
+        return teach(model, pairs, clean, rate, args, precision, number)
+
+    monkeypatch.setattr(rounds_module, "teach", spied)
+    monkeypatch.setattr(rounds_module, "take", lambda pairs, chosen: asked.append(
+        {*pairs.image_of[chosen].tolist()}) or take(pairs, chosen))
     get_memorybank.main([*options, "--judge_rounds", "1", "--judge_steps", "8"])
     said = capsys.readouterr().out
     values = {float(rate): float(value) for rate, value in
               (part.split(" separates ") for part in
                said.split("learning rate: ")[1].splitlines()[0].split(", "))}
-    assert set(values) == set(rounds_module.RATES)
+    decades = rounds_module.RATES[::2]
+    best = rounds_module.RATES.index(max(decades, key=values.get))
+    assert values.keys() == {*decades, *rounds_module.RATES[max(0, best - 1) : best + 2]}
     assert f"8 steps at {max(values, key=values.get):g} on" in said
+    assert len(asked) == 1 and len(asked[0]) == 24  # a fifth of the images
+    *tries, last = taught
+    assert len(tries) == len(values) and last[:2] == (1, 8) and last[2] & asked[0]
+    assert all(number == 0 and steps == 4 and images and not images & asked[0]
+               for number, steps, images in tries)
+
+
+def test_find_noise_and_training_are_of_one_mind(drawings, capsys, tmp_path):
+    """Both search the rate of the rounds, whatever --lr is; the bank keeps what was found."""
+    place, options = drawings
+    judged = [*options, "--recipe", "robust", "--judge_rounds", "1", "--judge_steps", "6"]
+    find_noise.main([*judged, "--out", str(tmp_path / "found"), "--worst", "3"])
+    main_NPC.main([*judged, "--epochs", "1", "--lr", "1e-6", "--checkpoint_path", str(tmp_path)])
+    said = capsys.readouterr().out
+    first, again = (line for line in said.splitlines() if line.startswith("judge, round 1"))
+    assert first == again
+    bank = banks(place / "target")["0.4_mbank_rounds1x6_neighbours15"]
+    assert f"6 steps at {json.loads(bank['info'].tobytes())['judge_rate']:g} on" in first
+    with open(tmp_path / "found" / "suspicious_pairs.csv", newline="") as f:
+        found = {int(row["pair"]): float(row["posterior"]) for row in csv.DictReader(f)}
+    assert np.allclose([found[i] for i in range(len(found))], bank["posterior"], atol=1e-5)
 
 
 def test_runs_use_the_bank_of_their_judge(drawings, capsys, tmp_path):

@@ -19,9 +19,10 @@ from utils.method.pairs import for_model, take
 from utils.method.passes import Passes
 from utils.options import changed
 
-RATES = (1e-6, 1e-5, 1e-4, 1e-3)  # learning rates that a judge chooses from
+RATES = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3)  # learning rates that a judge chooses from
 WARMUP = 4  # steps of a round
 HELD_OUT, MOST_HELD_OUT = 0.2, 2000  # share of the images that it chooses by, and their number
+FEW, RATE_OF_FEW = 10, 1e-5  # so few images, or clean pairs of others, say nothing of a rate
 
 
 def judge_pairs(model, pairs, args, precision, log=print):
@@ -94,17 +95,27 @@ def endless(loader, number):
 
 def best_rate(model, pairs, clean, args, precision, log):
     """The learning rate among `RATES` under which a copy of `model`, taught on clean pairs (n,)
-    bool, best tells pairs from mismatches on images that it has not seen."""
-    if len(pairs.image_ids) < 10:
-        return RATES[1]
+    bool for half of a round's steps, best tells pairs from mismatches on images that it has not
+    seen: of the decades, then of the best one and the half decades beside it."""
     images = np.random.default_rng([args.seed, 1]).permutation(len(pairs.image_ids))
     held_out = np.isin(pairs.image_of, images[: min(MOST_HELD_OUT, int(HELD_OUT * len(images)))])
-    few = take(pairs, held_out)
+    lessons = clean & ~held_out
+    if min(len(images), lessons.sum()) < FEW:
+        log(f"judge, learning rate: {RATE_OF_FEW:g}, as there is too little to choose it by")
+        return RATE_OF_FEW
+    few, half = take(pairs, held_out), changed(args, judge_steps=-(-args.judge_steps // 2))
     found = {}
-    for rate in RATES:
-        taught = teach(model, pairs, clean & ~held_out, rate, args, precision, 0)
-        features = map(unit, embed_pairs(taught, few, args, precision, normalise=False))
-        found[rate] = separation(judge(*features, taught.logit_scale, few, args, 1))
-    log("judge, learning rate: " + ", ".join(f"{rate:g} separates {value:.4f}"
-                                             for rate, value in found.items()))
-    return max(found, key=found.get)
+
+    def best_of(rates):
+        for rate in rates:
+            taught = teach(model, pairs, lessons, rate, half, precision, 0)
+            features = map(unit, embed_pairs(taught, few, args, precision, normalise=False))
+            found[rate] = separation(judge(*features, taught.logit_scale, few, args, 1))
+        return RATES.index(max(found, key=found.get))
+
+    decade = best_of(RATES[::2])
+    beside = [rate for rate in RATES[max(0, decade - 1) : decade + 2] if rate not in found]
+    best = RATES[best_of(beside)]
+    log("judge, learning rate: " + ", ".join(f"{rate:g} separates {found[rate]:.4f}"
+                                             for rate in sorted(found)))
+    return best
