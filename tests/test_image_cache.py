@@ -8,20 +8,25 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
+from multiprocessing.sharedctypes import RawValue
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import banks, describe, make_dataset, options
-from processes import CLIP, NPC, Started, differences, run, save_small
+from processes import CLIP, NPC, ROOT, Started, differences, run, save_small
 
 import clip
 from data import training_pairs
+from dataset import make_scenes
 from utils.errors import InputError
 from utils.reading.image_cache import ImageCache
-from utils.reading.images import Images, explain_deaths
+from utils.reading.images import Images, loader
 
 PREPROCESS = clip.Preprocess(32)
 NUM = 12
@@ -246,14 +251,113 @@ def test_death_of_a_worker_is_one_line(small, tmp_path, workers, how):
     assert "Traceback" not in said
 
 
+class Mine(torch.utils.data.Dataset):
+    """Two items; at the second one its worker does something."""
+
+    def __init__(self, act):
+        self.act = act
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, k):
+        return torch.zeros(3) if k == 0 else self.act()
+
+
+def fetch(act):
+    args = SimpleNamespace(num_workers=1, device=torch.device("cpu"))
+    return iter(loader(args, Mine(act), 2, batch_size=1))
+
+
+def raise_mine():
+    raise RuntimeError("mine")
+
+
 def test_other_errors_pass_unchanged():
-    with pytest.raises(RuntimeError, match="^mine$"), explain_deaths():
-        raise RuntimeError("mine")
+    batches = fetch(raise_mine)
+    next(batches)
+    with pytest.raises(RuntimeError, match="mine"):
+        next(batches)
+
+
+def test_a_worker_that_dies_is_told_where_data_are_fetched_and_nowhere_else():
+    """Not at the line that happens to run, which may be in another error's handling."""
+    others = multiprocessing.active_children()
+    batches = fetch(lambda: time.sleep(1000))
+    next(batches)
+    child, = set(multiprocessing.active_children()).difference(others)
+    os.kill(child.pid, signal.SIGKILL)
+    while child.is_alive():
+        time.sleep(0.01)  # the signal comes here
+    with pytest.raises(InputError, match="a worker process was killed: "):
+        next(batches)
+
+
+def test_a_connection_that_is_lost_is_a_dead_worker(monkeypatch):
+    """The worker is on its way out, and not gone yet, when what it has sent is unpacked."""
+    for error in (FileNotFoundError(2, "No such file"), ConnectionResetError(), EOFError()):
+        batches = fetch(lambda: torch.zeros(3))
+        next(batches)
+
+        def lost(_, error=error):
+            raise error
+
+        monkeypatch.setattr(torch.utils.data.dataloader._MultiProcessingDataLoaderIter,
+                            "_next_data", lost)
+        with pytest.raises(InputError, match="a worker process was killed: "):
+            next(batches)
+        monkeypatch.undo()
+
+
+MOUNT = ["unshare", "-m", "sh", "-c", "mount -t tmpfs -o size=256k tmpfs /dev/shm && exec \"$@\"",
+         "sh"]
+
+
+@pytest.mark.skipif(subprocess.run([*MOUNT, "true"], capture_output=True, check=False).returncode,
+                    reason="needs a mount of its own")
+def test_shared_memory_that_is_too_small_is_one_line(tmp_path):
+    data = tmp_path / "data"
+    make_scenes.main(["--out", str(data), "--train", "60", "--dev", "2", "--test", "2"])
+    done = subprocess.run(
+        [*MOUNT, sys.executable, "main_CLIP.py", "--dataset", "f30k", "--dataset_root", data,
+         "--vision_model", "tiny", "--device", "cpu", "--num_workers", "2", "--batch_size", "256",
+         "--epochs", "1", "--warmup", "1", "--data_on", "workers", "--checkpoint_path", tmp_path],
+        cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 2
+    for word in ("shared memory", "--shm-size", "--num_workers 0"):
+        assert word in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+def hang():
+    """Hook: no image is ever decoded once training has begun."""
+    from test_resume import after_step
+    decode = Images.decode
+    stuck = RawValue("b", False)
+    after_step(2, lambda: setattr(stuck, "value", True))
+    Images.decode = lambda self, k: time.sleep(1000) if stuck.value else decode(self, k)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_second_signal_ends_a_run_that_cannot_go_on(small, tmp_path, workers):
+    for first, second, status in ((signal.SIGINT, signal.SIGINT, 130),
+                                  (signal.SIGTERM, signal.SIGTERM, -signal.SIGTERM)):
+        started = Started(CLIP, arguments(small, tmp_path, "--num_workers", workers, "--epochs",
+                                          "9", "--experiments", f"{workers}{status}"),
+                          tmp_path / f"out{status}", hook=hang)
+        started.wait_for("training: ")
+        time.sleep(1)
+        os.kill(started.pid, first)
+        os.kill(started.pid, first)  # the same once more, from a process group
+        started.process.join(1.5)
+        assert started.process.is_alive()
+        os.kill(started.pid, second)
+        assert started.wait(20) == status, started.text()
 
 
 def test_workers_end_with_their_run(small, tmp_path):
     """Although they ignore the signals that reach the whole group, none is left behind."""
-    argv = arguments(small, tmp_path, "--num_workers", 2, "--epochs", 500)
+    argv = arguments(small, tmp_path, "--num_workers", 2, "--epochs", 500, "--overwrite")
     for number, status in ((signal.SIGTERM, 75), (signal.SIGKILL, -signal.SIGKILL)):
         started = Started(CLIP, argv, tmp_path / f"out{number}")
         started.wait_for("epoch 1: dev")

@@ -17,7 +17,7 @@ from utils.method.batches import cut_tokens
 from utils.method.neighbours import Rows
 from utils.method.pairs import fingerprint, first_pairs
 from utils.method.passes import encoders
-from utils.reading.images import explain_deaths, image_loader
+from utils.reading.images import image_loader
 
 RANDOM = 256  # random images, and captions, whose cosines are averaged
 CHECKED = 2**14  # rows of features that are checked at a time
@@ -51,8 +51,7 @@ def embed_pairs(model, pairs, args, precision, normalise=True):
     own_texts = order[rank() % len(order) :: world()]
     with precision.autocast():
         images, texts = [], []
-        with (tqdm(total=len(own_images), desc="images", unit="img", disable=None) as bar,
-              explain_deaths()):
+        with tqdm(total=len(own_images), desc="images", unit="img", disable=None) as bar:
             for batch in image_loader(args, Subset(pairs.images, own_images)):
                 images.append(encode_image(batch.to(args.device, non_blocking=True)))
                 bar.update(len(batch))

@@ -1,13 +1,13 @@
 """Images of a split: from their files or from the image cache, by worker processes if wanted, or
 all of them in memory."""
 
-import atexit
 import functools
+import multiprocessing.util
 import os
 import signal
+import threading
 import warnings
 from contextlib import contextmanager
-from multiprocessing.sharedctypes import RawValue
 from pathlib import Path
 
 import numpy as np
@@ -109,8 +109,7 @@ class ImagesInMemory(Dataset):
         size = self.images.preprocess.resolution
         crops = torch.empty(len(self), 3, size, size, dtype=torch.uint8, device=self.device)
         left = crops
-        with (tqdm(total=len(self), desc="reading", unit="img", disable=None) as bar,
-              explain_deaths()):
+        with tqdm(total=len(self), desc="reading", unit="img", disable=None) as bar:
             for batch in image_loader(self.args, self.images):
                 left[: len(batch)] = batch
                 left = left[len(batch) :]
@@ -183,9 +182,8 @@ def check_images(args, images, dev):
     if broken:
         count = f"{len(broken)} images cannot be read: " if len(broken) > 1 else ""
         raise InputError(count + "; ".join(broken[:3]))
-    with explain_deaths():
-        for _ in image_loader(args, dev):
-            pass
+    for _ in image_loader(args, dev):
+        pass
 
 
 def image_loader(args, images):
@@ -195,40 +193,84 @@ def image_loader(args, images):
 
 
 def loader(args, dataset, most_workers, **options):
-    """DataLoader with `--num_workers` processes, but no more than `most_workers`."""
+    """`Loader` with `--num_workers` processes, but no more than `most_workers`."""
     workers = min(args.num_workers, most_workers)
     if workers:
-        options["worker_init_fn"] = functools.partial(_ignore_signals, _exiting())
-    return DataLoader(dataset, num_workers=workers, persistent_workers=workers > 0,
-                      pin_memory=workers > 0 and args.device.type == "cuda", **options)
+        _end_workers()
+        options["worker_init_fn"] = _ignore_signals
+    return Loader(dataset, num_workers=workers, persistent_workers=workers > 0,
+                  pin_memory=workers > 0 and args.device.type == "cuda", **options)
+
+
+class Loader(DataLoader):
+    """Says in one line that a worker process has died or cannot hand over its batches, and only
+    where they are fetched: torch's handler of SIGCHLD would raise at any line."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        if self.num_workers:
+            self.collate_fn = functools.partial(_shared, self.collate_fn)
+
+    def __iter__(self):
+        with _explain_workers():
+            batches = super().__iter__()
+            if self.num_workers and threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        end = object()
+        while True:
+            with _explain_workers():
+                batch = next(batches, end)
+            if batch is end:
+                return
+            yield batch
+
+
+def _shared(collate, items):
+    """A batch in shared memory. Where that is full, torch's own thread, which would put it there
+    later, would only print it, and the main process would wait for ever."""
+    batch = collate(items)
+    try:
+        _share(batch)
+    except RuntimeError as error:
+        raise InputError(
+            f"a worker's batch does not fit the shared memory, /dev/shm ({error}): give a "
+            "container more (docker run --shm-size 8g), or read in the main process "
+            "(--num_workers 0)") from None
+    return batch
+
+
+def _share(value):
+    if isinstance(value, torch.Tensor):
+        value.share_memory_()
+    elif isinstance(value, tuple | list):
+        for item in value:
+            _share(item)
 
 
 @contextmanager
-def explain_deaths():
-    """Turn what the death of a worker process provokes, here or where its data are fetched, into an
-    InputError."""
+def _explain_workers():
+    """Turn what the death of a worker provokes where its data are fetched into an InputError."""
     try:
         yield
-    except (RuntimeError, EOFError, ConnectionError) as error:
-        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+    except (RuntimeError, EOFError, OSError) as error:
+        of_torch = isinstance(error, RuntimeError) and "DataLoader worker (pid" not in str(error)
+        if of_torch or "Caught " in str(error):  # which a worker raised and handed over
             raise
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would report it again and again
         raise InputError("a worker process was killed: the memory may have run out (use fewer "
                          "--num_workers), or an image crashes its decoder (--num_workers 0 shows "
                          "where)") from error
 
 
 @functools.cache
-def _exiting():
-    """A flag, shared with the workers, that is set when this process exits."""
-    flag = RawValue("b", False)
-    atexit.register(setattr, flag, "value", True)
-    return flag
+def _end_workers():
+    """Workers end with this process, also one that hangs, which would be waited for."""
+    multiprocessing.util.Finalize(
+        None, lambda: [worker.kill() for worker in multiprocessing.active_children()],
+        exitpriority=100)  # before multiprocessing's own end
 
 
-def _ignore_signals(exiting, _):
-    """What Ctrl-C or a cluster sends reaches workers too: the main process decides what it means,
-    and ends its workers by SIGTERM when it exits."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: exiting.value and os._exit(0))
+def _ignore_signals(_):
+    """What Ctrl-C or a cluster sends reaches workers too: the main process decides what it
+    means."""
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

@@ -1,7 +1,9 @@
 """What comes from outside while a run trains: signals, a lost terminal."""
 
+import os
 import signal
 import sys
+import time
 from contextlib import contextmanager, suppress
 
 import torch
@@ -16,7 +18,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 @contextmanager
 def interruptions(device):
     """SIGTERM, SIGINT and SIGHUP no longer end the process: the function given says whether one
-    came. Those that are ignored, as SIGHUP is under nohup, stay so.
+    came. Those that are ignored, as SIGHUP is under nohup, stay so. One that comes more than a
+    second later, which is not the same one sent to a whole group, ends the process as ever.
 
     Several processes agree, so that all end at the same step. What one call asks them is answered
     by the next one, a step later, so that no GPU is waited for; with `now` by the same one.
@@ -30,13 +33,22 @@ def interruptions(device):
         previous, answer = answer, Later(any_process(bool(arrived), device))
         return bool((answer if now else previous).get())
 
-    before = {number: signal.signal(number, lambda number, _: arrived.append(number))
+    def arrives(number, _):
+        arrived.append(time.monotonic())
+        if arrived[-1] - arrived[0] > 1:
+            restore()
+            os.kill(os.getpid(), number)
+
+    def restore():
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    before = {number: signal.signal(number, arrives)
               for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN}
     try:
         yield interrupted
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        restore()
 
 
 def end_interrupted(run, where):

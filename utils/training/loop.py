@@ -6,7 +6,7 @@ import torch
 from tqdm import tqdm
 
 from utils.distributed import is_main, leave_processes
-from utils.reading.images import check_images, explain_deaths
+from utils.reading.images import check_images
 from utils.scoring.retrieval import evaluate
 from utils.training.history import History
 from utils.training.interruptions import end_interrupted, interruptions
@@ -53,7 +53,7 @@ def fit(run, model, dev, optimizers, loader, step):
 
     first_epoch, first_batch = divmod(done, epoch_steps)
     history.open(done)
-    with explain_deaths(), interruptions(run.device) as interrupted, saver.writer:
+    with interruptions(run.device) as interrupted, saver.writer:
         if done and not first_batch:  # a run may have ended before its last epoch was scored
             complete(first_epoch)
         if first_epoch >= args.epochs:
