@@ -234,7 +234,8 @@ option("--keep_above", type=probability, default=0.5, help="""
     pairs""")
 
 option("query", help="a text, which finds images, or an image file, which finds captions")
-option("--split", choices=SPLITS, default="test", help="split of the data set that is searched")
+option("--split", choices=(*SPLITS, "all"), help="""
+    split of the data set that is searched; without it all for --dataset pairs, else test""")
 option("--top", type=positive_int, default=10, help="results to show and draw")
 
 option("--epochs", type=positive_int, default=10, help="""
@@ -316,8 +317,8 @@ option("--format", of="export", choices=("transformers", "open_clip"), default="
     create_model('local-dir:DIR')""")
 option("--out", of="find_noise", default="./logs/noise", metavar="DIR", help="""
     folder for suspicious_pairs.csv and suspicious_pairs.html""")
-option("--out", of="search", default="./logs/search.png", metavar="FILE", help="""
-    contact sheet of the results, a PNG""")
+option("--out", of="search", metavar="FILE", help="""
+    contact sheet of the results, a PNG; without it a new file in ./logs/search for each query""")
 option("--out", of="interpolate", metavar="FILE", help="""
     checkpoint to write; without it interpolated.pt beside --resume""")
 option("--out", of="export", required=True, metavar="DIR", help="new folder to write")
@@ -409,6 +410,8 @@ def fill_in(parser, command, args):
         args.dataset = "pairs" if named else "coco"
     if missing("num_anns"):
         args.num_anns = DATASETS[args.dataset]
+    if missing("split"):
+        args.split = "all" if args.dataset == "pairs" else "test"
     if missing("noise_seed"):
         args.noise_seed = args.seed
     if missing("device"):

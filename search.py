@@ -3,11 +3,14 @@
     python search.py --resume CKPT --dataset f30k --dataset_root PATH "a dog on a beach"
     python search.py --resume CKPT --dataset f30k --dataset_root PATH photo.jpg
 
-Prints the best matches with their cosine and writes a contact sheet of their images.
+Prints the best matches with their cosine and writes a contact sheet of their images, each query's
+to a new file.
 """
 
 import dataclasses
+import itertools
 import os
+import re
 import textwrap
 from pathlib import Path
 
@@ -16,7 +19,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 import clip
-from data import retrieval_split, training_pairs
+from data import all_pairs, retrieval_split, training_pairs
 from params import parse_args
 from utils.errors import InputError, command
 from utils.files import atomic_write
@@ -35,7 +38,9 @@ def main(argv=None):
     run = Run(args)
     by_image = is_image(args.query)
     model, preprocess = run.load_model()
-    if args.split == "train":
+    if args.split == "all":
+        pairs = all_pairs(args, preprocess, run.log)
+    elif args.split == "train":
         pairs = training_pairs(args, preprocess, run.log)
     else:
         pairs = retrieval_split(args, args.split, preprocess, run.log)
@@ -69,9 +74,19 @@ def main(argv=None):
     tiles = [pictures[k].numpy() for k in range(len(names))]
     words = ["the query"] if by_image else []
     words += [f"{score:.3f}  {caption}" for score, caption in zip(scores, captions, strict=True)]
-    with atomic_write(args.out, "wb") as f:
+    out = args.out or new_name(args.query)
+    with atomic_write(out, "wb") as f:
         contact_sheet(args.query, tiles, words).save(f, "PNG")
-    run.log(f"wrote {args.out}")
+    run.log(f"wrote {out}")
+
+
+def new_name(query):
+    """Path of a picture that does not exist yet, named for its query."""
+    text = Path(query).stem if os.path.isfile(query) else query
+    stem = re.sub(r"\W+", "_", text)[:40].strip("_") or "query"
+    names = itertools.chain([stem], (f"{stem}_{n}" for n in itertools.count(2)))
+    paths = (Path("logs", "search", f"{name}.png") for name in names)
+    return next(path for path in paths if not path.exists())
 
 
 def is_image(query):

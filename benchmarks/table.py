@@ -6,7 +6,8 @@ A run is a folder in which training has left options.json, log.jsonl and, for NP
 in which --eval has left eval_test.json; one without that is left out. A folder of --eval alone
 counts as the run whose checkpoint it tested, or as zero-shot where that was not trained on these
 data. Runs that differ by nothing but the seed make one row, mean ± standard deviation; beside them
-stand the authors' published rows (published.csv, from their README). Writes tables.md, tables.csv
+stand the authors' published rows (published.csv, from their README), where the test split has the
+size of theirs. Writes tables.md, tables.csv
 and r1_over_noise.png.
 """
 
@@ -43,6 +44,9 @@ ROUTINE = {  # options that say where and how fast, but not what is trained; or 
     "force_resume", "device", "accum_steps", "grad_checkpointing", "compile", "checkpoint_path",
     "experiments", "name", "display", "save_every", "keep_checkpoints", "eval",
 }
+FIRST = ("recipe", "weighting", "memory", "memory_loss_weight", "train_on", "freeze", "epochs",
+         "lr")  # options that a method is named by, if they tell it apart
+PUBLISHED_IMAGES = {"Flickr30K": 1000, "MSCOCO 1K": 5000, "MSCOCO 5K": 5000, "CC120K": 1000}
 STAR = ("\\* The authors' MSCOCO 1K rows repeat image-to-text R@10 in the column of text-to-image "
         "R@10, as their script sums the wrong one; the true values are not known.")
 
@@ -57,6 +61,7 @@ class Run(NamedTuple):
     scores: dict
     log: list
     mean_weight: float | None
+    test_images: int | None = None  # in the test split, if that is known
 
 
 class Row(NamedTuple):
@@ -103,11 +108,11 @@ def _read_run(folder):
         print(f"left out {folder}, which has no eval_test.json; make it with the script and the "
               f"data options of that run and --eval {what}")
         return None
-    trained = folder
+    trained, scored = folder, folder / "options_eval.json"
+    evaluated = read_json(scored) if scored.exists() else {}
     if (folder / "options.json").exists():
         options = here = read_json(folder / "options.json")
-        scored = folder / "options_eval.json"
-        resume = read_json(scored)["resume"] if scored.exists() else None
+        resume = evaluated.get("resume")
         if resume and Path(resume).parent.name != folder.name:
             raise InputError(f"{folder}/eval_test.json has the scores of {resume}, which is not "
                              "of that run; evaluate it with --experiments of its own")
@@ -123,7 +128,8 @@ def _read_run(folder):
     return Run(folder, options, options["name"] if options else zero_shot_name(here),
                tables_of(here, read_json(folder / "eval_test.json"), folder),
                read_json(log, lines=True) if options and log.exists() else [],
-               np.nanmean(read_weights(weights)) if options and weights.exists() else None)
+               np.nanmean(read_weights(weights)) if options and weights.exists() else None,
+               evaluated.get("test_images"))
 
 
 def zero_shot_name(options):
@@ -155,18 +161,40 @@ def published_rows():
     return rows
 
 
+def comparable(row, runs):
+    """Whether the test split of all runs in a published row's table has the published size."""
+    return all(run.test_images == PUBLISHED_IMAGES[row.table]
+               for run in runs if row.table in run.scores)
+
+
 # ---- gathering ----------------------------------------------------------------------------------
 
 
 def method_names(runs):
-    """Name of each run's method: --name, and the options in which runs of that name differ."""
+    """Name of each run's method: --name, and of the options in which runs of that name differ those
+    that it takes to tell them apart."""
     names = []
     for run in runs:
         same_name = [other.options for other in runs if other.name == run.name and other.options]
-        keys = set.intersection(*map(set, same_name)) - ROUTINE if run.options else ()
-        differ = [key for key in sorted(keys) if len({in_name(o[key]) for o in same_name}) > 1]
-        names.append(", ".join([run.name, *(f"{k} {in_name(run.options[k])}" for k in differ)]))
+        keys = telling_apart(same_name) if run.options else ()
+        names.append(", ".join([run.name, *(f"{k} {in_name(run.options[k])}" for k in keys)]))
     return names
+
+
+def telling_apart(options):
+    """The names of options, taken in turn, each of which tells dictionaries of options apart that
+    those before it do not: a recipe sets several others, which say no more than it does."""
+    keys = set.intersection(*map(set, options)) - ROUTINE
+    keys = [*(key for key in FIRST if key in keys), *sorted(keys - set(FIRST))]
+
+    def groups(keys):
+        return len({tuple(in_name(own[key]) for key in keys) for own in options})
+
+    chosen = []
+    for key in keys:
+        if groups([*chosen, key]) > groups(chosen):
+            chosen.append(key)
+    return chosen
 
 
 def in_name(value):
@@ -227,6 +255,9 @@ def document(tables, runs):
             parts.append(markdown(["method", "noise ratios", "variance of i2t R@1"],
                                   [[label, ", ".join(map(percent, ratios)), f"{variance:.2f}"]
                                    for label, ratios, variance in found]))
+        own = {row.label for row in rows if row.seeds and row.noise is not None}
+        if own and not own & {label for label, *_ in found}:
+            parts.append("A variance over noise ratios takes runs of two or more of them.")
     parts += ["### Runs", markdown(RUN_COLUMNS, map(run_line, runs))]
     return "\n\n".join(parts) + "\n"
 
@@ -327,7 +358,7 @@ def write_tables(runs, out, published=True):
     rows = gather(runs)
     titles = sorted({row.table for row in rows})
     if published:
-        rows += published_rows()
+        rows += [row for row in published_rows() if row.table in titles and comparable(row, runs)]
     rows.sort(key=lambda row: (-1 if row.noise is None else row.noise, row.seeds > 0, row.method))
     tables = {title: [row for row in rows if row.table == title] for title in titles}
 
@@ -338,6 +369,10 @@ def write_tables(runs, out, published=True):
         write_csv(f, tables)
     with atomic_write(out / "r1_over_noise.png", "wb") as f:
         figure(tables).savefig(f, format="png", dpi=150)
+    for title in PUBLISHED_IMAGES.keys() & tables.keys():
+        if published and all(row.seeds for row in tables[title]):
+            print(f"{title} has no published rows beside it, whose {PUBLISHED_IMAGES[title]} test "
+                  "images are not those of these runs")
     print(f"{text}\nwrote tables.md, tables.csv and r1_over_noise.png to {out}")
 
 

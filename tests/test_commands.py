@@ -355,6 +355,7 @@ def test_eval_scores_a_checkpoint_on_the_test_split(trained, datasets, tmp_path,
         assert f"{part['rsum']:.2f}" in printed and f"{part['t2i_R@10']:.2f}" in printed
     assert ("MSCOCO 1K" in printed and "MSCOCO 5K" in printed) == (layout == "coco")
     assert not list((tmp_path / "ex0").glob("*.pt"))
+    assert json.loads((tmp_path / "ex0" / "options_eval.json").read_text())["test_images"] == 6
 
 
 def test_eval_does_not_depend_on_the_size_of_its_batches(trained, tmp_path):

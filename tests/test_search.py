@@ -95,11 +95,30 @@ def test_other_splits_and_fewer_than_top(dataset, find):
     assert {c for *_, c in found} <= set(data.lines("0.4_noise_train_caps.txt"))
 
 
+def test_pairs_of_one_s_own_are_searched_in_all_splits(dataset, find):
+    data = dataset()
+    data.options = ["--dataset_root", str(data.root)]  # of --dataset pairs
+    found, _ = find(data, "a dog", "--top", 100)
+    assert {file for _, file, _ in found} == {
+        data.name(i) for ids in data.ids.values() for i in ids}
+
+
+def test_each_query_has_its_own_picture(dataset, checkpoint, tmp_path, monkeypatch):
+    data = dataset()
+    monkeypatch.chdir(tmp_path)
+    argv = [*data.options, "--resume", str(checkpoint[0]), "--device", "cpu", "--num_workers", "0"]
+    for query in ("a dog!", "a dog?", "../../犬 x", str(next((data.root / "images").iterdir()))):
+        search.main([*argv, query])
+    assert {"a_dog.png", "a_dog_2.png", "犬_x.png"} < {
+        path.name for path in (tmp_path / "logs" / "search").iterdir()}
+    assert len(list((tmp_path / "logs" / "search").iterdir())) == 4
+
+
 def test_layout_is_told_by_image_name_txt(dataset, find):
     data = dataset()
     expected = find(data, "a dog")[0]
     data.options = data.options[2:]  # without --dataset
-    assert find(data, "a dog")[0] == expected
+    assert find(data, "a dog", "--split", "test")[0] == expected
 
 
 @pytest.mark.parametrize("query, said", [

@@ -35,6 +35,9 @@ def run(tmp_path):
         folder.mkdir(parents=True)
         options = {**OPTIONS, **options}
         (folder / "options.json").write_text(json.dumps(options))
+        images = 5000 if options["dataset"] == "coco" else 1000
+        (folder / "options_eval.json").write_text(
+            json.dumps({**options, "test_images": images}))
         made = scores(first)
         if options["dataset"] == "coco":
             made = {"1K": scores(first + 10), "5K": made}
@@ -103,16 +106,34 @@ def test_published_rows(run, tables):
     for row in published:
         assert (row["t2i_R@10"] == "") == (row["table"] == "MSCOCO 1K")
 
+    small = run("small", 70)
+    (small / "options_eval.json").write_text(json.dumps({**OPTIONS, "test_images": 24}))
+    assert "(published)" not in tables(small)[0]  # another test split
     text, rows, _ = tables(run("again", 70), "--no_published")
     assert "(published)" not in text and len(rows) == 1
+    assert "variance over noise ratios takes runs of two or more" in text
 
 
 def test_methods_are_told_apart_by_their_options(run, tables):
     text, rows, _ = tables(run("a", 70), run("b", 71, lr=2e-6), run("c", 72, weighting="none"),
                            run("d", 60, name="CLIP", lr=5e-7), "--no_published")
     assert {row["method"] for row in rows} == {
-        "NPC, lr 1e-06, weighting npc", "NPC, lr 2e-06, weighting npc",
-        "NPC, lr 1e-06, weighting none", "CLIP"}
+        "NPC, weighting npc, lr 1e-06", "NPC, weighting npc, lr 2e-06",
+        "NPC, weighting none, lr 1e-06", "CLIP"}
+
+
+def test_a_recipe_says_what_it_sets(run, tables, tmp_path):
+    """And options that no other run of that name lacks say nothing."""
+    sets = {"weighting": "none", "train_on": "clean", "judge_rounds": 2, "judge_lr": 1e-5}
+    rest = {"train_on": "all", "judge_rounds": 0, "judge_lr": None}
+    _, rows, _ = tables(run("a", 70, recipe="paper", **rest), run("b", 71, recipe="robust", **sets),
+                        run("c", 72, recipe="robust", **{**sets, "judge_rounds": 1}),
+                        run("d", 73, recipe="paper", name="small_loss", **rest), "--no_published")
+    assert {row["method"] for row in rows} == {
+        "NPC, recipe paper, judge_rounds 0", "NPC, recipe robust, judge_rounds 2",
+        "NPC, recipe robust, judge_rounds 1", "small_loss"}
+    _, rows, _ = tables(tmp_path / "a", tmp_path / "b", "--no_published")
+    assert {row["method"] for row in rows} == {"NPC, recipe paper", "NPC, recipe robust"}
 
 
 def test_initial_checkpoints_of_each_seed_are_one_method(run, tables):
@@ -145,6 +166,15 @@ def test_figure_has_a_row_for_each_table(run, tables):
     assert one[0] == three[0] and three[1] == pytest.approx(3 * one[1], abs=3)
 
 
+def test_runs_without_scores_are_left_out(run, tables, capsys):
+    good, unscored = run("good", 70), run("unscored", 71, noise_ratio=0.4)
+    (unscored / "eval_test.json").unlink()
+    table.main([str(good), str(unscored), "--out", str(good / "out")])
+    said = capsys.readouterr().out
+    assert f"left out {unscored}, which has no eval_test.json" in said and "--eval --resume" in said
+    assert "| 20 % | NPC |" in said and "40 % | NPC |" not in said
+
+
 @pytest.mark.parametrize("spoil, said", [
     (lambda r: (r / "eval_test.json").unlink(), "nothing to make tables of"),
     (lambda r: (r / "eval_test.json").write_text('{"i2t_R@1": 3'), "eval_test.json is not"),
@@ -152,7 +182,7 @@ def test_figure_has_a_row_for_each_table(run, tables):
     (lambda r: (r / "options.json").write_text('{"name": "NPC", '), "options.json is not"),
     (lambda r: (r / "eval_test.json").write_text('{"i2t_R@1": 3}'), "lacks i2t_R@5"),
     (lambda r: (r / "log.jsonl").write_text("{"), "log.jsonl is not"),
-    (lambda r: (r / "options.json").unlink(), "options_eval.json"),
+    (lambda r: [(r / f"options{of}.json").unlink() for of in ("", "_eval")], "options_eval.json"),
     (lambda r: (r / "weights.npz").write_text("none"), "weights.npz is not"),
     (lambda r: (r / "options.json").write_text("{}"), "lacks what every run writes"),
 ])

@@ -57,11 +57,12 @@ class Run:
                       errors="backslashreplace") as f:
                 f.write(f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S} {message}\n")
 
-    def write_options(self, name):
-        """Write what the command was called with to the file `name`, in this run's folder."""
+    def write_options(self, name, **more):
+        """Write what the command was called with, and what else is given, to the file `name` in
+        this run's folder."""
         if distributed.is_main():
             with atomic_write(self.folder / name) as f:
-                json.dump(vars(self.args), f, indent=1, default=str)
+                json.dump(vars(self.args) | more, f, indent=1, default=str)
 
     def load_model(self):
         """(model, preprocess): `--vision_model`, with the weights of `--resume` if it is given.
@@ -129,7 +130,7 @@ class Run:
             scores = evaluate(model, pairs, args, self.precision)
             rows = {{"f30k": "Flickr30K", "cc": "CC120K"}.get(args.dataset, "test"): scores}
         self.log(table(rows))
-        self.write_options("options_eval.json")
+        self.write_options("options_eval.json", test_images=len(pairs.images))
         if distributed.is_main():
             path = self.folder / "eval_test.json"
             with atomic_write(path) as f:
