@@ -245,18 +245,22 @@ def table(results):
 
 
 def figure(results, path):
-    """R@1 over the noise ratio, with its variance in the legend, as in the paper."""
-    fig = Figure(figsize=(6, 4.2), layout="constrained")
+    """Image-to-text R@1 over the noise ratio, with its variance in the legend, as in the paper."""
+    fig = Figure(figsize=(6.4, 4.6), layout="constrained")
     axes, percent = fig.subplots(), [100 * ratio for ratio in RATIOS]
-    for name, runs in results.items():
+    for k, (name, runs) in enumerate(results.items()):
         columns = over_ratios(runs, "i2t_R@1")
-        axes.errorbar(percent, list(map(mean, columns)), capsize=3,
+        beside = 0.8 * (k - (len(results) - 1) / 2)  # so that error bars do not hide each other
+        axes.errorbar([x + beside for x in percent], list(map(mean, columns)), capsize=3,
                       yerr=list(map(stdev, columns)) if len(runs) > 1 else None,
                       fmt="k:" if name == ZERO_SHOT else METHODS[name].style,
                       label=f"{name} (variance {mean(variances(runs)):.1f})")
-    axes.set(xlabel="noise ratio (%)", ylabel="image-to-text R@1 (%) after the last epoch",
-             xticks=percent, ylim=(0, None))
-    axes.legend()
+    seeds = len(results[ZERO_SHOT])
+    over = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
+    axes.set(xlabel="wrong captions (%)", ylabel="i2t R@1 (%)", xticks=percent,
+             title=f"i2t R@1 on {TEST} drawings after the last epoch, {over}")
+    axes.title.set_fontsize("medium")
+    axes.legend(fontsize="small")
     fig.savefig(path, dpi=150)
 
 

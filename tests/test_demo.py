@@ -4,6 +4,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from matplotlib.figure import Figure
+
+from benchmarks import demo
+
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 CODE = """
 import sys
@@ -26,3 +30,16 @@ def test_a_command_that_fails_ends_the_demo_with_its_last_line(tmp_path):
     log = (tmp_path / "log").read_text()
     assert "data" in log.splitlines()[0] and log.splitlines()[-1] == said.split(": ", 1)[1]
     assert len(list((tmp_path / "data" / "images").iterdir())) > 3
+
+
+def test_the_figure_uses_its_space_and_hides_no_error_bar(tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: shown.extend(self.axes))
+    results = {name: [[{"i2t_R@1": 60.0 + k + seed} for _ in demo.RATIOS] for seed in (0, 1)]
+               for k, name in enumerate((demo.ZERO_SHOT, *demo.METHODS))}
+    demo.figure(results, tmp_path / "figure.png")
+    axes, = shown
+    assert axes.get_ylim()[0] > 50 and "i2t R@1" in axes.get_ylabel()
+    assert "2 seeds" in axes.get_title()
+    places = [bars.lines[0].get_xdata()[0] for bars in axes.containers]
+    assert len(places) == len(set(places)) == len(results)

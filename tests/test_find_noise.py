@@ -19,7 +19,9 @@ from PIL import Image
 
 import find_noise
 import main_CLIP
+from utils.cleaning import noise_page
 from utils.method import rounds
+from utils.method.judge import Verdict
 from utils.reading.layout import read_captions
 
 EVIL = ("=1+1 <script>document.title='owned'</script> "
@@ -485,3 +487,17 @@ def test_clean_pairs_that_are_all_held_out_leave_a_fixed_rate(find, datasets):
     said, rows = find(datasets["f30k"], "--recipe", "robust", "--seed", 37, "--judge_steps", 2)
     assert "learning rate: 1e-05, as there is too little to choose it by" in said
     assert len(rows) == 60
+
+
+@pytest.mark.parametrize("same, unit", [(True, "nats"), (False, "standard deviations")])
+def test_the_histogram_has_a_unit_and_shows_few_mismatches(same, unit, monkeypatch):
+    """The line of mismatches is as high as the highest bar, however small their share."""
+    drawn = []
+    monkeypatch.setattr("matplotlib.axes.Axes.stairs", lambda self, heights, *_, **__:
+                        drawn.append(heights.max()))
+    scores = np.repeat([0.0, 1.0, 5.0], [50, 30, 1])
+    verdict = Verdict(scores, scores if same else scores + 1, scores, scores > 1, scores, 0.01,
+                      mismatches=np.full(9, 4.0))
+    svg = noise_page.histogram(verdict)
+    assert f"({unit})" in svg and "score of the judge" in svg
+    assert drawn == [50]

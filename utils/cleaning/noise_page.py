@@ -57,13 +57,22 @@ def noise_page(suspects, score_name, about, findings, verdict, wrong, key):
     low, high = bounds([s.score for s in suspects if s.worst and math.isfinite(s.score)])
     script = TEMPLATE.with_suffix(".js").read_text(encoding="utf-8")
     return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
-        about=escape(about), num_pairs=len(verdict.score), score_name=escape(score_name),
+        about=escape(about), num_pairs=len(verdict.score),
+        score_name=f"{escape(score_name)} ({unit(verdict, score_name)})",
         histogram=histogram(verdict, wrong),
         findings="\n".join(f"<p>{escape(line)}</p>" for line in findings),
         num_worst=sum(bool(s.worst) for s in suspects), low=low, high=high, key=key,
         num_sample=sum(bool(s.sample) for s in suspects), columns=" ".join(COLUMNS),
         cards="\n".join(map(card, suspects)), script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode())
+
+
+def unit(verdict, score_name="judge"):
+    """What a `--score` is counted in; the judge's is a loss, or adds up standard scores."""
+    if score_name == "judge":
+        score_name = "loss" if np.array_equal(verdict.score, verdict.loss) else "combined"
+    return {"loss": "nats", "combined": "standard deviations", "cosine": "from -1 to 1",
+            "npc": "mean w"}[score_name]
 
 
 def bounds(scores):
@@ -108,7 +117,7 @@ def picture(pixels):
 
 def histogram(verdict, wrong=None):
     """The scores of a `Verdict` as an <svg> histogram, with what the judge takes for the wrong
-    pairs: the components of its mixture, or its mismatches, scaled to their share.
+    pairs: the components of its mixture, or its mismatches, as high as the highest bar.
 
     With `wrong` (n,) bool the bars are split into right pairs and, on top, wrong ones.
     """
@@ -128,10 +137,15 @@ def histogram(verdict, wrong=None):
         axes.plot(grid, weight * density * n * (edges[1] - edges[0]), color=COLOURS[colour], lw=2,
                   label=f"component of {side} loss")
     if verdict.mismatches is not None:
-        heights = np.histogram(verdict.mismatches, edges)[0] / len(verdict.mismatches)
-        axes.stairs(verdict.wrong_share * n * heights, edges, color=COLOURS["noisy"], lw=2,
-                    label="mismatches made of these images and captions")
-    axes.set(ylim=(0, 1.12 * np.max(counts)), yticks=[])
+        heights = np.histogram(verdict.mismatches, edges)[0]
+        axes.stairs(heights * np.max(counts) / max(1, heights.max()), edges, lw=2,
+                    color=COLOURS["noisy"],
+                    label="mismatches made of these images and captions, at their own scale")
+    of = "loss" if unit(verdict) == "nats" else "loss less agreement with neighbours"
+    axes.set(ylim=(0, 1.12 * np.max(counts)), yticks=[], ylabel="pairs",
+             xlabel=f"score of the judge: {of} ({unit(verdict)})")
+    axes.xaxis.label.set_color(COLOURS["soft"])
+    axes.yaxis.label.set_color(COLOURS["soft"])
     axes.margins(x=0)
     axes.spines[["left", "top", "right"]].set_visible(False)
     axes.spines["bottom"].set_color(COLOURS["soft"])
