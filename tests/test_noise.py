@@ -204,7 +204,8 @@ def test_similar_noise_exchanges_the_most_similar_captions(monkeypatch, ratio, b
     monkeypatch.setattr(noise, "BLOCK", block)
     rng = np.random.default_rng(0)
     words = "dog cat man ball tree red blue big old of".split()
-    captions = [" ".join(rng.choice(words, rng.integers(1, 6))) for _ in range(120)]
+    captions = [" ".join([*rng.choice(words, rng.integers(1, 6)), *["the"] * (rng.random() < 0.6)])
+                for _ in range(120)]
     captions[7], captions[30] = "二匹の犬", "?!"
     image_of = [f"x{k // 3}" for k in range(120)]
     order = similar_order(captions, image_of, ratio, 5)

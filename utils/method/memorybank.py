@@ -71,7 +71,7 @@ def bank_name(model, pairs, args):
         else Path(args.vision_model).name or "model"]
     names += [name for name in [judge_name(args)] if name]
     names += [args.noise_kind] if args.noise_ratio else []
-    options = {key: getattr(args, key) for key in (*MADE_WITH, "noise_seed")}
+    options = {key: getattr(args, key) for key in MADE_WITH}
     recipe = RECIPES[args.recipe]
     options["recipe"] = recipe.random_bank_batches, recipe.cosine_bank  # all that it changes here
     if model is not None:
