@@ -252,3 +252,19 @@ def test_three_seeds_have_three_noise_files_and_three_banks(tmp_path):
     names = [path.name for path in data.root.glob("annotations/*/*_mbank_*.npz")]
     assert len(noise) == len(names) == 3 and banks(data.root).keys() == {"0.4_mbank"}
     assert "| 3 |" in (tmp_path / "out/table_f30k/tables.md").read_text()
+
+
+def test_a_run_is_finished_when_its_last_epoch_is_trained_and_both_are_tested(tmp_path):
+    folder, epochs = tmp_path / "run", 2
+    folder.mkdir()
+    tests = {folder: ["best"], folder / "last": ["last"]}
+    job = reproduce.Job("npc_paper", folder, epochs, 5, ["train"], tests)
+    for name in (folder, folder / "last"):
+        name.mkdir(exist_ok=True)
+        (name / "eval_test.json").write_text("{}")
+    (folder / "log.jsonl").write_text("{}\n")  # of a shorter run
+    assert not job.finished and job.commands() == [["train"], ["best"], ["last"]]
+    (folder / "log.jsonl").write_text("{}\n{}\n")
+    assert job.finished
+    (folder / "last" / "eval_test.json").unlink()
+    assert not job.finished and job.commands() == [["last"]]

@@ -114,6 +114,18 @@ def test_published_rows(run, tables):
     assert "variance over noise ratios takes runs of two or more" in text
 
 
+def test_differences_from_the_published_row_of_noise_and_method(run, tables):
+    folders = [run("n", 80, name="npc_released"), run("c", 80, name="clip_paper, last epoch"),
+               run("r", 80, name="robust"), run("other", 80, name="NPC", noise_ratio=0.3)]
+    text, _, _ = tables(*folders, run("coco", 70, dataset="coco", name="npc_paper"))
+    flickr, one_k = (part.split("\n### ")[0] for part in (text, text.split("### MSCOCO 1K")[1]))
+    assert line(flickr, "npc_released", "20 %")[2:] == ["-7.3", "-16.5", "-16.8", "+10.1", "-8.1",
+                                                        "-10.8", "-49.4"]
+    assert line(flickr, "clip_paper, last epoch", "20 %")[2] == "-2.3"
+    assert flickr.count("| robust |") == 1 and "| NPC | 30 %" not in flickr
+    assert line(one_k, "npc_paper", "20 %")[7:] == ["–", "–"]  # not known
+
+
 def test_methods_are_told_apart_by_their_options(run, tables):
     text, rows, _ = tables(run("a", 70), run("b", 71, lr=2e-6), run("c", 72, weighting="none"),
                            run("d", 60, name="CLIP", lr=5e-7), "--no_published")
