@@ -501,3 +501,20 @@ def test_the_histogram_has_a_unit_and_shows_few_mismatches(same, unit, monkeypat
     svg = noise_page.histogram(verdict)
     assert f"({unit})" in svg and "score of the judge" in svg
     assert drawn == [50]
+
+
+# ---- few distinct items -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("images, captions", [(1, 1), (1, 3), (3, 1), (2, 2), (1, 2), (2, 1)])
+@pytest.mark.parametrize("more", [("paper",), ("robust", "--judge_rounds", 1),
+                                  ("robust", "--judge_rounds", 0, "--score", "cosine")])
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_few_distinct_images_and_captions(dataset, find, tmp_path, images, captions, more):
+    data = dataset("cc")
+    write_lines(data.split_folder / "train_ids.txt",
+                [data.ids["train"][k % images] for k in range(6)])
+    write_lines(data.split_folder / "train_caps.txt", [f"thing {k % captions}" for k in range(6)])
+    _, rows = find(data, "--recipe", *more)
+    assert sorted(int(row["pair"]) for row in rows) == list(range(6))
+    assert np.isfinite([[float(row["score"]), float(row["posterior"])] for row in rows]).all()

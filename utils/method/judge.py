@@ -193,7 +193,8 @@ class Agreements:
         k = self.near_images[0].shape[1] + self.near_texts[0].shape[1]
         width = self.texts.shape[1]
         rows = torch.arange(len(text_of), device=text_of.device)
-        for block in tqdm(rows.split(max(1, BLOCK // (k * width))), desc="agreement", unit="block",
+        size = BLOCK // max(1, k * width) or 1
+        for block in tqdm(rows.split(size), desc="agreement", unit="block",
                           disable=None, leave=False):
             image, text = self.image_of[block], text_of[block]
             near = [x[image] for x in self.near_images]
@@ -255,11 +256,14 @@ def agreement(own, cosine, near, total, count, same):
 
 
 class Standard:
-    """Standard scores by the mean and standard deviation of values (n,), NaN left out."""
+    """Standard scores by the mean and standard deviation of values (n,), NaN left out; of fewer
+    than two there are none."""
 
     def __init__(self, values):
         known = values[~values.isnan()]
-        self.mean, self.deviation = known.mean(), known.std().clamp(min=1e-12)
+        self.mean, self.deviation = torch.nan, 1
+        if len(known) > 1:
+            self.mean, self.deviation = known.mean(), known.std().clamp(min=1e-12)
 
     def __call__(self, values):
         return ((values - self.mean) / self.deviation).nan_to_num(0.0)

@@ -62,6 +62,8 @@ def nearest(queries, keys, k=1, without=None, title="nearest"):
         keys = keys[:]
     similarity = torch.empty(len(queries), k, dtype=queries.dtype, device=device)
     found = torch.empty(len(queries), k, dtype=torch.int64, device=device)
+    if k == 0:  # of one key, which the queries must not find
+        return similarity, found
     room = torch.empty(min(QUERIES, len(queries)) * min(KEYS, total), dtype=queries.dtype,
                        device=device)  # fresh memory for each block would cost a tenth of the time
     with tqdm(total=len(queries) * total, desc=title, unit="", unit_scale=True, disable=None,
