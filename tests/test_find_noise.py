@@ -255,6 +255,13 @@ def test_what_the_model_would_rather(dataset, find, tmp_path):
         assert truth[best] == file and truth[own] == best_file
 
 
+@pytest.mark.parametrize("recipe, said", [("paper", "the mixture that was fitted to them"),
+                                          ("robust", "of mismatches")])
+def test_the_page_says_what_its_figure_shows(dataset, find, tmp_path, recipe, said):
+    find(dataset(), "--recipe", recipe, "--judge_rounds", 0)
+    assert f"<h2>Scores of all 60 pairs and {said}</h2>" in page(tmp_path).read_text("utf-8")
+
+
 SHOWN = "[...document.querySelectorAll('article:not([hidden])')]"
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
 
@@ -309,6 +316,8 @@ def test_labels_survive_a_reload_and_come_back(dataset, find, tmp_path):
         browser.press("s")
         browser.click("#sample")
         drawn = [captions.index(caption) for caption in visible(browser)]
+        seen = "card => getComputedStyle(card.querySelector('.rather')).visibility == 'visible'"
+        assert browser.value(f"{SHOWN}.filter({seen}).length") == 3  # those that are answered
         assert sorted(drawn) == list(range(12))
         browser.press("ArrowDown")
         browser.press("w")

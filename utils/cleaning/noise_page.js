@@ -54,7 +54,8 @@ for (const name of ["worst", "sample"])
 
 // ---- answers ------------------------------------------------------------------------------------
 
-function showAnswer({card, row}) {
+function showAnswer({card, row}) {  // the sample shows what the model thinks only then
+  card.toggleAttribute("data-answered", Boolean(answers[row[0]]));
   for (const button of card.querySelectorAll("button"))
     button.setAttribute("aria-pressed", button.value == answers[row[0]]);
 }

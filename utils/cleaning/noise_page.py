@@ -60,6 +60,8 @@ def noise_page(suspects, score_name, about, findings, verdict, wrong, key):
         about=escape(about), num_pairs=len(verdict.score),
         score_name=f"{escape(score_name)} ({unit(verdict, score_name)})",
         histogram=histogram(verdict, wrong),
+        beside=" and the mixture that was fitted to them" if verdict.components
+        else " and of mismatches" if verdict.mismatches is not None else "",
         findings="\n".join(f"<p>{escape(line)}</p>" for line in findings),
         num_worst=sum(bool(s.worst) for s in suspects), low=low, high=high, key=key,
         num_sample=sum(bool(s.sample) for s in suspects), columns=" ".join(COLUMNS),
@@ -150,7 +152,8 @@ def histogram(verdict, wrong=None):
     axes.spines[["left", "top", "right"]].set_visible(False)
     axes.spines["bottom"].set_color(COLOURS["soft"])
     axes.tick_params(colors=COLOURS["soft"])
-    axes.legend(frameon=False, labelcolor=COLOURS["soft"])
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, labelcolor=COLOURS["soft"])
     text = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": ""}):
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
