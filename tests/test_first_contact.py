@@ -88,13 +88,9 @@ MENDABLE = [
     (InputError("x.txt, line 3: expected a number"), "x.txt, line 3: expected a number"),
     (OSError(errno.ENOSPC, "No space left on device", "a.pt"), "a.pt: No space left .*make room"),
     (PermissionError(errno.EACCES, "Permission denied", "a"), "a: Permission denied; choose"),
-    (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"), "not valid UTF-8"),
-    (RecursionError("maximum recursion depth exceeded"), "nested too deeply"),
     (MemoryError(), "out of memory.*--batch_size"),
     (torch.cuda.OutOfMemoryError("CUDA out of memory"), "out of memory.*--batch_size"),
-    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out of memory.*--batch_size"),
-    (json.JSONDecodeError("Expecting value", "", 0), "damaged or of another kind"),
-    (BadZipFile("File is not a zip file"), "damaged or of another kind .*not a zip")]
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out of memory.*--batch_size")]
 
 
 @pytest.mark.parametrize("error, line", MENDABLE, ids=lambda x: type(x).__name__)
@@ -107,8 +103,11 @@ def test_what_a_person_can_mend_is_one_line(error, line, debug, capsys, monkeypa
     assert ("Traceback" in said) == (debug == "1") and (debug or said.count("\n") == 1)
 
 
-@pytest.mark.parametrize("error", [AssertionError("x"), TypeError("x"), RuntimeError("x")])
-def test_a_bug_keeps_its_traceback_and_says_where_to_report_it(error, capsys):
+@pytest.mark.parametrize("error", [
+    AssertionError("x"), RuntimeError("the process group x"), RecursionError("x"),
+    UnicodeDecodeError("utf-8", b"\xff", 0, 1, "x"), json.JSONDecodeError("x", "", 0),
+    BadZipFile("x")], ids=lambda x: type(x).__name__)
+def test_a_bug_keeps_its_traceback(error, capsys):
     status, said = ended(error, capsys)
-    assert status == 1 and "Traceback" in said and "def fail" not in said.splitlines()[-1]
-    assert "please report" in said.splitlines()[-1]
+    assert status == 1 and "Traceback" in said
+    assert said.splitlines()[-1].endswith(f"{type(error).__name__}: {error}")

@@ -3,13 +3,9 @@
 import errno
 import functools
 import os
-import re
 import sys
 import threading
 import traceback
-
-REPORT = ("this is a bug of this program: please report the lines above and the command in the "
-          "issues of the repository that it came from")
 
 
 class InputError(Exception):
@@ -40,7 +36,8 @@ def command(main):
             line = explain(error)
             if line is None or os.environ.get("NPC_DEBUG") == "1":
                 traceback.print_exc()
-            print(f"error: {line}" if line else REPORT, file=sys.stderr)
+            if line:
+                print(f"error: {line}", file=sys.stderr)
             status, where = 2 if line else 1, error.__traceback__
         # End the data loaders now: the interpreter's end would kill their workers, with tracebacks
         traceback.clear_frames(where)
@@ -50,7 +47,9 @@ def command(main):
 
 
 def explain(error):
-    """The line for people that an exception deserves, None for a bug of ours."""
+    """The line for people that an exception deserves, None where a traceback says more: whatever is
+    neither bad input, nor the system's refusal, nor a lack of memory may be a mistake in the code,
+    ours or that of whoever changes it. Readers of files wrap what these provoke (utils.files)."""
     if getattr(error, "for_people", False):
         # a DataLoader worker wraps the error in its own traceback: the last line is ours
         return str(error).strip().splitlines()[-1].split("InputError: ", 1)[-1]
@@ -62,15 +61,6 @@ def explain(error):
             or "allocate memory" in said):  # torch's word for a full host
         return (f"out of memory ({said[:150]}): use a smaller --batch_size or --eval_batch_size, "
                 "--accum_steps, or --grad_checkpointing")
-    if isinstance(error, UnicodeError):
-        return f"a name or a text is not valid UTF-8 ({said}); rename or re-encode it"
-    if isinstance(error, RecursionError):
-        return "a file is nested too deeply to be read; give one that a program of its kind wrote"
-    if type(error).__module__.split(".")[0] in ("zipfile", "tarfile", "zlib", "json", "pickle",
-                                                "_pickle", "safetensors_rust", "safetensors"):
-        return f"a file is damaged or of another kind than expected ({said})"
-    if re.search("gloo|NCCL|Connection (closed|reset)|process group", said):
-        return "another process of this run has ended; its own line says why"
     return None
 
 

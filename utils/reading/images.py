@@ -99,6 +99,8 @@ class ImagesInMemory(Dataset):
         return len(self.images)
 
     def __getattr__(self, name):  # names, folder, cache
+        if name == "images":  # which a copy does not have yet
+            raise AttributeError(name)
         return getattr(self.images, name)
 
     @functools.cached_property
