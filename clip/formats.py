@@ -62,7 +62,7 @@ def read_checkpoint(path):
             return load_file(path)
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
-                _refuse_inflation(archive, path)
+                refuse_inflation(archive, path)
                 if any(name.endswith("/constants.pkl") for name in archive.namelist()):
                     return _read_torchscript(archive)
         elif not start.startswith(b"\x80"):  # as a pickle does
@@ -160,7 +160,7 @@ NUMPY_SCALARS = [  # the authors' checkpoints hold one in the optimiser's state
 ]
 
 
-def _refuse_inflation(archive, path):
+def refuse_inflation(archive, path):
     """Raise CheckpointError for an archive that unpacks to far more than it holds. In torch's, the
     code of a TorchScript model alone is compressed."""
     size = sum(entry.file_size for entry in archive.infolist())
@@ -197,8 +197,20 @@ def _rebuild_tensor(storage, offset, size, stride, *_):
     return storage.as_strided(size, stride, offset)  # checks the bounds
 
 
-class _TorchScriptUnpickler(pickle.Unpickler):
-    """Knows the names that TorchScript writes, and refuses all others."""
+class RestrictedUnpickler(pickle.Unpickler):
+    """Takes what NAMES ("module.name": what stands for it) has for each function or class that a
+    pickle names, and refuses all others: a file calls nothing of its choice."""
+
+    NAMES = {}
+
+    def find_class(self, module, name):
+        if f"{module}.{name}" not in self.NAMES:
+            raise pickle.UnpicklingError(f"refused to run GLOBAL {module}.{name}")
+        return self.NAMES[f"{module}.{name}"]
+
+
+class _TorchScriptUnpickler(RestrictedUnpickler):
+    """Knows the names that TorchScript writes."""
 
     NAMES = {
         "collections.OrderedDict": OrderedDict,
@@ -219,9 +231,7 @@ class _TorchScriptUnpickler(pickle.Unpickler):
             return _Module
         if module == "torch" and name.endswith("Storage"):
             return StorageType(name)
-        if f"{module}.{name}" not in self.NAMES:
-            raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")
-        return self.NAMES[f"{module}.{name}"]
+        return super().find_class(module, name)
 
     def persistent_load(self, pid):
         _, storage, key, _, _ = pid

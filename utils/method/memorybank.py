@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 import clip
+from clip.formats import refuse_inflation
 from utils.errors import InputError
 from utils.files import atomic_write, reading
 from utils.method.pairs import fingerprint
@@ -162,8 +163,7 @@ def read_bank(path, pairs):
 def _read(path):
     with reading(path, "a memory bank of ours", "delete it or run get_memorybank.py again"):
         with zipfile.ZipFile(path) as archive:
-            if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
-                raise ValueError("it unpacks to more than it holds")
+            refuse_inflation(archive, path)
         with np.load(path, allow_pickle=False) as data:
             arrays = {key: data[key] for key in data.files}
         info = json.loads(arrays.pop("info").tobytes())

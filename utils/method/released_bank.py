@@ -2,11 +2,11 @@
 and {ratio}_mbank_txt_idx.npy from str(caption index) to a pair, read without running a pickle's
 code."""
 
-import pickle
 import re
 
 import numpy as np
 
+from clip.formats import RestrictedUnpickler
 from utils.errors import InputError
 from utils.files import atomic_write, reading
 from utils.reading.layout import ratio_name
@@ -95,19 +95,14 @@ class _Array:
         self.value = list(data) if dtype.code == "O8" else dtype.read(data)
 
 
-class _Unpickler(pickle.Unpickler):
-    """Unpickles numbers, strings, dictionaries and numpy arrays of these, and refuses the rest: no
-    function that a file names is called, not even numpy's."""
+class _Unpickler(RestrictedUnpickler):
+    """Unpickles numbers, strings, dictionaries and numpy arrays of these, and refuses the rest; not
+    even functions of numpy are called."""
 
-    NAMES = {("numpy", "ndarray"): _Array, ("numpy", "dtype"): _DType}
+    NAMES = {"numpy.ndarray": _Array, "numpy.dtype": _DType}
     for core in ("core", "_core"):
-        NAMES[f"numpy.{core}.multiarray", "_reconstruct"] = _Array
-        NAMES[f"numpy.{core}.multiarray", "scalar"] = lambda dtype, data: dtype.read(data)
-
-    def find_class(self, module, name):
-        if (module, name) not in self.NAMES:
-            raise pickle.UnpicklingError(f"refused to run {module}.{name}")
-        return self.NAMES[module, name]
+        NAMES[f"numpy.{core}.multiarray._reconstruct"] = _Array
+        NAMES[f"numpy.{core}.multiarray.scalar"] = lambda dtype, data: dtype.read(data)
 
 
 def load_dictionary(f):
