@@ -18,7 +18,7 @@ from utils.method.batches import training_loader
 from utils.method.building import memory_bank
 from utils.method.memorybank import arrays_on, clean_pairs
 from utils.method.optimizer import adamw, prepare_training, steps_of, update
-from utils.method.passes import Passes
+from utils.method.passes import Passes, copy_parameters
 from utils.method.weightings import WEIGHTINGS
 from utils.training.loop import fit
 from utils.training.run import Run
@@ -57,7 +57,7 @@ class NPC:
         self.optimizer = adamw(A, args)
         self.optimizers = {"optimizer": self.optimizer}
         if self.weighting.looks_ahead:
-            self.siamese = copy.deepcopy(A).eval()
+            self.siamese = copy.deepcopy(A)
             prepare_training(self.siamese, args, run.recipe)
             self.siamese_optimizer = adamw(self.siamese, args)
             self.optimizers["siamese_optimizer"] = self.siamese_optimizer
@@ -68,7 +68,8 @@ class NPC:
         A, siamese, run = self.A, self.siamese, self.run
         args, recipe = run.args, run.recipe
 
-        # A' := A
+        if self.weighting.looks_ahead:
+            copy_parameters(A, siamese)  # A' := A
         passes = Passes(A, batch, run.precision, siamese, args.accum_steps,
                         memory_gradient=recipe.trains_on_memory and args.memory_loss_weight > 0,
                         few_shapes=args.compile)

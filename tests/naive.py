@@ -34,8 +34,6 @@ class NaivePasses:
                  few_shapes=False):
         self.A, self.siamese, self.chosen = A, siamese, batch.indices.numpy()
         self.memory_gradient = memory_gradient
-        if siamese is not None:
-            siamese.load_state_dict(A.state_dict())
         self.entries = None
         if self.bank is not None:
             self.entries = (self.bank.image_entry[self.pairs.image_of[self.chosen]],

@@ -49,8 +49,8 @@ class Passes:
     """The losses (B,) of a step's pairs under A and its siamese A', and their gradients.
 
     Losses are handed out as leaves of the graph: the method computes a total from them, `backward`
-    carries its gradient on to the parameters. A' := A happens here; without `siamese` there is
-    A's batch alone.
+    carries its gradient on to the parameters. `siamese` has the parameters of A until
+    `siamese_batch` and `memory` have been asked for; without it there is A's batch alone.
 
     precision: a utils.training.precision.Precision, whose scaler scales both gradients.
     accum_steps: number of pieces in which items are encoded, each once more in the backward pass,
@@ -65,8 +65,6 @@ class Passes:
         self.precision, self.accum_steps = precision, accum_steps
         self.memory_gradient = memory_gradient
         self.unit = -(-len(batch.indices) // SHAPES) if few_shapes else 0
-        if siamese is not None:
-            copy_parameters(A, siamese)
         self.model = siamese if uses_batch_statistics(A) else A  # that computes as A' at its start
         self.features = None  # of the batch under self.model
         self.losses, self.leaves = {}, {}  # by name: in the graph, and as handed out
