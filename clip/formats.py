@@ -1,8 +1,7 @@
 """Files that hold a CLIP model, whoever wrote them.  Nothing in them is executed.
 
-- Files of torch.save: a state dict, or a training checkpoint that has one as "state_dict", with
-  "module." before the names where DistributedDataParallel saved it, and perhaps the `config` of the
-  model.
+- Files of torch.save: a state dict, or a training checkpoint that has one as an entry, perhaps with
+  the prefix of a wrapper before all names, and perhaps the `config` of the model.
 - TorchScript archives, as OpenAI publishes: a zip with a pickle, data.pkl, that describes a tree of
   modules, the numbers of their tensors in files of their own, and code, which is left alone.
 - Hugging Face's CLIP with a Vision Transformer: model.safetensors or pytorch_model.bin with their
@@ -89,12 +88,7 @@ def read_checkpoint(path):
 def state_dict_of(content, path):
     """The state dict in what `read_checkpoint` gave for `path`, in the dtypes of the file.  Raises
     CheckpointError if there is none."""
-    state_dict = content.get("state_dict", content)
-    if not isinstance(state_dict, dict) or not state_dict:
-        raise CheckpointError(f"{path} holds no state dict")
-    if not all(isinstance(value, torch.Tensor) for value in state_dict.values()):
-        raise CheckpointError(f"{path} holds no state dict: not all of its values are tensors")
-    state_dict = {str(key).removeprefix("module."): value for key, value in state_dict.items()}
+    state_dict = _model_in(content, path)
     for key in list(state_dict):  # what archives hold beside the weights
         if key in ("input_resolution", "context_length", "vocab_size") or "attn_mask" in key:
             del state_dict[key]
@@ -111,6 +105,30 @@ def state_dict_of(content, path):
         except (KeyError, RuntimeError) as error:
             raise CheckpointError(f"{path} is not CLIP as transformers saves it: {error}") from None
     return state_dict
+
+
+def _model_in(content, path):
+    """{name: tensor} of the model in the content of a checkpoint, without what wrappers put before
+    the names (DistributedDataParallel, torch.compile, trainers, weight averaging); what stands
+    beside the weights is left out."""
+    entries = [content.get("state_dict"), content, *content.values()]
+    entries = [entry for entry in entries if isinstance(entry, dict)]
+    for entry in entries:
+        tensors = {str(key).replace("_orig_mod.", ""): value for key, value in entry.items()
+                   if isinstance(value, torch.Tensor)}
+        before = {key.removesuffix("logit_scale") for key in tensors if key.endswith("logit_scale")}
+        if len(before) > 1:
+            raise CheckpointError(f"{path} holds several models, below {', '.join(sorted(before))}")
+        if before:
+            start = before.pop()
+            return {key.removeprefix(start): value for key, value in tensors.items()
+                    if key.startswith(start)}
+    entry = entries[0]
+    if not any(isinstance(value, torch.Tensor) for value in entry.values()):
+        names = ", ".join(list(map(str, content))[:5]) or "nothing"
+        raise CheckpointError(f"{path} holds no state dict, but {names}")
+    return {str(key).removeprefix("module."): value for key, value in entry.items()
+            if isinstance(value, torch.Tensor)}
 
 
 def settings_of(content):
@@ -483,7 +501,8 @@ FOLDERS = (  # open_clip's first: where a folder is of both, either will do
 def _read_folder(folder):
     """{"state_dict", "config"} of a folder of open_clip or Hugging Face."""
     for settings, described, names in FOLDERS:
-        file = next((folder / name for name in names if (folder / name).exists()), None)
+        ways = [name + end for name in names for end in ("", ".index.json")]
+        file = next((folder / name for name in ways if (folder / name).exists()), None)
         if file is None or not (folder / described).exists():
             continue
         try:
@@ -493,10 +512,23 @@ def _read_folder(folder):
         except Exception as error:  # whatever values of other types than expected provoke
             raise CheckpointError(f"{folder / described} or a file that goes with it is damaged "
                                   f"({error!r:.100})") from None
-        return {"state_dict": state_dict_of(read_checkpoint(file), file), "config": config}
+        read = _read_shards if file.suffix == ".json" else read_checkpoint
+        return {"state_dict": state_dict_of(read(file), file), "config": config}
     needed = ", or ".join(f"{described} and {' or '.join(names)}"
                           for _, described, names in FOLDERS)
     raise CheckpointError(f"{folder} holds no model: needed are {needed}")
+
+
+def _read_shards(index):
+    """{name: tensor} of the files beside an index of them. Raises CheckpointError."""
+    try:
+        files = {str(name) for name in _read_json(index)["weight_map"].values()}
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index} is no index of weights ({error!r:.100})") from None
+    if any(Path(name).name != name for name in files):
+        raise CheckpointError(f"{index} names files outside its folder")
+    return {key: value for name in sorted(files)
+            for key, value in read_checkpoint(index.parent / name).items()}
 
 
 def _read_json(path):

@@ -128,7 +128,8 @@ def _understand(checkpoint, source, activation=None, log=None):
     try:
         return state_dict, infer_config(state_dict, settings)
     except ValueError as error:
-        raise CheckpointError(f"{source}: {error}") from None
+        names = ", ".join(list(state_dict)[:5])
+        raise CheckpointError(f"{source}: {error}; the first names in it are {names}") from None
 
 
 def _read(path):

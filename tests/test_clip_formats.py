@@ -337,3 +337,59 @@ def test_usual_values_are_openais():
     for config in CONFIGS.values():
         assert config["activation"] == "quick_gelu" and config["image_resize"] == "shortest"
         assert (config["image_mean"], config["image_std"]) == (MEAN, STD)
+
+
+# ---- checkpoints as trainers leave them ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("wrap", [
+    lambda w: {f"module.{k}": v for k, v in w.items()},
+    lambda w: {f"_orig_mod.{k}": v for k, v in w.items()},
+    lambda w: {"state_dict": {f"module._orig_mod.{k}": v for k, v in w.items()}},
+    lambda w: {k.replace("visual.", "visual._orig_mod."): v for k, v in w.items()},
+    lambda w: {"state_dict": {f"model.clip.{k}": v for k, v in w.items()} | {"loss.a": w[SCALE]},
+               "pytorch-lightning_version": "2"},
+    lambda w: {"model_ema": {f"module.{k}": v for k, v in w.items()} | {"n_averaged": w[SCALE]},
+               "epoch": 3},
+    lambda w: {"model": w, "optimizer": {"state": {}}, "epoch": 3},
+    lambda w: {**w, "epoch": 3, "note": "x"}])
+def test_a_model_is_found_below_the_names_of_wrappers(tmp_path, wrap):
+    torch.manual_seed(3)
+    model = clip.load("tiny", "cpu")[0]
+    torch.save(wrap(model.state_dict()), tmp_path / "c.pt")
+    found, _ = clip.load(tmp_path / "c.pt", "cpu", log=lambda _: None)
+    for name, value in model.state_dict().items():
+        assert torch.equal(found.state_dict()[name], value)
+
+
+SCALE = "logit_scale"
+
+
+def test_what_is_found_instead_of_a_model_is_named(tmp_path):
+    weights = clip.load("tiny", "cpu")[0].state_dict()
+    for content, said in (({"epoch": 1, "args": {"a": 1}}, "holds no state dict, but epoch, args"),
+                          ({"conv.weight": weights[SCALE]}, "first names in it are conv.weight"),
+                          ({"a.logit_scale": weights[SCALE], "b.logit_scale": weights[SCALE]},
+                           "several models, below a., b.")):
+        torch.save(content, tmp_path / "c.pt")
+        with pytest.raises(clip.CheckpointError, match=said):
+            clip.load(tmp_path / "c.pt", "cpu")
+
+
+def test_weights_in_several_files(tmp_path):
+    from safetensors.torch import load_file, save_file
+    model = clip.load("tiny", "cpu")[0]
+    clip.save_hf(model, tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    parts = {f"model-{i}.safetensors": dict(list(weights.items())[i::2]) for i in range(2)}
+    for name, part in parts.items():
+        save_file(part, tmp_path / name)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {k: n for n, part in parts.items() for k in part}}))
+    found, _ = clip.load(tmp_path, "cpu")
+    for name, value in model.state_dict().items():
+        assert torch.equal(found.state_dict()[name], value)
+    index.write_text(json.dumps({"weight_map": {"a": "../model-0.safetensors"}}))
+    with pytest.raises(clip.CheckpointError, match="outside its folder"):
+        clip.load(tmp_path, "cpu")

@@ -245,7 +245,7 @@ def test_files_that_hold_something_else(tmp_path):
     path = tmp_path / "x.pt"
     for content, match in [
         (torch.zeros(3), "holds a Tensor"),
-        ({"epoch": 3}, "not all of its values are tensors"),
+        ({"epoch": 3}, "holds no state dict, but epoch"),
         ({"state_dict": {}}, "no state dict"),
         ({"state_dict": [1, 2]}, "no state dict"),
         ({"fc.weight": torch.zeros(3, 3)}, "not the weights of a CLIP model"),
