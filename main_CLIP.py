@@ -48,8 +48,7 @@ class Baseline:
     def step(self, batch):
         """One AdamW step on the mean contrastive loss of a `Batch`; returns its numbers."""
         model, run = self.model, self.run
-        passes = Passes(model, batch, run.precision, accum_steps=run.args.accum_steps,
-                        few_shapes=run.args.compile)
+        passes = Passes(model, batch, run.precision, accum_steps=run.args.accum_steps)
         loss = passes.batch().mean()
         passes.backward(loss)
         norm = update(model, self.optimizer, run, self.max_norm)

@@ -71,8 +71,7 @@ class NPC:
         if self.weighting.looks_ahead:
             copy_parameters(A, siamese)  # A' := A
         passes = Passes(A, batch, run.precision, siamese, args.accum_steps,
-                        memory_gradient=recipe.trains_on_memory and args.memory_loss_weight > 0,
-                        few_shapes=args.compile)
+                        memory_gradient=recipe.trains_on_memory and args.memory_loss_weight > 0)
         loss = passes.batch()                     # l(batch; A)           (B,)
         memory_i, memory_t = passes.memory()      # l(M^I; A), l(M^T; A)  (B,), (B,)
         known = {"batch": loss, "memory_i": memory_i, "memory_t": memory_t,

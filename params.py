@@ -9,6 +9,7 @@ import sys
 
 import torch
 
+from utils.devices import replays
 from utils.method.recipes import RECIPES
 from utils.method.weightings import WEIGHTINGS
 from utils.reading.layout import DATASETS, SPLITS, split_folder
@@ -266,9 +267,13 @@ option("--accum_steps", type=positive_int, default=1, help="""
 option("--grad_checkpointing", action="store_true", help="""
     keep only the input of each residual block and compute the rest again in the backward pass: less
     memory, the same gradients, slower""")
+option("--eager", action="store_true", help="""
+    launch each operation of a step by itself, for debugging; without it a step on a GPU, in
+    amp_bf16 or fp32, is captured as a CUDA graph for each of a few shapes and then replayed, which
+    takes half the time""")
 option("--compile", action="store_true", help="""
-    compile the towers' blocks with torch.compile, once for each of a few shapes: minutes at the
-    start, perhaps faster steps on a GPU, which is not measured""")
+    also have torch.compile fuse what surrounds attention in the towers: a step on a GPU takes a
+    fifth less, the first one half a minute more; it needs a C compiler""")
 option("--clip_grad", type=natural_float, default=10.0, help="""
     largest norm of the gradient; 0 leaves it alone; lower it when grad_norm in the log has
     spikes""")
@@ -302,9 +307,9 @@ option("--force_resume", action="store_true", help="""
 
 option("--eval", action="store_true", help="""
     score --resume (or the initial model) on the test split and stop""")
-option("--eval_batch_size", type=positive_int, default=64, help="""
+option("--eval_batch_size", type=positive_int, help="""
     images or captions that are encoded at a time outside training; changes speed and memory, never
-    a score""")
+    a score; without it 64 on a CPU, 512 on a GPU""")
 option("--dev_length", type=positive_int, help="""
     use only so many dev captions for choosing the best epoch, where scoring takes long; without it
     all of them""")
@@ -333,7 +338,7 @@ CLEAN = "clean_threshold min_clean"
 JUDGE = "judge_rounds judge_steps judge_neighbours search_among judge_lr judge judge_features"
 SAVERS = "accum_steps grad_checkpointing"
 TRAINING = {
-    "optimisation": f"epochs lr warmup {' '.join(ADAMW)} freeze {SAVERS} compile clip_grad",
+    "optimisation": f"epochs lr warmup {' '.join(ADAMW)} freeze {SAVERS} eager compile clip_grad",
     "run": "seed batch_size checkpoint_path experiments name display save_every keep_checkpoints "
            "overwrite force_resume",
     "evaluation": "eval eval_batch_size dev_length"}
@@ -422,6 +427,11 @@ def fill_in(parser, command, args):
                          "devices here; --device cpu works everywhere")
     if missing("precision"):
         args.precision = "amp_bf16" if args.device.type == "cuda" else "fp32"
+    if getattr(args, "compile", False) and not replays(args):
+        parser.error("--compile is for steps that are replayed: on a GPU, in amp_bf16 or fp32, "
+                     "without --eager")
+    if missing("eval_batch_size"):
+        args.eval_batch_size = 512 if args.device.type == "cuda" else 64
     if missing("batch_size"):
         args.batch_size = min(256, max(8, number_of_pairs(args.dataset_root) // 16))
     for name in ("weighting", "memory_loss_weight", "train_on", "judge_rounds"):

@@ -36,6 +36,7 @@ import clip
 from main_CLIP import Baseline
 from main_NPC import NPC
 from params import parse_args
+from utils.devices import replays
 from utils.errors import command
 from utils.method.batches import Batches
 from utils.method.building import build_bank
@@ -45,6 +46,7 @@ from utils.reading.images import Images, ImagesInMemory
 from utils.scoring.retrieval import recalls
 from utils.training import checkpoints
 from utils.training.history import History
+from utils.training.replay import Replay
 from utils.training.run import Run
 from utils.training.saver import Saver
 
@@ -251,25 +253,29 @@ def clock(function, device, steps=1):
     return (time.perf_counter() - start) / steps
 
 
-def compare(contenders, device, rounds, prepare=lambda: None, steps=1):
-    """{name: {seconds of a call in each round, memory in MB, floating-point operations}} of
-    functions that run in turn, `steps` calls each, round by round.
+def compare(contenders, device, rounds, prepare=lambda: None, steps=1, warm_up=None):
+    """{name: {seconds of a call in each round, and of the same calls again, memory in MB,
+    floating-point operations}} of functions that run in turn, `steps` calls each, round by round.
 
-    prepare() comes before each round. A first one is not timed, but its memory is taken and its
-    operations are counted; on a GPU nor is a second one, in which what is compiled is compiled.
+    prepare() comes before each round. A first one is not timed, but its operations are counted; on
+    a GPU warm_up() follows, which meets what is captured and compiled. Memory is the largest.
     """
-    results = {name: {"seconds": []} for name in contenders}
-    first = -2 if device.type == "cuda" else -1
-    for index in range(first, rounds):
+    results = {name: {"seconds": [], "again": [], "memory": 0} for name in contenders}
+    prepare()
+    for name, function in contenders.items():
+        with Peak(device) as peak, FlopCounterMode(display=False) as counter:
+            function()
+        results[name] |= {"memory": peak.value, "flops": counter.get_total_flops()}
+    if warm_up:
+        warm_up()
+    for _ in range(rounds):
         prepare()
         for name, function in contenders.items():
-            if index == first:
-                with Peak(device) as peak, FlopCounterMode(display=False) as counter:
-                    function()
-                results[name] |= {"memory": peak.value, "flops": counter.get_total_flops()}
-            else:
-                seconds = clock(function, device, steps)
-                results[name]["seconds"] += [seconds] if index >= 0 else []
+            with Peak(device) as peak:
+                results[name]["seconds"].append(clock(function, device, steps))
+                if warm_up:
+                    results[name]["again"].append(clock(function, device, steps))
+            results[name]["memory"] = max(results[name]["memory"], peak.value)
     return results
 
 
@@ -345,11 +351,13 @@ def show_gpu(results, batch_size, rate):
     name = torch.cuda.get_device_name()
     peak = next((1e12 * peak for key, peak in PEAKS.items() if key in name), None)
     share = "of its peak" if peak else "of the matrix rate"
-    print(f"\n| | pairs/s | TFLOP/s | {share} | GPU idle |\n|---|--:|--:|--:|--:|")
+    print(f"\n| | ms | the same batches again | pairs/s | TFLOP/s | {share} | GPU idle |\n"
+          "|---|--:|--:|--:|--:|--:|--:|")
     for name, r in results.items():
         seconds = statistics.median(r["seconds"])
         done = r["flops"] / seconds
-        print(f"| {name} | {batch_size / seconds:.0f} | {done / 1e12:.1f} | "
+        print(f"| {name} | {1000 * seconds:.1f} | {1000 * statistics.median(r['again']):.1f} | "
+              f"{batch_size / seconds:.0f} | {done / 1e12:.1f} | "
               f"{done / (peak or rate):.1%} | {max(0, 1 - r['busy'] / seconds):.0%} |", flush=True)
     print(f"\nA matrix product of 8192 x 8192 runs at {rate / 1e12:.0f} TFLOP/s.")
 
@@ -368,7 +376,8 @@ def bench_step(options, noise):
     rng = np.random.default_rng(args.seed)
     pairs = make_pairs(max(256, 16 * args.batch_size), model.visual.input_resolution, rng, device)
     bank = make_bank(pairs, noise, rng)
-    with_bank, without = Batches(pairs, bank), Batches(pairs)
+    few = replays(args)
+    with_bank, without = Batches(pairs, bank, few_shapes=few), Batches(pairs, few_shapes=few)
     drawn, sizes, rates = {}, [], []
 
     def draw():
@@ -396,19 +405,26 @@ def bench_step(options, noise):
         del ours_released, released
 
     # All train the same A, one after the other: only what each needs beside it is held for it
-    ours, ours_released = NPC(model, run, bank), NPC(model, released_run, bank)
-    contenders = {"ours, --recipe paper": on("npc", ours.step),
-                  "plain CLIP step, ours": on("clip", Baseline(model, run).step),
-                  "ours, --recipe released": on("npc", ours_released.step)}
+    methods = {"ours, --recipe paper": NPC(model, run, bank),
+               "plain CLIP step, ours": Baseline(model, run),
+               "ours, --recipe released": NPC(model, released_run, bank)}
+    contenders = {name: on("clip" if isinstance(method, Baseline) else "npc",
+                           Replay(method.step, print) if few else method.step)
+                  for name, method in methods.items()}
+    ours = list(contenders.values())
     if options.against == "released":
         released = ReleasedStep(model, args)
         contenders = {"released step": on("released", lambda step: released(step)
                                           or model.zero_grad()), **contenders}
-    if device.type == "cuda":
-        compiled = Run(parse_args("npc", [*options.words, "--compile"]))
-        contenders["ours, paper, --compile"] = on("npc", NPC(copy.deepcopy(model), compiled,
-                                                             bank).step)
-    results = compare(contenders, device, options.rounds, draw, steps)
+
+    def warm_up():
+        for _ in range(60 // steps):  # most shapes are met twice
+            draw()
+            for function in ours * steps:
+                function()
+
+    results = compare(contenders, device, options.rounds, draw, steps,
+                      warm_up if device.type == "cuda" else None)
     u_image, u_text, length = np.mean(sizes, axis=0)
     image_share = tower_cost(model, args, int(length))
     u = image_share * u_image + (1 - image_share) * u_text
@@ -422,8 +438,8 @@ def bench_step(options, noise):
         for name, function in contenders.items():
             results[name]["busy"] = busy(function)
         show_gpu(results, args.batch_size, rate)
-    launches = [launched(contenders[name]) for name in ("ours, --recipe paper",
-                                                        "plain CLIP step, ours")]
+    launches = [launched(lambda: methods["ours, --recipe paper"].step(drawn["npc"][0])),
+                launched(lambda: methods["plain CLIP step, ours"].step(drawn["clip"][0]))]
     print(f"\nu is {u_image:.2f} for images, {u_text:.2f} for captions, {u:.2f} weighted by cost "
           f"(an image is {image_share:.0%} of a pair); captions are cut at {length:.0f} tokens. "
           f"Ours (paper) costs {clip_steps[0]:.2f} ({clip_steps[1]:.2f}-{clip_steps[2]:.2f}) plain "

@@ -123,8 +123,10 @@ class VisionTransformer(nn.Module):
         self.proj = nn.Parameter(scale * torch.randn(width, output_dim))
 
     def forward(self, images, recompute=False):
-        dtype = self.conv1.weight.dtype
-        x = self.conv1(images).to(dtype).flatten(2).transpose(1, 2)  # (n, patches, d)
+        dtype, side = self.conv1.weight.dtype, self.conv1.stride[0]
+        x = images.unfold(2, side, side).unfold(3, side, side)  # (n, 3, R/side, R/side, side, side)
+        x = x.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)  # (n, patches, 3 side^2)
+        x = F.linear(x, self.conv1.weight.flatten(1)).to(dtype)  # (n, patches, d)
         first = self.class_embedding.to(dtype).expand(len(x), 1, -1)  # (n, 1, d)
         x = torch.cat([first, x], dim=1) + self.positional_embedding.to(dtype)  # (n, patches+1, d)
         x = self.transformer(self.ln_pre(x), recompute)
@@ -311,7 +313,7 @@ def run_blocks(blocks, x, recompute):
     twice in their running statistics."""
     for block in blocks:
         if recompute and torch.is_grad_enabled():
-            x = checkpoint(block, x, use_reentrant=False)
+            x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)
         else:
             x = block(x)
     return x

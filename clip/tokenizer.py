@@ -12,6 +12,7 @@ import itertools
 from pathlib import Path
 
 import ftfy
+import numpy as np
 import regex
 import torch
 
@@ -22,6 +23,7 @@ WORDS = regex.compile(
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+",
     regex.IGNORECASE,
 )
+SPACE = regex.compile(r"\s+")
 
 
 def byte_symbols():
@@ -37,15 +39,15 @@ def byte_symbols():
 
 def clean(text):
     """Repair mis-encoded Unicode, resolve HTML entities (twice), collapse white space, lower."""
-    # ftfy and html.unescape leave printable ASCII without an ampersand alone; both are slow
-    if not (text.isascii() and text.isprintable() and "&" not in text):
-        text = html.unescape(html.unescape(ftfy.fix_text(text)))
-    return regex.sub(r"\s+", " ", text).strip().lower()
+    if text.isascii() and text.isprintable() and "&" not in text:  # which the slow ones leave alone
+        return " ".join(text.split()).lower()
+    text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    return SPACE.sub(" ", text).strip().lower()
 
 
 class SimpleTokenizer:
-    """Text to ids and back.  `encoder` maps symbols to ids, `decoder` ids to symbols.  The ids of a
-    word are computed once and kept."""
+    """Text to ids and back.  `encoder` maps symbols to ids, `decoder` ids to symbols.  The ids of
+    what stands between two spaces are computed once and kept."""
 
     def __init__(self):
         with gzip.open(VOCABULARY, "rt", encoding="utf-8") as file:
@@ -60,18 +62,21 @@ class SimpleTokenizer:
         self.ranks = {pair: rank for rank, pair in enumerate(merges)}
         self.symbol_bytes = {symbol: byte for byte, symbol in self.byte_symbols.items()}
         self.start, self.end = self.encoder[START], self.encoder[END]
-        self.cache = {START: [self.start], END: [self.end]}
+        self.cache = {}
 
     def encode(self, text):
         """Ids of `text` (list of int), without start and end token."""
         ids = []
-        for word in WORDS.findall(clean(text)):
-            if word not in self.cache:
-                self.cache[word] = [self.encoder[part] for part in self._merge(word)]
-            ids += self.cache[word]
+        for chunk in clean(text).split():
+            if chunk not in self.cache:
+                self.cache[chunk] = [self.encoder[part] for word in WORDS.findall(chunk)
+                                     for part in self._merge(word)]
+            ids += self.cache[chunk]
         return ids
 
     def _merge(self, word):
+        if word in (START, END):
+            return [word]
         parts = [self.byte_symbols[byte] for byte in word.encode("utf-8")]
         parts[-1] += "</w>"
         while len(parts) > 1:
@@ -114,14 +119,13 @@ def tokenize_with_lengths(texts, context_length=77):
     if context_length < 2:
         raise ValueError("context_length must be at least 2: the start and the end token")
     tokenizer = default_tokenizer()
-    rows, lengths = [], []
-    for text in texts:
+    tokens = np.zeros((len(texts), context_length), np.int32)
+    lengths = np.zeros(len(texts), np.int64)
+    for i, text in enumerate(texts):
         ids = tokenizer.encode(text)
-        lengths.append(len(ids) + 2)
         row = [tokenizer.start, *ids[: context_length - 2], tokenizer.end]
-        rows.append(row + [0] * (context_length - len(row)))
-    tokens = torch.tensor(rows, dtype=torch.int32).reshape(len(rows), context_length)
-    return tokens, torch.tensor(lengths, dtype=torch.int64)
+        tokens[i, : len(row)], lengths[i] = row, len(ids) + 2
+    return torch.from_numpy(tokens), torch.from_numpy(lengths)
 
 
 def tokenize(texts, context_length=77, truncate=False):

@@ -30,8 +30,7 @@ class NaivePasses:
 
     pairs, bank = None, None
 
-    def __init__(self, A, batch, precision, siamese=None, accum_steps=1, memory_gradient=True,
-                 few_shapes=False):
+    def __init__(self, A, batch, precision, siamese=None, accum_steps=1, memory_gradient=True):
         self.A, self.siamese, self.chosen = A, siamese, batch.indices.numpy()
         self.memory_gradient = memory_gradient
         self.entries = None

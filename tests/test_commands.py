@@ -1,6 +1,5 @@
 """The commands on small data sets: what they write, and what equals what."""
 
-import functools
 import json
 from types import SimpleNamespace
 
@@ -9,7 +8,6 @@ import pytest
 import torch
 from conftest import banks, make_dataset, options, tree, write_lines
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch._dynamo.testing import CompileCounterWithBackend
 
 import clip
 import construct_noise
@@ -319,22 +317,6 @@ def test_evaluation_encodes_each_distinct_image_and_caption_once(trained, datase
     main_CLIP.main(["--eval", "--resume", str(trained.clip / "best.pt"), *data.options, "--device",
                     "cpu", "--num_workers", "0", "--checkpoint_path", str(tmp_path)])
     assert sum(passes["encode_image"]) == 6 and sum(passes["encode_text"]) == 15
-
-
-def test_compiled_towers_are_used_and_train_alike(trained, unscored, tmp_path, monkeypatch):
-    """With a compiler that counts its graphs and runs them as they are."""
-    config = {**clip.architecture("tiny"), "vision_layers": 1, "transformer_layers": 1}
-    torch.save(clip.CLIP(**config).state_dict(), tmp_path / "small.pt")
-    counter, compile_ = CompileCounterWithBackend("eager"), torch.compile
-    monkeypatch.setattr(torch, "compile", functools.partial(compile_, backend=counter))
-    weights = []
-    for name, more in (("eager", []), ("compiled", ["--compile"])):
-        assert counter.frame_count == 0
-        folder = trained.run(name, main_NPC.main, "--vision_model", tmp_path / "small.pt",
-                             "--epochs", 1, *more)
-        weights.append(checkpoint(folder / "epoch1.pt")["state_dict"])
-    assert counter.frame_count >= 2  # both towers
-    assert all(torch.allclose(weights[0][k], weights[1][k], atol=2e-5) for k in weights[0])
 
 
 # ---- evaluation ---------------------------------------------------------------------------------

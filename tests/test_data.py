@@ -1,6 +1,7 @@
 """The three layouts of the data, and what the loaders serve from them."""
 
 import re
+import weakref
 from collections import Counter
 
 import numpy as np
@@ -17,7 +18,7 @@ from utils.errors import InputError
 from utils.method.batches import Batches, EpochSampler, cut_tokens, distinct_items, training_loader
 from utils.method.memorybank import MemoryBank
 from utils.method.pairs import take
-from utils.reading.images import Images, image_loader, in_memory
+from utils.reading.images import Images, cgroup_limits, image_loader, in_memory
 from utils.reading.layout import image_names, read_captions, read_ids, read_lines
 from utils.training.saver import hash_of_data
 
@@ -410,6 +411,29 @@ def test_where_images_are_held_by_default(datasets, monkeypatch):
     monkeypatch.setattr("utils.reading.images.room", lambda *_: 3 * size)
     monkeypatch.setattr("utils.reading.images.world", lambda: 2)
     assert not place() and place("--data_on", "device")
+
+
+def test_training_and_dev_images_share_the_room(datasets, monkeypatch):
+    data, size = datasets["f30k"], 3 * 32 * 32
+    args = options(data)
+    for room, dev_fits in ((3 * 16 * size, True), (3 * 16 * size - 1, False)):
+        monkeypatch.setattr("utils.reading.images.HELD", weakref.WeakSet())
+        monkeypatch.setattr("utils.reading.images.room", lambda *_, room=room: room)
+        pairs = training_pairs(args, PREPROCESS, quiet)  # 12 images, and 4 of dev
+        assert in_memory(pairs.images)
+        assert in_memory(retrieval_split(args, "dev", PREPROCESS, quiet).images) == dev_fits
+
+
+@pytest.mark.parametrize("line, file, limits", [
+    ("0::/a/b", "a/memory.max", [5000]), ("0::/", "memory.max", [5000]),
+    ("3:cpu:/c\n7:memory:/a", "memory/a/memory.limit_in_bytes", [5000]),
+    ("7:memory:/docker/x", "memory/memory.limit_in_bytes", [5000]), ("0::/a", "b/memory.max", [])])
+def test_limits_of_containers_and_jobs_are_seen(tmp_path, line, file, limits):
+    (tmp_path / "cgroup").write_text(line + "\n")
+    (tmp_path / "sys" / file).parent.mkdir(parents=True)
+    (tmp_path / "sys" / "memory.max").write_text("max\n")
+    (tmp_path / "sys" / file).write_text("5000\n")
+    assert set(cgroup_limits(tmp_path / "cgroup", tmp_path / "sys")) == set(limits)
 
 
 def test_image_loader_serves_each_image_once_in_order(datasets):

@@ -6,7 +6,6 @@ and uses nothing of the repository but the towers.
 
 import copy
 import dataclasses
-import functools
 import itertools
 import math
 from types import SimpleNamespace
@@ -16,14 +15,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import parsed
-from torch._dynamo.testing import CompileCounterWithBackend
 
 import clip
 import main_NPC
 from main_CLIP import Baseline
 from main_NPC import NPC
 from utils.errors import InputError
-from utils.method import passes
 from utils.method.batches import Batches
 from utils.method.memorybank import MemoryBank
 from utils.method.optimizer import adamw
@@ -288,47 +285,6 @@ def test_accumulation_encodes_each_piece_again_in_the_backward_pass(monkeypatch)
     images = [rows[0] for what, rows in found.encoded if what == "encode_image"]
     whole = found.batch.images.total
     assert max(images) == -(-whole // 2) and sum(images) == 2 * whole
-
-
-@pytest.fixture
-def compiler(monkeypatch):
-    """A compiler for --compile that counts its graphs and runs them as they are, and few shapes."""
-    counter, compile_ = CompileCounterWithBackend("eager"), torch.compile
-    monkeypatch.setattr(torch, "compile", functools.partial(compile_, backend=counter))
-    monkeypatch.setattr(passes, "SHAPES", 2)
-    torch._dynamo.reset()
-    yield counter
-    torch._dynamo.reset()
-
-
-@pytest.mark.parametrize("tower, changes", [
-    ("vit", {"recipe": "released"}), ("vit", {"accum_steps": 2}), ("rn", {})])
-def test_compiled_steps_equal_the_literal_transcription(compiler, tower, changes):
-    """However many items are added to have few shapes, no number changes."""
-    compare(tower, compile=True, **changes)
-    assert compiler.frame_count > 0
-
-
-@pytest.mark.slow
-def test_really_compiled_steps_equal_the_literal_transcription(monkeypatch):
-    """By a C++ compiler, which must be there."""
-    monkeypatch.setattr(passes, "SHAPES", 2)
-    compare("vit", compile=True)
-    compare("vit", compile=True, recipe="released")
-
-
-def test_a_compiler_meets_few_shapes(compiler, monkeypatch):
-    """Batches of any number of distinct items, captions of any length, two blocks a tower: each
-    graph serves both blocks, and those of later batches."""
-    monkeypatch.setitem(TEXT, "transformer_layers", 2)
-    monkeypatch.setitem(TOWERS["vit"], "vision_layers", 2)
-    pairs, bank = make_data()
-    rng = np.random.default_rng(4)
-    batches = [rng.choice(NUM_PAIRS, BATCH, replace=False).tolist() for _ in range(25)]
-    sizes = {(step.images.total, step.texts.total, step.texts.items.shape[1])
-             for step in map(Batches(pairs, bank).__getitem__, batches)}
-    our_steps(make_model("vit"), pairs, bank, batches, options(compile=True))
-    assert len(sizes) > 8 and compiler.frame_count <= 10, (len(sizes), compiler.frame_count)
 
 
 def test_passes_can_be_replaced_by_the_naive_ones(monkeypatch):

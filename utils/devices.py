@@ -1,6 +1,28 @@
-"""Tensors on their way between host and device, for which nobody waits."""
+"""Devices: how a GPU is used, and tensors on their way between it and the host, for which nobody
+waits."""
 
 import torch
+
+from utils.distributed import world
+
+REPLAYED = ("fp32", "amp_bf16")  # precisions in which AdamW asks the host for nothing
+
+
+def replays(args):
+    """Whether the options let steps be captured and replayed: on a GPU, by one process."""
+    return (args.device.type == "cuda" and not getattr(args, "eager", True)
+            and args.precision in REPLAYED and world() == 1)
+
+
+def choose_kernels(args):
+    """Choose among PyTorch's kernels for a GPU, once for all models of this process.
+
+    cuDNN's attention takes a third of a second to plan for each shape that it has not met, and most
+    steps and most batches of captions bring a new one. In fp32 its convolutions would round to
+    TF32.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
 
 
 def ship(tensor, device):

@@ -60,7 +60,7 @@ def explain(error):
     if (isinstance(error, MemoryError) or "OutOfMemoryError" in type(error).__name__
             or "allocate memory" in said):  # torch's word for a full host
         return (f"out of memory ({said[:150]}): use a smaller --batch_size or --eval_batch_size, "
-                "--accum_steps, or --grad_checkpointing")
+                "--accum_steps, --grad_checkpointing or --data_on workers")
     return None
 
 

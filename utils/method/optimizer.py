@@ -6,11 +6,11 @@ import torch
 import torch._functorch.config
 from torch.nn import BatchNorm2d
 
-from clip.model import Bottleneck, ResidualAttentionBlock
+import clip.model
 from utils.distributed import world
 from utils.errors import InputError
 
-MOST_SHAPES = 64  # that --compile makes a block for; a run has two dozen
+MOST_SHAPES = 64  # of code that --compile makes of a block: by tower, gradient, precision
 
 
 def adamw(model, args):
@@ -19,14 +19,31 @@ def adamw(model, args):
 
     With half weights it is the unfused one, whose every operation rounds to half, as released. The
     fused kernel computes in fp32 and rounds what it stores, so that a second moment still counts in
-    its own step if it underflows. Raises InputError when eps is zero in half.
+    its own step if it underflows. On a GPU its rate is a tensor, which a CUDA graph reads anew.
+    Raises InputError when eps is zero in half.
     """
-    half = any(p.dtype == torch.float16 for p in model.parameters())
+    parameters = trained(model)
+    half = any(p.dtype == torch.float16 for p in parameters)
+    on_gpu, rate = parameters[0].is_cuda, args.lr
     if half and not torch.tensor(args.eps).half():
         raise InputError(f"--eps {args.eps:g} is zero in half precision, where second moments are "
                          "too; use 1e-6, or another --precision")
-    return torch.optim.AdamW(trained(model), lr=args.lr, betas=(args.beta1, args.beta2),
-                             eps=args.eps, weight_decay=args.weight_decay, fused=not half)
+    if half:
+        kind = {"fused": False, "foreach": on_gpu}  # without a word torch loops over the tensors
+    else:
+        kind = {"fused": True, "capturable": on_gpu}
+        rate = torch.tensor(args.lr, device=parameters[0].device) if on_gpu else args.lr
+    return torch.optim.AdamW(parameters, lr=rate, betas=(args.beta1, args.beta2), eps=args.eps,
+                             weight_decay=args.weight_decay, **kind)
+
+
+def set_rate(optimizer, rate):
+    """Make `rate` the learning rate of an optimiser's next steps."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
 
 
 def prepare_training(model, args, recipe):
@@ -46,12 +63,19 @@ def prepare_training(model, args, recipe):
                 "one process, --accum_steps 1, no --grad_checkpointing, and a recipe that does not "
                 "train on the memory")
     model.grad_checkpointing = args.grad_checkpointing
-    if args.compile:  # A' takes a gradient through the graph before A does: it must be retained
-        torch._functorch.config.donated_buffer = False
-        torch._dynamo.config.recompile_limit = MOST_SHAPES
-        for module in model.modules():  # all blocks of a tower share what is compiled for one
-            if isinstance(module, ResidualAttentionBlock | Bottleneck):
-                module.compile(dynamic=False)
+    if args.compile:
+        compile_blocks(model)
+
+
+def compile_blocks(model):
+    """Have torch.compile fuse what surrounds attention in the blocks of both towers, in place. All
+    blocks of a tower share what is compiled for one, for items and captions of any number."""
+    torch._functorch.config.donated_buffer = False  # the graph is retained for A's own gradient
+    torch._dynamo.config.recompile_limit = MOST_SHAPES
+    clip.model.attend = torch.compiler.disable(clip.model.attend)  # to be cuDNN's
+    for module in model.modules():
+        if isinstance(module, clip.model.ResidualAttentionBlock):
+            module.compile(dynamic=True)
 
 
 def update(model, optimizer, run, max_norm):

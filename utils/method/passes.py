@@ -11,8 +11,6 @@ The equalities that save passes:
 4. What the memory needs beyond the batch is encoded apart from it, so that the gradient of A'
    crosses the batch's graph alone.
 5. The text tower is causal and read at the end token: captions are cut at the longest of a step.
-   For a compiler, which wants few shapes, that length and the numbers of items are rounded up:
-   nobody reads the features of the items that are added, and so they have no gradient.
 6. What nobody asks for is not computed: a step without A' and memory is a plain CLIP step.
 
 BatchNorm in training mode makes a feature depend on what is encoded beside it, and so forbids 1 and
@@ -28,8 +26,6 @@ from utils.distributed import gather, num_own_below
 from utils.method.batches import BATCH, MEMORY_I, MEMORY_T
 from utils.method.losses import pair_losses
 from utils.method.optimizer import trained
-
-SHAPES, TOKENS = 16, 8  # --compile rounds up to a 16th of a batch, and captions to 8 tokens
 
 
 def encoders(model):
@@ -55,16 +51,13 @@ class Passes:
     precision: a utils.training.precision.Precision, whose scaler scales both gradients.
     accum_steps: number of pieces in which items are encoded, each once more in the backward pass,
     so that the activations of one piece are held at a time (GradCache, Gao et al. 2021).
-    memory_gradient: whether losses on the memory have one. few_shapes: round up what the towers
-    get, see 5.
+    memory_gradient: whether losses on the memory have one.
     """
 
-    def __init__(self, A, batch, precision, siamese=None, accum_steps=1, memory_gradient=True,
-                 few_shapes=False):
+    def __init__(self, A, batch, precision, siamese=None, accum_steps=1, memory_gradient=True):
         self.A, self.siamese, self.items = A, siamese, (batch.images, batch.texts)
         self.precision, self.accum_steps = precision, accum_steps
         self.memory_gradient = memory_gradient
-        self.unit = -(-len(batch.indices) // SHAPES) if few_shapes else 0
         self.model = siamese if uses_batch_statistics(A) else A  # that computes as A' at its start
         self.features = None  # of the batch under self.model
         self.losses, self.leaves = {}, {}  # by name: in the graph, and as handed out
@@ -107,15 +100,17 @@ class Passes:
 
     def siamese_backward(self, total):
         """Give the parameters of A' the gradient of `total`, made of `siamese_batch`."""
-        losses, seeds = self._seeds(self.precision.scaler.scale(total))
-        gradients = torch.autograd.grad(losses, trained(self.model), seeds,
-                                        retain_graph=self.model is self.A)
-        for parameter, gradient in zip(trained(self.siamese), gradients, strict=True):
-            parameter.grad = gradient
+        self._backward(total, self.model, self.siamese, retain=self.model is self.A)
 
     def backward(self, total):
         """Give the parameters of A the gradient of `total`, made of `batch` and `memory`."""
-        torch.autograd.backward(*self._seeds(self.precision.scaler.scale(total)))
+        self._backward(total, self.A, self.A)
+
+    def _backward(self, total, source, target, retain=False):
+        losses, seeds = self._seeds(self.precision.scaler.scale(total))
+        gradients = torch.autograd.grad(losses, trained(source), seeds, retain_graph=retain)
+        for parameter, gradient in zip(trained(target), gradients, strict=True):
+            parameter.grad = gradient
 
     def _hand_out(self, name, loss):
         self.losses[name] = loss
@@ -144,11 +139,10 @@ class Passes:
             for encoder, distinct in zip(encoders(model), self.items, strict=True):
                 start, end = span(distinct, part)
                 own = distinct.items[num_own_below(start) : num_own_below(end)]
-                items = rounded_up(own, self.unit, model.context_length) if self.unit else own
                 pieces = [encoder(piece) if self.accum_steps == 1 else
                           checkpoint(encoder, piece, use_reentrant=False, preserve_rng_state=False)
-                          for piece in items.chunk(self.accum_steps)]
-                features = F.normalize(torch.cat(pieces)[: len(own)], dim=1)
+                          for piece in own.chunk(self.accum_steps)]
+                features = F.normalize(torch.cat(pieces), dim=1)
                 result.append(gather(features, start, end))
         return result
 
@@ -158,16 +152,6 @@ class Passes:
         with self.precision.autocast():
             return [F.normalize(encoder(distinct.items[distinct.rows[BATCH]]), dim=1)
                     for encoder, distinct in zip(encoders(self.A), self.items, strict=True)]
-
-
-def rounded_up(items, unit, longest):
-    """Images, or captions of at most `longest` tokens, with zeros behind them: a multiple of `unit`
-    items, captions a multiple of `TOKENS` long."""
-    more = -len(items) % unit if len(items) else unit
-    if items.ndim > 2:
-        return F.pad(items, (0, 0) * (items.ndim - 1) + (0, more))
-    length = items.shape[1]
-    return F.pad(items, (0, min(-length % TOKENS, longest - length), 0, more))
 
 
 def span(distinct, part):

@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import warnings
+import weakref
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -87,6 +88,8 @@ def open_image(file):
 
 # ---- in memory ----------------------------------------------------------------------------------
 
+HELD = weakref.WeakSet()  # `ImagesInMemory` that `hold` has made
+
 
 class ImagesInMemory(Dataset):
     """The crops of all `Images`, or a tensor of crops, on a device. They are read, each image once,
@@ -109,7 +112,11 @@ class ImagesInMemory(Dataset):
         if isinstance(self.images, torch.Tensor):
             return self.images.to(self.device)
         size = self.images.preprocess.resolution
-        crops = torch.empty(len(self), 3, size, size, dtype=torch.uint8, device=self.device)
+        try:
+            crops = torch.empty(len(self), 3, size, size, dtype=torch.uint8, device=self.device)
+        except RuntimeError as error:
+            raise InputError(f"{len(self)} images do not fit into the memory ({self.device}); use "
+                             "--data_on workers") from error
         left = crops
         with tqdm(total=len(self), desc="reading", unit="img", disable=None) as bar:
             for batch in image_loader(self.args, self.images):
@@ -130,20 +137,45 @@ class ImagesInMemory(Dataset):
 
 
 def hold(args, images):
-    """`images`, in the device's memory if `--data_on` wants them there or, by auto, if they fill a
-    third of it at most. Under torchrun, auto leaves them to worker processes, as each process would
-    hold all."""
-    size, place = len(images) * 3 * images.preprocess.resolution**2, args.data_on
+    """`images`, in the device's memory if `--data_on` wants them there or, by auto, if they and
+    what is held already fill a third of it at most. Under torchrun, auto leaves them to worker
+    processes, as each process would hold all."""
+    place = args.data_on
     if place == "auto":
+        size = sum(map(num_bytes, [images, *HELD]))
         place = "device" if 3 * size <= room(args.device) and world() == 1 else "workers"
-    return images if place == "workers" else ImagesInMemory(images, args.device, args)
+    if place == "workers":
+        return images
+    held = ImagesInMemory(images, args.device, args)
+    HELD.add(held)
+    return held
+
+
+def num_bytes(images):
+    """Bytes of the crops of `Images`."""
+    return len(images) * 3 * images.preprocess.resolution**2
 
 
 def room(device):
-    """Bytes of memory of a device; of the CPU, that of the machine."""
+    """Bytes of memory of a device; of the CPU, what the machine has and its container allows."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min([os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), *cgroup_limits()])
+
+
+def cgroup_limits(own="/proc/self/cgroup", root="/sys/fs/cgroup"):
+    """Limits of memory, in bytes, that Linux sets to the groups of processes, and to those around
+    them, which this one is in: containers and jobs of a cluster."""
+    limits, root = [], Path(root)
+    for line in Path(own).read_text().splitlines() if Path(own).exists() else []:
+        _, version_1, group = line.split(":", 2)  # "0::/a/b" of version 2, "7:memory:/a/b" of 1
+        folder = root / "memory" if version_1 else root
+        for part in ("", *Path(group).parts[1:]):
+            folder /= part
+            file = folder / ("memory.limit_in_bytes" if version_1 else "memory.max")
+            text = file.read_text().strip() if file.exists() else ""
+            limits += [int(text)] if text.isdigit() else []  # "max": without a limit
+    return limits
 
 
 def in_memory(images):

@@ -108,8 +108,9 @@ class History:
                      f"{self.since / seconds:.0f} pairs/s")
         scalars |= {"lr": rate, "pairs_per_second": self.since / seconds,
                     "data_wait_share": self.waited / seconds,
-                    "distinct_images_per_pair": batch.images.total / len(batch.indices),
-                    "distinct_captions_per_pair": batch.texts.total / len(batch.indices)}
+                    **{f"distinct_{what}_per_pair": len(distinct.rows.unique()) / len(batch.indices)
+                       for what, distinct in (("images", batch.images),
+                                              ("captions", batch.texts))}}
         self._scalars("train", scalars, step)
         self.clock, self.since, self.waited = time.perf_counter(), 0, 0.0
         self.shown = self.steps, self.sums
@@ -124,15 +125,12 @@ class History:
         return {name: total.item() / (1 if name == "skipped" else self.steps)
                 for name, total in self.sums.items()}
 
-    def record(self, record, done):
+    def record(self, record, weights, done):
         """Write the record of an epoch, which ended after `done` steps in all, to log.jsonl and
-        TensorBoard, and the weights w so far."""
+        TensorBoard, and the weights w so far, (epochs, n)."""
         self.lines.append(json.dumps(record))
-        if not is_main():
-            return
         with atomic_write(self.run.folder / "log.jsonl") as f:
             f.writelines(f"{line}\n" for line in self.lines)
-        weights = self.w.cpu().numpy()
         w = weights[record["epoch"] - 1]
         if np.isfinite(w).any():
             write_weights(self.run.folder / "weights.npz", weights, self.pairs)

@@ -5,11 +5,14 @@ from contextlib import nullcontext
 import torch
 from tqdm import tqdm
 
+from utils.devices import replays
 from utils.distributed import is_main, leave_processes
+from utils.method.optimizer import set_rate
 from utils.reading.images import check_images
 from utils.scoring.retrieval import evaluate
 from utils.training.history import History
 from utils.training.interruptions import end_interrupted, interruptions
+from utils.training.replay import Replay
 from utils.training.saver import Saver, hash_of_data
 from utils.training.schedule import Schedule
 
@@ -20,11 +23,10 @@ def fit(run, model, dev, optimizers, loader, step):
     dev: the `Pairs` that choose the best epoch. optimizers: name in the checkpoint -> optimiser,
     all on one schedule. step(batch) makes one optimiser step on a `Batch` and returns its numbers:
     scalar tensors by name, `batch_loss` and `grad_norm` among them, and under "w" the weights (B,)
-    of its pairs if it has any. Checkpoints are written while training goes on, and while an epoch
-    is scored on dev; once its checkpoint is whole come log.jsonl, weights.npz, TensorBoard and
-    best.pt. SIGTERM, SIGINT and SIGHUP save a checkpoint after the step at hand and exit with
-    status `INTERRUPTED`. Raises InputError when a loss or gradient is not finite, or a checkpoint
-    cannot be written.
+    of its pairs if it has any. Checkpoints are written while training goes on; once that of an
+    epoch is whole come its lines in log.jsonl and TensorBoard, weights.npz and best.pt. SIGTERM,
+    SIGINT and SIGHUP save a checkpoint after the step at hand and exit with status `INTERRUPTED`.
+    Raises InputError when a loss or gradient is not finite, or a checkpoint cannot be written.
     """
     args, pairs, epoch_steps = run.args, loader.dataset.pairs, len(loader)
     schedule = Schedule(args, run.recipe, epoch_steps, len(loader.sampler.chosen))
@@ -35,6 +37,8 @@ def fit(run, model, dev, optimizers, loader, step):
         run.log(f"warning: the warm-up of {schedule.warmup} steps is not shorter than the training "
                 f"of {args.epochs * epoch_steps}: the learning rate rises to {schedule.peak:.3g} "
                 "and never falls; give a shorter --warmup")
+    if replays(args):
+        step = Replay(step, run.log)
     check_images(args, pairs.images, dev.images)
     run.write_options("options.json")
 
@@ -42,14 +46,18 @@ def fit(run, model, dev, optimizers, loader, step):
         """Score an epoch (from 1) whose checkpoint is on disk or being written."""
         with as_it_is(args):
             scores = evaluate(model, dev, args, run.precision)
-        saver.wait()
-        run.log(f"epoch {epoch}: dev R@1 i2t {scores['i2t_R@1']:.2f}, t2i "
-                f"{scores['t2i_R@1']:.2f}, mean {scores['mean_R1']:.2f}, rsum "
-                f"{scores['rsum']:.2f}")
-        history.record({"epoch": epoch, **history.epoch_means(),
-                        "lr": schedule(epoch - 1, epoch_steps - 1), "dev": scores},
-                       epoch * epoch_steps)
-        saver.scored(epoch, scores["mean_R1"])
+        record = {"epoch": epoch, **history.epoch_means(),
+                  "lr": schedule(epoch - 1, epoch_steps - 1), "dev": scores}
+        weights = history.w.cpu().numpy()
+
+        def write():
+            run.log(f"epoch {epoch}: dev R@1 i2t {scores['i2t_R@1']:.2f}, t2i "
+                    f"{scores['t2i_R@1']:.2f}, mean {scores['mean_R1']:.2f}, rsum "
+                    f"{scores['rsum']:.2f}")
+            history.record(record, weights, epoch * epoch_steps)
+            saver.scored(epoch, scores["mean_R1"])
+
+        saver.then(write)
 
     first_epoch, first_batch = divmod(done, epoch_steps)
     history.open(done)
@@ -72,8 +80,7 @@ def fit(run, model, dev, optimizers, loader, step):
                 history.data_arrived()
                 rate = schedule(epoch, index)
                 for optimizer in optimizers.values():
-                    for group in optimizer.param_groups:
-                        group["lr"] = rate
+                    set_rate(optimizer, rate)
                 done = epoch * epoch_steps + index + 1
                 batch = batch.to(run.device)
                 history.add(done, rate, batch, step(batch))
@@ -91,6 +98,7 @@ def fit(run, model, dev, optimizers, loader, step):
                 saver.wait()
                 end_interrupted(run, f"epoch {epoch + 1}")
             complete(epoch + 1)
+        saver.wait()
     saver.finish()
     history.close()
     leave_processes()

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 import clip
 from utils import distributed
+from utils.devices import choose_kernels
 from utils.errors import InputError
 from utils.files import atomic_write, lock
 from utils.method.recipes import RECIPES
@@ -36,6 +37,8 @@ class Run:
         self.recipe = RECIPES[args.recipe]
         self.state = {}  # the training state of a checkpoint that this run continues
         self.folder = None
+        if self.device.type == "cuda":
+            choose_kernels(args)
         torch.manual_seed(args.seed)
         if folder:
             self.folder = Path(args.checkpoint_path) / args.experiments

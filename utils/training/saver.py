@@ -128,6 +128,18 @@ class Saver:
         if name.startswith("step"):
             checkpoints.prune(self.run.folder, self.run.args.keep_checkpoints)
 
+    def then(self, function):
+        """Call a function in the writer's thread, once the checkpoint at hand is whole."""
+        before = self.writing
+
+        def call():
+            if before:
+                before.result()
+            function()
+
+        if is_main():
+            self.writing = self.writer.submit(call)
+
     def check(self):
         """Raise what ended the write at hand, if anything has."""
         if self.writing and self.writing.done():
@@ -142,8 +154,6 @@ class Saver:
     def scored(self, epoch, score):
         """Take in the dev mean R@1 of an epoch whose checkpoint is whole: where none was better it
         becomes best.pt (ties go to the later epoch, as in the released code)."""
-        if not is_main():
-            return
         run, path = self.run, self.run.folder / f"epoch{epoch}.pt"
         if score >= self.best:
             if score > self.best:
