@@ -1,4 +1,4 @@
-"""What the preparation commands share: captions, images, and the files of a split.
+"""What the preparation commands share: images, and the files of a split.
 
 A split is (ids, captions): one id per image and, per image, its list of captions.
 """
@@ -12,7 +12,6 @@ import tempfile
 from pathlib import Path
 
 from clip.preprocess import to_8_bit
-from utils.cleaning.captions import clean as clean  # with the others for who prepares data
 from utils.errors import InputError
 from utils.files import atomic_write, new_folder
 from utils.reading.images import open_image

@@ -27,7 +27,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dataset.common import (
     JPEG,
     as_jpeg,
-    clean,
     image_format,
     inner_name,
     new_split,
@@ -36,6 +35,7 @@ from dataset.common import (
     write_splits,
 )
 from params import Parser, positive_int
+from utils.cleaning.captions import one_line
 from utils.cleaning.tables import IMAGES, Member, read_rows
 from utils.errors import InputError, command
 from utils.reading.layout import few, read_lines, read_text
@@ -134,7 +134,7 @@ def draw(samples, sizes, seed):
             if len(drawn) == wanted:
                 break
             image, caption = samples[key]
-            caption = clean(caption) if isinstance(caption, str) else ""
+            caption = one_line(caption) if isinstance(caption, str) else ""
             if not caption:
                 left_out["images without a caption"].append(key)
                 continue

@@ -14,8 +14,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dataset.common import clean, inner_name, new_split, report, write_splits
+from dataset.common import inner_name, new_split, report, write_splits
 from params import Parser
+from utils.cleaning.captions import one_line
 from utils.errors import command
 from utils.files import reading
 from utils.reading.layout import SPLITS, few, image_names
@@ -43,7 +44,7 @@ def read_json(path):
         result = []
         for image in images:
             key = int(image["cocoid"]) if dataset == "coco" else inner_name(image["filename"])
-            captions = [clean(sentence["raw"]) for sentence in image["sentences"]]
+            captions = [one_line(sentence["raw"]) for sentence in image["sentences"]]
             kept = captions[:CAPTIONS]
             if len(kept) < CAPTIONS or not all(kept):
                 raise ValueError(f"{image['filename']} has an empty caption or fewer than "

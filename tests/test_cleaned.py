@@ -19,7 +19,7 @@ from test_prepare import jpeg, lines, put
 import find_noise
 from dataset import prepare_pairs
 from utils.cleaning import source as source_module
-from utils.cleaning.captions import captions_in, clean, without
+from utils.cleaning.captions import captions_in, one_line, without
 from utils.cleaning.tables import copy_suffix, read_rows
 from utils.errors import InputError
 
@@ -397,7 +397,7 @@ def test_cells_that_are_refused(value, reason):
 @pytest.mark.parametrize("text", ["&nbsp;", "&amp;nbsp; ", "\x1b[0m", "\u200b\u200d", "\x07",
                                   "&#8203;"])
 def test_captions_that_clip_empties_are_none(text):
-    assert clean(text) == "" and clean(f"{text}a") != ""
+    assert one_line(text) == "" and one_line(f"{text}a") != ""
 
 
 # ---- what was seen, and why ----------------------------------------------------------------------

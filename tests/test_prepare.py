@@ -13,6 +13,7 @@ from PIL import Image
 from processes import run
 
 from dataset import MSCOCO_rename, common, prepare_cc120k, prepare_karpathy, prepare_pairs
+from utils.cleaning.captions import one_line
 from utils.errors import InputError
 from utils.reading.layout import image_names, read_captions, read_ids, require_images
 
@@ -75,7 +76,7 @@ def fails(capsys):
     ("\t\n ", ""),
 ])
 def test_clean(raw, plain):
-    assert common.clean(raw) == plain
+    assert one_line(raw) == plain
 
 
 @pytest.mark.parametrize("name", ["../a.jpg", "a/../../b.jpg", "/etc/a.jpg", "", ".", "a\nb.jpg",

@@ -8,7 +8,7 @@ import json
 from clip.tokenizer import clean as as_clip_reads
 
 
-def clean(text):
+def one_line(text):
     """One line of plain text: runs of white space, line ends and NUL become one blank each. Empty
     where CLIP's own cleaning leaves nothing that can be seen ("&nbsp;", control characters)."""
     text = text.encode("utf-8", "replace").decode("utf-8")  # JSON can hold halves of characters
@@ -19,7 +19,7 @@ def clean(text):
 def captions_in(value):
     """[(place, caption)] of a cell, empty ones left out. Raises ValueError, with the reason, for
     what looks like a list or a caption but cannot be understood."""
-    texts = [(place, clean(text)) for place, text in enumerate(_texts(value))
+    texts = [(place, one_line(text)) for place, text in enumerate(_texts(value))
              if isinstance(text, str)]
     return [(place, caption) for place, caption in texts if caption]
 

@@ -58,7 +58,7 @@ def noise_page(suspects, score_name, about, findings, verdict, wrong, key):
     script = TEMPLATE.with_suffix(".js").read_text(encoding="utf-8")
     return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         about=escape(about), num_pairs=len(verdict.score),
-        score_name=f"{escape(score_name)} ({unit(verdict, score_name)})",
+        score_name=f"{escape(score_name)} ({measured_in(verdict, score_name)})",
         histogram=histogram(verdict, wrong),
         beside=" and the mixture that was fitted to them" if verdict.components
         else " and of mismatches" if verdict.mismatches is not None else "",
@@ -69,7 +69,7 @@ def noise_page(suspects, score_name, about, findings, verdict, wrong, key):
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode())
 
 
-def unit(verdict, score_name="judge"):
+def measured_in(verdict, score_name="judge"):
     """What a `--score` is counted in; the judge's is a loss, or adds up standard scores."""
     if score_name == "judge":
         score_name = "loss" if np.array_equal(verdict.score, verdict.loss) else "combined"
@@ -143,9 +143,9 @@ def histogram(verdict, wrong=None):
         axes.stairs(heights * np.max(counts) / max(1, heights.max()), edges, lw=2,
                     color=COLOURS["noisy"],
                     label="mismatches made of these images and captions, at their own scale")
-    of = "loss" if unit(verdict) == "nats" else "loss less agreement with neighbours"
+    of = "loss" if measured_in(verdict) == "nats" else "loss less agreement with neighbours"
     axes.set(ylim=(0, 1.12 * np.max(counts)), yticks=[], ylabel="pairs",
-             xlabel=f"score of the judge: {of} ({unit(verdict)})")
+             xlabel=f"score of the judge: {of} ({measured_in(verdict)})")
     axes.xaxis.label.set_color(COLOURS["soft"])
     axes.yaxis.label.set_color(COLOURS["soft"])
     axes.margins(x=0)

@@ -225,13 +225,13 @@ def partners(features, item_of, partner_of, items):
     total = torch.zeros(len(items), features.shape[1], dtype=features.dtype, device=items.device)
     count = torch.zeros_like(items)
     for item, partner in zip(item_of.split(ROWS), partner_of.split(ROWS), strict=True):
-        at, here = place(items, item)
+        at, here = position_among(items, item)
         total.index_add_(0, at[here], features[partner[here]])
         count.index_add_(0, at[here], torch.ones_like(at[here]))
     return total, count
 
 
-def place(items, wanted):
+def position_among(items, wanted):
     """(place (b,) of wanted items (b,) among items (m,), ascending, whether they are there)."""
     at = torch.searchsorted(items, wanted).clamp(max=len(items) - 1)
     return at, items[at] == wanted
@@ -240,7 +240,7 @@ def place(items, wanted):
 def nearest_others(features, k, items, title):
     """(cosine (q, k), place (q, k) int32 among the items) of the k of the items (m,), ascending,
     that are most similar to each row of features (q, D), itself left out."""
-    at, here = place(items, torch.arange(len(features), device=items.device))
+    at, here = position_among(items, torch.arange(len(features), device=items.device))
     cosine, found = nearest(features, Rows(features, chosen=items), k, torch.where(here, at, -1),
                             title)
     return cosine, found.int()
