@@ -50,19 +50,21 @@ class Method(NamedTuple):
     options: tuple[str, ...] = ()
 
 
+LR = 3e-4
 NPC_COMPUTE = 8  # epochs of plain CLIP that cost as much time as three of NPC
+PASSES = 5  # over the chosen pairs: without noise these and the judge take as long as well
+JUDGE = ("--judge_lr", str(LR), "--judge_steps", "16")  # a search would take as long as NPC does
 METHODS = {
     "CLIP": Method("main_CLIP.py", "clip", "C0o-", 3),
     "CLIP, NPC's compute": Method("main_CLIP.py", "clip_long", "C0s--", NPC_COMPUTE),
     "NPC": Method("main_NPC.py", "npc", "C1o-", 3),
-    "robust": Method("main_NPC.py", "robust", "C2o-", 5, ("--recipe", "robust")),
+    "robust": Method("main_NPC.py", "robust", "C2o-", PASSES, ("--recipe", "robust", *JUDGE)),
 }
-LR = 3e-4
 ZERO_SHOT = "zero-shot"
 NOTE = f"""\
 Each fine-tunes the zero-shot model on 5 captions of {TARGET} images at lr {LR:g}: NPC and CLIP \
 for {METHODS['NPC'].epochs} epochs, CLIP at NPC's compute for {NPC_COMPUTE}, robust (plain CLIP on \
-the pairs that a better judge finds clean) for {METHODS['robust'].epochs} after judging. Seconds \
+the pairs that a better judge finds clean) for {PASSES} passes over these. Seconds \
 are those of a whole run, its test included, on one core."""
 OWN_DATA = """\
 For image-caption pairs of your own (a table with image paths and captions):
@@ -125,7 +127,14 @@ class Demo:
         ])
 
     def execute(self, folder, what, tested, commands, hook=None):
-        """Run `commands`, unless exactly these are finished, and show the score in folder/tested.
+        """Run `commands` as `once` does, and show the score in folder/tested."""
+        how = self.once(folder, commands, hook)
+        tqdm.write(f"{what}: mean R@1 {read_scores(folder / tested)['mean_R1']:.1f} ({how})")
+        self.bar.update()
+
+    @staticmethod
+    def once(folder, commands, hook=None):
+        """Run `commands`, unless exactly these are finished; says how long it took.
 
         commands.txt and output.txt in `folder` hold the commands and what they print; checkpoints
         in it are deleted after. `hook`: see `run_script`.
@@ -143,10 +152,7 @@ class Demo:
                 checkpoint.unlink()
             (folder / "seconds.txt").write_text(f"{time.perf_counter() - start:.2f}\n")
             done.write_text(lines)
-        score = read_scores(folder / tested)["mean_R1"]
-        how = "reused" if reused else f"{time.perf_counter() - start:.0f} s"
-        tqdm.write(f"{what}: mean R@1 {score:.1f} ({how})")
-        self.bar.update()
+        return "reused" if reused else f"{time.perf_counter() - start:.0f} s"
 
     def results(self):
         """{method: [[scores of each noise ratio] of each seed]}, and the run's `seconds`."""
