@@ -5,6 +5,10 @@
 The same seed gives the same file as the released code.
 """
 
+from params import help_first
+
+help_first("noise", __name__)
+
 from params import parse_args
 from utils.errors import command
 from utils.reading.layout import read_captions, split_folder

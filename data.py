@@ -9,6 +9,10 @@ decodes all images of a data set ahead into an image cache (`--image_cache` of t
 lists the distinct training images and captions for a judge of another kind (`--judge_features`).
 """
 
+from params import help_first
+
+help_first("cache", __name__)
+
 from pathlib import Path
 
 import numpy as np

@@ -10,6 +10,10 @@ Unicode as they are (html.unescape and ftfy.fix_text mend them), and converts an
 it resizes it, which matters where there is transparency.
 """
 
+from params import help_first
+
+help_first("export", __name__)
+
 import clip
 from params import parse_args
 from utils.errors import InputError, command

@@ -9,6 +9,10 @@ suspicious_pairs.html shows the worst beside what the model would rather pair th
 random sample. The answers that are given there, as --labels, tell how many pairs are wrong.
 """
 
+from params import help_first
+
+help_first("find_noise", __name__)
+
 import csv
 from pathlib import Path
 from typing import NamedTuple

@@ -7,6 +7,10 @@ resembles it.
 utils.method.building says how. Banks of different judges lie beside each other.
 """
 
+from params import help_first
+
+help_first("memorybank", __name__)
+
 from pathlib import Path
 
 from data import training_pairs

@@ -8,6 +8,10 @@ scores the weights (1 - alpha) theta_0 + alpha theta on the dev split, alpha = 0
 writes the best as a checkpoint, which every other command takes.
 """
 
+from params import help_first
+
+help_first("interpolate", __name__)
+
 from pathlib import Path
 
 import clip

@@ -4,6 +4,10 @@
     python main_CLIP.py --eval --resume CKPT --dataset coco --dataset_root PATH
 """
 
+from params import help_first
+
+help_first("clip", __name__)
+
 from data import retrieval_split, training_data
 from params import parse_args
 from utils.errors import command

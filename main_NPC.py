@@ -7,6 +7,10 @@ A is the model that is trained, A' its siamese, which takes each step first to s
 would do to a memory bank of clean pairs.
 """
 
+from params import help_first
+
+help_first("npc", __name__)
+
 import copy
 
 import torch

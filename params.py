@@ -7,15 +7,12 @@ import re
 import shlex
 import sys
 
-import torch
-
-from utils.devices import replays
 from utils.method.recipes import RECIPES
 from utils.method.weightings import WEIGHTINGS
 from utils.reading.layout import DATASETS, SPLITS, split_folder
 from utils.reading.noise import KINDS, SEED
-from utils.training.precision import PRECISIONS
 
+PRECISIONS = ("fp32", "amp_bf16", "amp_fp16", "fp16")
 ADAMW = {"beta1": 0.9, "beta2": 0.98, "eps": 1e-6, "weight_decay": 0.2}  # CLIP's
 SCORES = ("judge", "loss", "cosine", "npc")
 NEIGHBOURS = 15  # of a judge that is not the paper's
@@ -44,9 +41,9 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line, with the nearest option or choice to a mistyped one."""
 
-    def __init__(self, description):
-        super().__init__(description=description, allow_abbrev=False, formatter_class=Help,
-                         fromfile_prefix_chars="@")
+    def __init__(self, description, usage=None):
+        super().__init__(usage=usage, description=description, allow_abbrev=False,
+                         formatter_class=Help, fromfile_prefix_chars="@")
 
     def convert_arg_line_to_args(self, line):
         """The words of a line of a file of options, @FILE; # begins a comment."""
@@ -92,6 +89,8 @@ ratio = number(float, 0, 1, "a number from 0 to below 1 (0.2 is 20 %)")
 
 def device(text):
     """An argparse type: cpu, cuda or cuda:N as a torch.device."""
+    import torch
+
     try:
         value = torch.device(text)
     except RuntimeError:
@@ -331,6 +330,19 @@ option("--out", of="export", required=True, metavar="DIR", help="new folder to w
 
 # ---- commands -----------------------------------------------------------------------------------
 
+EXAMPLES = {  # first line of each --help
+    "npc": "main_NPC.py --recipe robust --dataset_root dataset/mine --experiments mine",
+    "clip": "main_CLIP.py --dataset_root dataset/mine --experiments clip",
+    "memorybank": "get_memorybank.py --dataset_root dataset/mine --judge_rounds 2",
+    "noise": "construct_noise.py --dataset_root dataset/mine --noise_ratio 0.4",
+    "cache": "data.py --dataset_root dataset/mine --cache DIR",
+    "find_noise": "find_noise.py --dataset_root dataset/mine --out logs/noise",
+    "search": 'search.py --resume logs/mine/best.pt --dataset_root dataset/mine "a dog"',
+    "interpolate": "interpolate.py --resume logs/mine/best.pt --initial ViT-B/32 "
+                   "--dataset_root dataset/mine",
+    "export": "export_hf.py --resume logs/mine/best.pt --out logs/mine/hf",
+}
+
 SET = "dataset dataset_root num_anns noise_ratio noise_kind noise_seed"
 DATA = SET + " context_length data_on num_workers image_cache"
 MODEL = "vision_model resume activation device precision"
@@ -338,19 +350,19 @@ CLEAN = "clean_threshold min_clean"
 JUDGE = "judge_rounds judge_steps judge_neighbours search_among judge_lr judge judge_features"
 SAVERS = "accum_steps grad_checkpointing"
 TRAINING = {
-    "optimisation": f"epochs lr warmup {' '.join(ADAMW)} freeze {SAVERS} eager compile clip_grad",
-    "run": "seed batch_size checkpoint_path experiments name display save_every keep_checkpoints "
+    "run": "experiments batch_size seed checkpoint_path name display save_every keep_checkpoints "
            "overwrite force_resume",
+    "optimisation": f"epochs lr warmup {' '.join(ADAMW)} freeze {SAVERS} eager compile clip_grad",
     "evaluation": "eval eval_batch_size dev_length"}
 JUDGED = {"clip_grad": 10.0, **ADAMW}  # what trains the judge of other commands
 COMMANDS = {  # name: what it does, its options by group, defaults of its own
     "npc": ("Train or evaluate NPC.",
-            {"data": DATA, "model": MODEL,
+            {"data": DATA, "model": MODEL, **TRAINING,
              "method": f"recipe weighting memory memory_loss_weight train_on {CLEAN}",
-             "judge": JUDGE, **TRAINING}, {"name": "NPC", "recipe": "paper", **ADAMW}),
+             "judge": JUDGE}, {"name": "NPC", "recipe": "paper", **ADAMW}),
     "clip": ("Train or evaluate the CLIP baseline.",
-             {"data": DATA, "model": MODEL, "method": f"recipe train_on {CLEAN}", "judge": JUDGE,
-              **TRAINING}, {"name": "CLIP", "recipe": "paper", **ADAMW}),
+             {"data": DATA, "model": MODEL, **TRAINING, "method": f"recipe train_on {CLEAN}",
+              "judge": JUDGE}, {"name": "CLIP", "recipe": "paper", **ADAMW}),
     "memorybank": ("Build the memory bank of a training set.",
                    {"data": DATA, "model": MODEL, "method": f"recipe format {CLEAN}",
                     "judge": f"{JUDGE} {SAVERS}", "run": "seed batch_size",
@@ -359,17 +371,17 @@ COMMANDS = {  # name: what it does, its options by group, defaults of its own
     "cache": ("Decode all images ahead.",
               {"data": f"{SET} context_length num_workers cache list_items vision_model",
                "run": "seed", "evaluation": "eval_batch_size dev_length"},
-              {"data_on": "workers", "device": torch.device("cpu")}),
+              {"data_on": "workers"}),
     "find_noise": ("Rank the training pairs by how suspicious they are.",
-                   {"data": DATA, "model": MODEL, "method": f"recipe {CLEAN}",
-                    "judge": f"{JUDGE} {SAVERS}",
-                    "findings": "score weights labels wanted_precision worst out write_clean "
+                   {"data": DATA, "model": MODEL,
+                    "findings": "out score weights labels wanted_precision worst write_clean "
                                 "keep_above",
+                    "method": f"recipe {CLEAN}", "judge": f"{JUDGE} {SAVERS}",
                     "run": "seed batch_size", "evaluation": "eval_batch_size"},
                    {"recipe": "robust", **JUDGED}),
     "search": ("Find images by text, or captions by image.",
-               {"data": f"{SET} context_length num_workers image_cache", "model": MODEL,
-                "search": "query split top out", "run": "seed",
+               {"search": "query split top out", "model": MODEL,
+                "data": f"{SET} context_length num_workers image_cache", "run": "seed",
                 "evaluation": "eval_batch_size dev_length"},
                {"recipe": "paper", "data_on": "workers"}),
     "interpolate": ("Average the initial model and the trained one.",
@@ -389,8 +401,25 @@ def parse_args(command, argv=None):
     """
     if command in FIRST_STEPS and not (sys.argv[1:] if argv is None else argv):
         sys.exit(FIRST_STEPS[command].rstrip())
+    parser = parser_of(command)
+    args = parser.parse_args(argv)
+    fill_in(parser, command, args)
+    return args
+
+
+def help_first(command, name):
+    """Answer `--help`, or no options at all, before the script called `name` imports what takes
+    seconds, if it is the one that runs."""
+    if name == "__main__" and ({"-h", "--help"} & {*sys.argv} or not sys.argv[1:]):
+        if command in FIRST_STEPS and not sys.argv[1:]:
+            sys.exit(FIRST_STEPS[command].rstrip())
+        parser_of(command).parse_args()
+
+
+def parser_of(command):
+    """The `Parser` of a command."""
     description, groups, defaults = COMMANDS[command]
-    parser = Parser(description)
+    parser = Parser(description, f"python {EXAMPLES[command]}")
     for title, names in groups.items():
         group = parser.add_argument_group(title)
         for name in names.split():
@@ -398,13 +427,15 @@ def parse_args(command, argv=None):
             text = settings["help"]
             group.add_argument(flag, **settings | {"help": text() if callable(text) else text})
     parser.set_defaults(**defaults)
-    args = parser.parse_args(argv)
-    fill_in(parser, command, args)
-    return args
+    return parser
 
 
 def fill_in(parser, command, args):
     """Options that depend on others or on the machine, where they are not given."""
+    import torch
+
+    from utils.devices import replays
+
     def missing(name):
         return getattr(args, name, 0) is None
 
@@ -419,8 +450,9 @@ def fill_in(parser, command, args):
         args.split = "all" if args.dataset == "pairs" else "test"
     if missing("noise_seed"):
         args.noise_seed = args.seed
-    if missing("device"):
-        args.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if missing("device") or command == "cache":
+        some = command != "cache" and torch.cuda.is_available()
+        args.device = torch.device("cuda" if some else "cpu")
     if "precision" in args and args.device.type == "cuda":
         if (args.device.index or 0) >= torch.cuda.device_count():
             parser.error(f"--device {args.device}: torch sees {torch.cuda.device_count()} CUDA "

@@ -7,6 +7,10 @@ Prints the best matches with their cosine and writes a contact sheet of their im
 to a new file.
 """
 
+from params import help_first
+
+help_first("search", __name__)
+
 import dataclasses
 import itertools
 import os

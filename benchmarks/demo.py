@@ -22,7 +22,6 @@ from pathlib import Path
 from statistics import mean, pvariance, stdev
 from typing import NamedTuple
 
-from matplotlib.figure import Figure
 from tqdm import tqdm
 
 ROOT = Path(os.path.relpath(Path(__file__).resolve().parents[1]))
@@ -252,6 +251,8 @@ def table(results):
 
 def figure(results, path):
     """Image-to-text R@1 over the noise ratio, with its variance in the legend, as in the paper."""
+    from matplotlib.figure import Figure  # which a --help does without
+
     fig = Figure(figsize=(6.4, 4.6), layout="constrained")
     axes, percent = fig.subplots(), [100 * ratio for ratio in RATIOS]
     for k, (name, runs) in enumerate(results.items()):

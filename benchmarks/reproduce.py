@@ -31,7 +31,6 @@ from params import Parser, parse_args, positive_int, ratio
 from utils.errors import InputError, command
 from utils.reading.layout import ratio_name, read_captions, split_folder
 from utils.reading.noise import SEED
-from utils.training.interruptions import INTERRUPTED, SIGNALS
 
 METHODS = tuple(sorted(path.stem for path in (ROOT / "configs").glob("*.args")))
 NOISE = {"coco": (0.0, 0.2, 0.4, 0.5, 0.6), "f30k": (0.0, 0.2, 0.4, 0.6), "cc": (0.0,)}
@@ -143,6 +142,8 @@ class Progress:
 def run_all(jobs, out):
     """Make the runs one after the other. A signal is passed on to the one at hand, which saves its
     state; then this ends with the same status. Raises InputError when one fails."""
+    from utils.training.interruptions import INTERRUPTED, SIGNALS  # with torch
+
     progress, children, stopped = Progress(jobs), [], []
 
     def stop(number, _):

@@ -22,7 +22,6 @@ from statistics import mean, pvariance, stdev
 from typing import NamedTuple
 
 import numpy as np
-from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -323,6 +322,8 @@ def digits(value):
 
 def figure(tables):
     """R@1 both ways over the noise ratio, a row of plots for each table: a `Figure`."""
+    from matplotlib.figure import Figure
+
     fig = Figure(figsize=(11, 3.6 * len(tables)), layout="constrained")
     methods = dict.fromkeys(row.method for rows in tables.values() for row in rows)
     colours = {method: f"C{k}" for k, method in enumerate(sorted(methods, key=str.lower))}

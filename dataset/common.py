@@ -11,10 +11,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from clip.preprocess import to_8_bit
 from utils.errors import InputError
 from utils.files import atomic_write, new_folder
-from utils.reading.images import open_image
 from utils.reading.layout import SPLITS, split_folder, write_lines, write_split
 
 JPEG = ("JPEG", "MPO")  # an MPO is a JPEG with further pictures behind the first
@@ -34,6 +32,8 @@ def inner_name(name):
 
 def opened(source):
     """PIL image of a path or of bytes."""
+    from utils.reading.images import open_image  # with torch, which a --help does without
+
     return open_image(io.BytesIO(source) if isinstance(source, bytes) else source)
 
 
@@ -56,6 +56,8 @@ def as_jpeg(source):
     """Bytes of an image (path or bytes) re-encoded as JPEG."""
     buffer = io.BytesIO()
     with opened(source) as image:
+        from clip.preprocess import to_8_bit
+
         to_8_bit(image).convert("RGB").save(buffer, "JPEG", quality=95)
     return buffer.getvalue()
 

@@ -3,7 +3,10 @@
 import errno
 import json
 import re
+import subprocess
+import sys
 import threading
+from pathlib import Path
 from zipfile import BadZipFile
 
 import pytest
@@ -14,6 +17,8 @@ import get_memorybank
 import main_CLIP
 import main_NPC
 from utils.errors import InputError, command
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.parametrize("module", [main_NPC, main_CLIP])
@@ -61,6 +66,32 @@ def test_help_is_grouped_and_every_option_is_explained(module, groups, capsys):
         assert f"\n{group}:\n" in text
     for block in text.split("\n  --")[1:]:
         assert len(" ".join(block.split()).split(" ", 1)[-1]) > 15, block
+
+
+COMMANDS = [str(path.relative_to(ROOT)) for folder in (".", "dataset", "benchmarks")
+            for path in sorted((ROOT / folder).glob("*.py")) if "\n    main()" in path.read_text()]
+SLOW = {"benchmarks/bench.py", "benchmarks/epoch.py", "benchmarks/million.py",
+        "benchmarks/ablation.py", "benchmarks/lowest_weights.py"}  # for who changes the code
+RUN = """
+import runpy, sys
+sys.path[:0] = [{root!r}, {folder!r}]
+sys.argv = [{script!r}, "--help"]
+try:
+    runpy.run_path({script!r}, run_name="__main__")
+except SystemExit as end:
+    assert not end.code
+print([name for name in ("torch", "sklearn", "matplotlib") if name in sys.modules])
+"""
+
+
+@pytest.mark.parametrize("script", [c for c in COMMANDS if c not in SLOW])
+def test_help_comes_before_what_takes_seconds_to_import(script):
+    path = ROOT / script
+    code = RUN.format(root=str(ROOT), folder=str(path.parent), script=str(path))
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
+    assert said.startswith("usage: ") and said.splitlines()[-1] == "[]"
+    if path.parent == ROOT:  # an example is the first line
+        assert said.startswith(f"usage: python {script} --")
 
 
 # ---- the net under every command ----------------------------------------------------------------

@@ -10,10 +10,11 @@ import torch
 import clip
 import main_CLIP
 import main_NPC
+from params import PRECISIONS
 from utils.errors import InputError
 from utils.method.losses import pair_losses
 from utils.method.optimizer import adamw
-from utils.training.precision import PRECISIONS, clip_gradients
+from utils.training.precision import clip_gradients
 
 ADAMW = {"lr": 1e-5, "beta1": 0.9, "beta2": 0.98, "eps": 1e-6, "weight_decay": 0.2}
 HALF_TOO = {torch.float16, torch.float32}

@@ -14,7 +14,7 @@ from test_docs import ROOT
 
 from benchmarks import reproduce
 from params import parse_args
-from utils.training.interruptions import INTERRUPTED
+from utils.training.interruptions import INTERRUPTED, SIGNALS
 
 SMALL = ["--vision_model", "tiny", "--device", "cpu", "--num_workers", "0", "--precision", "fp32",
          "--batch_size", "4", "--lr", "1e-3", "--warmup", "1", "--epochs", "3"]
@@ -173,7 +173,7 @@ def ran(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def signals():
-    before = {number: signal.getsignal(number) for number in reproduce.SIGNALS}
+    before = {number: signal.getsignal(number) for number in SIGNALS}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)

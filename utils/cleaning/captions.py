@@ -5,12 +5,12 @@ structures. The *place* of a caption is its number in the list, from 0, empty on
 import ast
 import json
 
-from clip.tokenizer import clean as as_clip_reads
-
 
 def one_line(text):
     """One line of plain text: runs of white space, line ends and NUL become one blank each. Empty
     where CLIP's own cleaning leaves nothing that can be seen ("&nbsp;", control characters)."""
+    from clip.tokenizer import clean as as_clip_reads  # with torch, which a --help does without
+
     text = text.encode("utf-8", "replace").decode("utf-8")  # JSON can hold halves of characters
     text = " ".join(text.replace("\0", " ").split())
     return text if any(c.isprintable() and c != " " for c in as_clip_reads(text)) else ""

@@ -4,8 +4,6 @@ here, or in a script of your own that then calls main_NPC.main, is a choice of t
 from collections.abc import Callable
 from typing import NamedTuple
 
-import torch
-
 
 class Weighting(NamedTuple):
     """function(**known) gives w (B,); `help` says what it is. looks_ahead: A' takes its step
@@ -42,18 +40,18 @@ def negative_impact(memory_i, memory_t, after_i, after_t, **_):
     l(M_i; A') by image and by caption. Below 1, the step on the batch made the clean memory entries
     of pair i worse, and w_i = tanh(r_i); else w_i = 1."""
     r = (ratio(memory_i, after_i) + ratio(memory_t, after_t)) / 2
-    return torch.where(r < 1, torch.tanh(r), 1.0)
+    return r.tanh().where(r < 1, 1.0)
 
 
 def ratio(before, after):
     """before / after of losses >= 0, where nothing over nothing means: unchanged."""
-    return torch.where((before == 0) & (after == 0), 1.0, before / after)
+    return (before / after).where((before != 0) | (after != 0), 1.0)
 
 
 @weighting("none", "1 for every pair")
 def ones(batch, **_):
     """w = 1."""
-    return torch.ones_like(batch)
+    return batch.new_ones(batch.shape)
 
 
 @weighting("gmm", "the mixture's posterior of being clean", of_bank=("posterior",))
@@ -69,6 +67,8 @@ def one_step_anti_noise(cosine, beta, **_):
     frozen model: how far the logit lies above that of random pixels with random tokens, over the
     batch's largest, is s; w = s^2 (1 - s^2). The best pair of a batch weighs 0. The temperature
     cancels: cosines (B,) do, and their mean beta over random inputs."""
+    import torch  # a --help, which lists these functions, does without
+
     s = (cosine - beta).clamp(min=0)
     s = s / s.max().clamp(min=torch.finfo(s.dtype).tiny)
     return s.square() * (1 - s.square())

@@ -10,7 +10,6 @@ from collections import defaultdict
 import numpy as np
 from tqdm import tqdm
 
-from utils.distributed import main_first
 from utils.files import atomic_write
 from utils.reading.layout import find_by_ratio, ratio_name, read_captions, read_ids, split_folder
 
@@ -154,6 +153,8 @@ def training_captions(args, log=print):
     clean = folder / "train_caps.txt"
     if float(ratio) == 0:
         return read_captions(clean), clean
+    from utils.distributed import main_first  # torch, which takes a second
+
     with main_first():
         path = find_by_ratio(folder, suffix_of(kind, seed), ratio)
         if kind == "random" and path is None:

@@ -4,11 +4,12 @@ import numpy as np
 
 from utils.errors import InputError
 from utils.files import atomic_write, reading
-from utils.method.pairs import fingerprint
 
 
 def write_weights(path, w, pairs):
     """Write w (epochs, pairs) float32, NaN where a pair was not drawn, and the hash of `pairs`."""
+    from utils.method.pairs import fingerprint  # with torch, which table.py does without
+
     with atomic_write(path, "wb") as f:
         np.savez_compressed(f, w=w, pairs=fingerprint(pairs))
 
@@ -23,6 +24,8 @@ def read_weights(path, pairs=None):
     if w.ndim != 2 or np.isnan(w).all():
         raise InputError(f"{path} holds no weight of any pair; {advice}")
     if pairs is not None:
+        from utils.method.pairs import fingerprint
+
         if w.shape[1] != len(pairs):
             raise InputError(f"{path} holds weights of {w.shape[1]} pairs, but {pairs.source} has "
                              f"{len(pairs)}; they belong to another data set")

@@ -7,8 +7,6 @@ import torch
 import clip
 from utils.distributed import reduce_gradients
 
-PRECISIONS = ("fp32", "amp_bf16", "amp_fp16", "fp16")
-
 
 class Precision:
     """`fp32`; `amp_bf16` and `amp_fp16`: fp32 weights, half-precision arithmetic; `fp16`: weights
