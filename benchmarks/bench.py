@@ -263,7 +263,8 @@ def compare(contenders, device, rounds, prepare=lambda: None, steps=1, warm_up=N
     results = {name: {"seconds": [], "again": [], "memory": 0} for name in contenders}
     prepare()
     for name, function in contenders.items():
-        with Peak(device) as peak, FlopCounterMode(display=False) as counter:
+        with (Peak(device) as peak, FlopCounterMode(display=False) as counter,
+              torch.compiler.set_stance("force_eager")):  # the counter sees no compiled code
             function()
         results[name] |= {"memory": peak.value, "flops": counter.get_total_flops()}
     if warm_up:
