@@ -110,7 +110,7 @@ def test_the_readme_s_weighting_trains(datasets, tmp_path):
             "--context_length", processes.CONTEXT, "--batch_size", 4, "--num_workers", 0,
             "--device", "cpu", "--epochs", 1, "--lr", 1e-4, "--checkpoint_path", tmp_path]
     processes.run(run_script, [str(tmp_path / name), *options, *map(str, more)], tmp_path / "out")
-    w = np.load(tmp_path / "small_loss" / "weights.npz")["w"]
+    w = np.load(tmp_path / "ex0" / "weights.npz")["w"]
     assert (w == 1).sum() == (w == 0).sum() == w.size / 2  # half of each batch counts
 
 
