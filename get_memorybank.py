@@ -18,7 +18,7 @@ from params import parse_args
 from utils.distributed import is_main
 from utils.errors import command
 from utils.method.building import build_bank
-from utils.method.memorybank import bank_name, bank_path, save_bank
+from utils.method.memorybank import bank_name, new_bank_path, save_bank
 from utils.method.released_bank import save_released
 from utils.reading.layout import BANK_FOLDERS
 from utils.training.run import Run
@@ -30,6 +30,7 @@ def main(argv=None):
     run = Run(args)
     model, preprocess = (None, None) if args.judge_features else run.load_model()
     pairs = training_pairs(args, preprocess, run.log)
+    path = new_bank_path(args, bank_name(model, pairs, args))
     bank = build_bank(model, pairs, args, run.precision, run.log)
     if not is_main():
         return
@@ -37,8 +38,8 @@ def main(argv=None):
         folder = Path(args.dataset_root) / "annotations" / BANK_FOLDERS[1]
         paths = save_released(bank, pairs, folder, args.noise_ratio)
     else:
-        paths = [bank_path(args.dataset_root, bank_name(model, pairs, args))]
-        save_bank(bank, pairs, paths[0])
+        paths = [path]
+        save_bank(bank, pairs, path)
     run.log(f"wrote {' and '.join(map(str, paths))}")
 
 

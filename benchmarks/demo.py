@@ -197,7 +197,7 @@ def call(script, options, log, hook=None):
     process.join()
     if process.exitcode:
         last = [f"status {process.exitcode}", *log.read_text().split("\n")[:-1]][-1]
-        sys.exit(f"{script}: {last}\nall that it printed: {log}")
+        sys.exit(f"error: {script}: {last.removeprefix('error: ')}\nall that it printed: {log}")
 
 
 def run_script(script, options, log, hook):

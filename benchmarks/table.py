@@ -95,7 +95,7 @@ def read_run(folder):
     broken."""
     try:
         return _read_run(Path(folder))
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{folder}: a .json file of it lacks what every run writes ({error}); "
                          "train or evaluate it again") from error
 
@@ -124,6 +124,8 @@ def _read_run(folder):
             if os.path.abspath(options["dataset_root"]) != os.path.abspath(here["dataset_root"]):
                 options = None
     log, weights = trained / "log.jsonl", trained / "weights.npz"
+    if options:
+        options["noise_ratio"], options["seed"] = float(options["noise_ratio"]), options["seed"]
     return Run(folder, options, options["name"] if options else zero_shot_name(here),
                tables_of(here, read_json(folder / "eval_test.json"), folder),
                read_json(log, lines=True) if options and log.exists() else [],
@@ -145,6 +147,7 @@ def tables_of(options, scores, folder):
     for own in tables.values():
         if missing := [column for column in COLUMNS if column not in own]:
             raise InputError(f"{folder}/eval_test.json lacks {missing[0]}; run --eval again")
+        own.update({column: float(own[column]) for column in COLUMNS})
     return tables
 
 
@@ -342,7 +345,8 @@ def figure(tables):
 def draw(ax, rows, metric, colours):
     """One method's R@1 over the noise; a zero-shot model, which has none, as a level."""
     first = rows[0]
-    style = {"color": colours[first.method], "label": first.label}
+    label = first.label.replace("$", r"\$")  # else it is mathematics
+    style = {"color": colours[first.method], "label": label}
     values = [row.mean[metric] for row in rows]
     if first.noise is None:
         ax.axhline(values[0], linestyle=":", **style)

@@ -33,7 +33,8 @@ def read_json(path):
     Raises InputError when the file is no such JSON or an image has no CAPTIONS captions.
     """
     with reading(path, "Karpathy's dataset_coco.json or dataset_flickr30k.json", "take the "
-                 "original file, or dataset/prepare_pairs.py for other data"):
+                 "original file, or for other data dataset/prepare_pairs.py (of such a file with "
+                 "--image_column filename --caption_column sentences --split_column split)"):
         content = json.loads(path.read_text(encoding="utf-8-sig"))
         if not isinstance(content, dict) or content.get("dataset") not in DATASET_OF:
             raise ValueError("its 'dataset' is neither coco nor flickr30k")
@@ -69,19 +70,18 @@ def main(argv=None):
     for line, (key, split, captions, _) in enumerate(images):
         splits[split][0].append(key if dataset == "coco" else line)
         splits[split][1].append(captions)
+    files = names or image_names(args.root, dataset, [str(key) for key, *_ in images])
     with new_split(args.root, lambda folder: write_splits(folder, splits, names)):
         pass
     report(args.root, splits)
     print(f"{sum(over for *_, over in images)} captions beyond the first {CAPTIONS} of an image "
           "were left out")
-    if dataset == "coco":
-        names = image_names(args.root, dataset, [str(key) for key, *_ in images])
-    missing = [name for name in names if not (args.root / "images" / name).is_file()]
+    missing = [name for name in files if not (args.root / "images" / name).is_file()]
     if missing:
-        print(f"warning: {len(missing)} of {len(names)} images are not in {args.root / 'images'} "
+        print(f"warning: {len(missing)} of {len(files)} images are not in {args.root / 'images'} "
               f"yet ({few(missing)})")
     else:
-        print(f"all {len(names)} images are in {args.root / 'images'}")
+        print(f"all {len(files)} images are in {args.root / 'images'}")
 
 
 if __name__ == "__main__":

@@ -25,10 +25,11 @@ def test_a_command_that_fails_ends_the_demo_with_its_last_line(tmp_path):
                           capture_output=True, text=True)
     assert done.returncode == 1
     said, where = done.stderr.splitlines()
-    assert said.startswith("main_CLIP.py: error: argument --epochs") and "none" in said
+    assert said.startswith("error: main_CLIP.py: argument --epochs") and "none" in said
     assert where == f"all that it printed: {tmp_path / 'log'}"
     log = (tmp_path / "log").read_text()
-    assert "data" in log.splitlines()[0] and log.splitlines()[-1] == said.split(": ", 1)[1]
+    first, *_, last = log.splitlines()
+    assert "data" in first and last == f"error: {said.split(': ', 2)[2]}"
     assert len(list((tmp_path / "data" / "images").iterdir())) > 3
 
 

@@ -101,12 +101,12 @@ def test_there_are_commands():
     assert {"benchmarks/bench.py", "dataset/prepare_cc120k.py", "--nproc_per_node"} <= found
 
 
-def test_the_readme_s_weighting_trains(datasets, tmp_path):
+def test_the_readme_s_weighting_trains(dataset, tmp_path):
     name, source = example()
     assert len(source.splitlines()) <= 12
     (tmp_path / name).write_text(source)
     (options,) = [words[2:] for words in commands(README) if words[1] == name]
-    more = [*datasets["f30k"].options, "--vision_model", processes.save_small(tmp_path / "a.pt"),
+    more = [*dataset("f30k").options, "--vision_model", processes.save_small(tmp_path / "a.pt"),
             "--context_length", processes.CONTEXT, "--batch_size", 4, "--num_workers", 0,
             "--device", "cpu", "--epochs", 1, "--lr", 1e-4, "--checkpoint_path", tmp_path]
     processes.run(run_script, [str(tmp_path / name), *options, *map(str, more)], tmp_path / "out")
@@ -114,10 +114,10 @@ def test_the_readme_s_weighting_trains(datasets, tmp_path):
     assert (w == 1).sum() == (w == 0).sum() == w.size / 2  # half of each batch counts
 
 
-def test_the_example_from_python_runs(datasets, tmp_path, capsys, monkeypatch):
+def test_the_example_from_python_runs(dataset, tmp_path, capsys, monkeypatch):
     """docs/python.md on a small data set and model."""
     (source,) = blocks((ROOT / "docs" / "python.md").read_text(encoding="utf-8"), "python")
-    options = [*datasets["f30k"].options, "--device", "cpu", "--num_workers", "0",
+    options = [*dataset("f30k").options, "--device", "cpu", "--num_workers", "0",
                "--judge_rounds", "0"]
     for old, new in (('"--dataset_root", "dataset/mine"', ", ".join(map(repr, options))),
                      ("ViT-B/32", "tiny")):

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from conftest import Lookup, pairs_for, parsed, tree
 
+import get_memorybank
+import main_NPC
 from utils.errors import InputError
 from utils.method import judge, neighbours, rounds
 from utils.method.building import build_bank, memory_bank, nearest_clean
@@ -563,3 +565,26 @@ def test_info_of_the_file_says_how_it_was_made(tmp_path, built):
         info = json.loads(data["info"].tobytes())
     assert info["seed"] == 3 and info["recipe"] == "paper" and info["vision_model"] == "lookup"
     assert len(info["fingerprint"]) == 64
+
+
+# ---- where it is kept ---------------------------------------------------------------------------
+
+
+def test_a_data_folder_that_cannot_be_written_is_known_before_anything_is_judged(
+        dataset, tmp_path, monkeypatch, capsys):
+    """Training keeps the bank in its own folder then, and finds it there again."""
+    data = dataset()
+    (data.root / "annotations" / "frozen_memory_bank").write_text("in the way")
+    common = [*data.options, "--vision_model", "tiny", "--num_workers", "0", "--device", "cpu"]
+    with pytest.raises(SystemExit):
+        get_memorybank.main(common)
+    printed = capsys.readouterr()
+    assert "frozen_memory_bank, where the memory bank belongs" in printed.err
+    assert "mixture" not in printed.out
+    argv = [*common, "--batch_size", "20", "--epochs", "1", "--warmup", "1", "--checkpoint_path",
+            str(tmp_path), "--experiments", "run"]
+    main_NPC.main(argv)
+    assert len(list((tmp_path / "run").glob("*_mbank_*.npz"))) == 1
+    capsys.readouterr()
+    main_NPC.main([*argv, "--overwrite"])
+    assert f"memory bank: {tmp_path / 'run'}" in capsys.readouterr().out

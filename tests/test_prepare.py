@@ -296,7 +296,15 @@ def test_karpathy_refuses(tmp_path, fails, dataset, change, message):
 def test_karpathy_s_file_is_no_such_json(tmp_path, fails, text):
     source = put(tmp_path / "c.json", text.encode(errors="surrogateescape"))
     error = fails(prepare_karpathy, "--json", source, "--root", tmp_path / "r")
-    assert f"{source} is not Karpathy's" in error and len(error) < 400
+    assert f"{source} is not Karpathy's" in error and len(error) < 500
+
+
+def test_karpathy_writes_nothing_before_an_error(tmp_path, fails):
+    content = karpathy("coco")
+    content["images"][1]["cocoid"] = -7
+    source = put(tmp_path / "c.json", json.dumps(content))
+    assert "image id '-7'" in fails(prepare_karpathy, "--json", source, "--root", tmp_path / "r")
+    assert not (tmp_path / "r").exists()
 
 
 def test_other_split_is_not_replaced(tmp_path, fails):

@@ -204,6 +204,24 @@ def test_broken_runs(run, capsys, tmp_path, spoil, said):
     check_error(capsys, tmp_path, [folder], said)
 
 
+@pytest.mark.parametrize("file, change", [
+    ("options.json", {"seed": None}), ("options.json", {"noise_ratio": "much"}),
+    ("eval_test.json", {"i2t_R@1": "high"})])
+def test_text_where_numbers_belong_and_a_missing_seed(run, capsys, tmp_path, file, change):
+    path = run("a", 50) / file
+    content = json.loads(path.read_text()) | change
+    path.write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
+    with pytest.raises(SystemExit) as stop:
+        table.main([str(tmp_path / "a"), "--out", str(tmp_path / "out")])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith(f"error: {tmp_path / 'a'}: a .json file")
+
+
+def test_a_name_is_no_mathematics(run, tables):
+    text, _, _ = tables(run("a", 50, name=r"long $\frac{$"))
+    assert r"long $\frac{$" in text
+
+
 def test_the_same_seed_twice(run, capsys, tmp_path):
     folders = [run("a", 70), run("b", 71)]
     check_error(capsys, tmp_path, folders, "same seed 1")

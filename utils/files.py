@@ -2,7 +2,6 @@
 and belong to one process at a time."""
 
 import contextlib
-import fcntl
 import os
 import secrets
 import shutil
@@ -10,6 +9,11 @@ import socket
 from pathlib import Path
 
 from utils.errors import InputError
+
+try:
+    import fcntl
+except ImportError:  # Windows: nothing is locked there
+    fcntl = None
 
 UNFINISHED = ".unfinished"  # how the names of files and folders end until they are whole
 LOCKS = {}  # path -> descriptor, until this process ends
@@ -70,7 +74,7 @@ def lock(path, what):
     """Hold the lock file `path` of the folder `what` until this process ends, however it ends.
     Raises InputError, which says who has it, when another process does."""
     path = Path(path)
-    if path in LOCKS:
+    if path in LOCKS or fcntl is None:
         return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -10,8 +10,8 @@ from utils.method.memorybank import (
     MADE_WITH,
     MemoryBank,
     bank_name,
-    bank_path,
     load_bank,
+    new_bank_path,
     save_bank,
 )
 from utils.method.neighbours import Rows, nearest, random_rows, unit
@@ -66,7 +66,7 @@ def memory_bank(model, pairs, args, precision, log=print, resumed=None):
                              f"{args.dataset_root}, and only the initial model can build it, not "
                              f"{args.resume}: run get_memorybank.py with that model and the same "
                              "options first, or start from these weights with --vision_model")
-        path = bank_path(args.dataset_root, name)
+        path = new_bank_path(args, name)
         log(f"No memory bank for noise ratio {ratio_name(args.noise_ratio)} yet: building {path}")
         verdict, features, info = judge_pairs(model, pairs, args, precision, log)
         with main_first():

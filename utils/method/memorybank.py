@@ -5,9 +5,11 @@ Its file lies in annotations/frozen_memory_bank/ and is named for what it was ma
 utils.method.released_bank.
 """
 
+import contextlib
 import hashlib
 import json
 import re
+import tempfile
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -99,6 +101,25 @@ def bank_path(dataset_root, name):
     return Path(dataset_root) / "annotations" / BANK_FOLDERS[0] / name
 
 
+def own_folder(args):
+    """[Folder of the run], which keeps the bank where the data folder is read-only; [] without."""
+    return [Path(args.checkpoint_path) / args.experiments] if "experiments" in args else []
+
+
+def new_bank_path(args, name):
+    """Where a bank can be written, tried before the pairs are judged: in the data folder or else in
+    the run's. Raises InputError when there is no such place."""
+    wanted = bank_path(args.dataset_root, name)
+    for folder in [wanted.parent, *own_folder(args)]:
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+            return folder / name
+    raise InputError(f"cannot write {wanted.parent}, where the memory bank belongs; training keeps "
+                     "one in its own folder; or copy annotations/ and link images/ to a folder "
+                     "that you may write to")
+
+
 def save_bank(bank, pairs, path, replace=True):
     """Write `bank`, with the fingerprint of `pairs`, to `path` (.npz, no pickle). Without `replace`
     one that another run has written meanwhile stays."""
@@ -118,7 +139,7 @@ def load_bank(name, pairs, args, log=print):
     Raises InputError when it is broken, belongs to other captions or points outside the data.
     """
     folders = [Path(args.dataset_root) / "annotations" / folder for folder in BANK_FOLDERS]
-    for folder in folders if name else []:
+    for folder in [*folders, *own_folder(args)] if name else []:
         if (folder / name).exists():
             return read_bank(folder / name, pairs), folder / name
     judge = judge_name(args)

@@ -160,6 +160,8 @@ def room(device):
     """Bytes of memory of a device; of the CPU, what the machine has and its container allows."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
+    if not hasattr(os, "sysconf"):  # Windows
+        return 0
     return min([os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), *cgroup_limits()])
 
 
@@ -248,7 +250,8 @@ class Loader(DataLoader):
     def __iter__(self):
         with _explain_workers():
             batches = super().__iter__()
-            if self.num_workers and threading.current_thread() is threading.main_thread():
+            if self.num_workers and hasattr(signal, "SIGCHLD") and (
+                    threading.current_thread() is threading.main_thread()):
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         end = object()
         while True:
@@ -306,5 +309,5 @@ def _end_workers():
 def _ignore_signals(_):
     """What Ctrl-C or a cluster sends reaches workers too: the main process decides what it
     means."""
-    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    for name in {"SIGINT", "SIGHUP", "SIGTERM"}.intersection(dir(signal)):
+        signal.signal(getattr(signal, name), signal.SIG_IGN)

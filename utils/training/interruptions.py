@@ -12,7 +12,8 @@ from utils.devices import Later
 from utils.distributed import any_process, leave_processes, world
 
 INTERRUPTED = 75  # exit status after a signal, when a checkpoint to resume from was saved
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP")
+           if hasattr(signal, name)]  # Windows has no SIGHUP
 
 
 @contextmanager
