@@ -266,7 +266,7 @@ def figure(results, path):
     over = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
     axes.set(xlabel="wrong captions (%)", ylabel="i2t R@1 (%)", xticks=percent,
              title=f"i2t R@1 on {TEST} drawings after the last epoch, {over}")
-    axes.title.set_fontsize("medium")
+    axes.title.set_fontsize("small")
     axes.legend(fontsize="small")
     fig.savefig(path, dpi=150)
 
