@@ -8,6 +8,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import random
 import resource
 import shutil
@@ -254,7 +255,7 @@ def test_more_epochs_go_on_from_the_last(data, copied):
     folder = copied()
     argv = arguments(data, "npc", folder.parent, "--resume", "auto", "--epochs", 4)
     said = run(NPC, argv, folder.parent / "out")
-    assert "options changed since the checkpoint: --epochs 3 -> 4" in said
+    assert re.search("options changed since the checkpoint: .*--epochs 3 -> 4", said)
     assert clip.read_checkpoint(folder / "epoch4.pt")["step"] == 4 * STEPS
     w = np.load(folder / "weights.npz")["w"]
     assert w.shape == (4, 60) and np.isfinite(w).sum() == 4 * STEPS * BATCH
