@@ -8,8 +8,8 @@ import json
 import math
 import multiprocessing
 import os
-import re
 import random
+import re
 import resource
 import shutil
 import signal
