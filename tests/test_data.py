@@ -1,5 +1,6 @@
 """The three layouts of the data, and what the loaders serve from them."""
 
+import argparse
 import re
 import weakref
 from collections import Counter
@@ -18,6 +19,7 @@ from utils.errors import InputError
 from utils.method.batches import Batches, EpochSampler, cut_tokens, distinct_items, training_loader
 from utils.method.memorybank import MemoryBank
 from utils.method.pairs import take
+from utils.reading import images as images_module
 from utils.reading.images import Images, cgroup_limits, image_loader, in_memory
 from utils.reading.layout import image_names, read_captions, read_ids, read_lines
 from utils.training.saver import hash_of_data
@@ -411,6 +413,20 @@ def test_where_images_are_held_by_default(datasets, monkeypatch):
     monkeypatch.setattr("utils.reading.images.room", lambda *_: 3 * size)
     monkeypatch.setattr("utils.reading.images.world", lambda: 2)
     assert not place() and place("--data_on", "device")
+
+
+def test_the_room_of_a_gpu_is_its_memory(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_properties",
+                        lambda device: argparse.Namespace(total_memory=12345))
+    assert images_module.room(torch.device("cuda")) == 12345
+
+
+def test_memory_by_chance_is_another_by_image_than_by_caption(datasets):
+    pairs = pairs_of(datasets["f30k"])
+    bank = random_bank(pairs)
+    bank.clean = np.ones(len(pairs), bool)
+    by_image, by_caption = Batches(pairs, bank, True).memory([3, 1, 4, 15, 9])
+    assert (by_image != by_caption).any()
 
 
 def test_training_and_dev_images_share_the_room(datasets, monkeypatch):

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import Lookup, pairs_for, parsed, tree
+from sklearn.mixture import GaussianMixture
 
 import get_memorybank
 import main_NPC
@@ -223,6 +224,17 @@ def test_small_strict_clean_set_is_the_pairs_of_smallest_loss(case, threshold, m
     assert set(np.flatnonzero(bank.clean)) == set(np.argsort(bank.loss, kind="stable")[:size])
     assert [line for line in said if line.startswith("warning")] and "--min_clean" in "".join(said)
     assert bank.clean[bank.image_entry].all() and bank.clean[bank.caption_entry].all()
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_mixture_has_the_authors_constants(seed):
+    """On losses where each of them matters: docs/fidelity.md names them."""
+    rng = np.random.default_rng(seed)
+    losses = np.r_[rng.exponential(0.03, 400), rng.gamma(2, 0.5, 200)]
+    mixture = GaussianMixture(n_components=2, max_iter=100, tol=1e-2, reg_covar=5e-4,
+                              random_state=0).fit(losses[:, None])
+    expected = mixture.predict_proba(losses[:, None])[:, mixture.means_.argmin()]
+    np.testing.assert_allclose(mixture_posterior(losses, 0)[0], expected, atol=1e-9)
 
 
 @pytest.mark.parametrize("losses", [[0.5] * 9, [0.0] * 9, [1e-9] * 4 + [2e-9] * 5, [1.0, 2.0]])

@@ -203,6 +203,14 @@ def test_any_two_fields_of_a_recipe_train_as_they_say_or_are_refused(monkeypatch
         compare(tower, recipe="own")
 
 
+def test_losses_after_the_step_of_the_siamese_hold_no_graph():
+    pairs, bank = make_data()
+    A = make_model("vit")
+    step = main_NPC.Passes(A, Batches(pairs, bank)[list(range(BATCH))],
+                         Precision("fp32", torch.device("cpu")), make_model("vit"))
+    assert not any(loss.requires_grad for loss in step.memory_after())
+
+
 def test_memory_gradient_is_not_dropped_for_fixed_weights():
     """Whatever the weighting, a memory loss that has a gradient counts in it."""
     pairs, bank = make_data()

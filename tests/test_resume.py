@@ -968,8 +968,14 @@ def test_amp_fp16_skips_steps_and_counts_them(data, tmp_path):
     lines = [json.loads(x) for x in (tmp_path / "x" / "log.jsonl").read_text().splitlines()]
     assert [line["skipped"] for line in lines] == [2, 0]
     assert all(math.isfinite(line["grad_norm"]) for line in lines)
-    scaler = clip.read_checkpoint(tmp_path / "x" / "epoch2.pt")["scaler"]
-    assert scaler["scale"] == 65536 / 4
+    path = tmp_path / "x" / "epoch2.pt"
+    assert clip.read_checkpoint(path)["scaler"]["scale"] == 65536 / 4
+    path.unlink()
+    first = tmp_path / "x" / "epoch1.pt"  # a run that goes on from there keeps its scale
+    state = clip.read_checkpoint(first)
+    torch.save({**state, "scaler": {**state["scaler"], "scale": 2.0}}, first)
+    run(NPC, [*argv, "--resume", "auto"], tmp_path / "again")
+    assert clip.read_checkpoint(path)["scaler"]["scale"] == 2
 
 
 def overflow_twice():
