@@ -30,7 +30,9 @@ def main(argv=None):
     run = Run(args)
     model, preprocess = (None, None) if args.judge_features else run.load_model()
     pairs = training_pairs(args, preprocess, run.log)
-    path = new_bank_path(args, bank_name(model, pairs, args))
+    path = None  # of ours
+    if is_main() and args.format == "npz":
+        path = new_bank_path(args, bank_name(model, pairs, args))
     bank = build_bank(model, pairs, args, run.precision, run.log)
     if not is_main():
         return

@@ -4,7 +4,7 @@ caption finds its nearest entry."""
 import numpy as np
 import torch
 
-from utils.distributed import any_process, is_main, main_first
+from utils.distributed import any_process, from_main, is_main, main_first
 from utils.errors import InputError
 from utils.method.memorybank import (
     MADE_WITH,
@@ -66,7 +66,7 @@ def memory_bank(model, pairs, args, precision, log=print, resumed=None):
                              f"{args.dataset_root}, and only the initial model can build it, not "
                              f"{args.resume}: run get_memorybank.py with that model and the same "
                              "options first, or start from these weights with --vision_model")
-        path = new_bank_path(args, name)
+        path = from_main(new_bank_path(args, name) if is_main() else None)
         log(f"No memory bank for noise ratio {ratio_name(args.noise_ratio)} yet: building {path}")
         verdict, features, info = judge_pairs(model, pairs, args, precision, log)
         with main_first():
