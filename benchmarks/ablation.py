@@ -8,6 +8,7 @@ rows, with the best dev score on seed 0 at 40 % noise. Runs that are finished ar
 """
 
 import argparse
+import functools
 import json
 import os
 import shutil
@@ -23,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import demo
 from data import training_pairs
-from demo import NPC_COMPUTE, spread
+from demo import NPC_COMPUTE, PASSES, spread
 from utils.cleaning.text import markdown
 from utils.errors import command
 from utils.method.memorybank import bank_path
@@ -33,9 +34,9 @@ from utils.training.pair_weights import mean_weights, read_weights
 
 RATES = (1e-4, 3e-4, 1e-3)
 GRID_SEED, GRID_RATIO = 0, 0.4
-JUDGE = ("--judge_rounds", "2", "--judge_lr", "3e-4")
+JUDGE = ("--judge_rounds", "2", *demo.JUDGE)
 NO_MEMORY = ("--memory_loss_weight", "0")
-BEST = "CLIP on the judge's clean set, NPC's compute (robust)"
+BEST = f"CLIP on the judge's clean set, {PASSES} passes (robust)"
 JUDGES = {"initial model, mixture (paper)": "NPC", "better judge": BEST}  # and a row of each
 
 
@@ -66,11 +67,15 @@ def oracle_weights():
 
 
 def draw_by_posterior():
-    """--train_on clean draws any pair, with the posterior as probability."""
+    """--train_on clean draws any pair, with the posterior as probability; an epoch has as many
+    pairs as are right by its sum."""
     from utils.method import batches, memorybank
 
     class Sampler(batches.EpochSampler):
-        probability = None
+        probability = right = None
+
+        def __len__(self):
+            return super().__len__() if self.right is None else self.right // self.batch_size
 
         def __iter__(self):
             if self.probability is None:  # a round of the judge
@@ -81,23 +86,32 @@ def draw_by_posterior():
                 yield rng.choice(self.chosen, self.batch_size, False, self.probability).tolist()
 
     def all_pairs(bank):
+        Sampler.right = int(bank.posterior.sum(dtype=float))
         Sampler.probability = bank.posterior.astype(float) / bank.posterior.sum(dtype=float)
         return np.arange(len(bank.posterior))
 
     batches.EpochSampler, memorybank.clean_pairs = Sampler, all_pairs
 
 
+def prepare(source, data, hook):
+    """Before a command: the row's hook, and a data folder of its own with images and captions of
+    another, as each run makes its own bank; its time is part of the run's."""
+    if not data.exists():
+        shutil.copytree(split_folder(source), split_folder(data))
+        os.symlink(os.path.realpath(source / "images"), data / "images")
+    if hook:
+        hook()
+
+
 class Row(NamedTuple):
-    """How a row trains. lr_factor: its learning rate over that of the grid; root: the data folder,
-    as a hook needs banks of its own; interpolated: the test is of the average with the initial
-    model, as interpolate.py finds it."""
+    """How a row trains. lr_factor: its learning rate over that of the grid; interpolated: the test
+    is of the average with the initial model, as interpolate.py finds it."""
 
     folder: str
     script: str = "main_NPC.py"
     epochs: int = 3
     options: tuple = ()
     hook: object = None
-    root: str = "target"
     lr_factor: float = 1.0
     interpolated: bool = False
 
@@ -107,20 +121,18 @@ ROWS = {
     "CLIP as the authors train it: lr x 2.5, not clipped":
         Row("clip_authors", "main_CLIP.py", options=("--clip_grad", 0), lr_factor=2.5),
     "CLIP, NPC's compute": Row("clip_long", "main_CLIP.py", NPC_COMPUTE),
-    "CLIP on the paper's clean set, NPC's compute":
-        Row("clip_clean", "main_CLIP.py", NPC_COMPUTE, ("--train_on", "clean")),
-    BEST:
-        Row("robust", epochs=NPC_COMPUTE, options=("--recipe", "robust", *JUDGE)),
-    "CLIP on the truly right pairs, NPC's compute":
-        Row("oracle_pairs", "main_CLIP.py", NPC_COMPUTE, ("--train_on", "clean"), oracle_pairs,
-            "oracle_pairs"),
+    f"CLIP on the paper's clean set, {PASSES} passes":
+        Row("clip_clean", "main_CLIP.py", PASSES, ("--train_on", "clean")),
+    BEST: Row("robust", epochs=PASSES, options=demo.METHODS["robust"].options),
+    f"CLIP on the truly right pairs, {PASSES} passes":
+        Row("oracle_pairs", "main_CLIP.py", PASSES, ("--train_on", "clean"), oracle_pairs),
     "CLIP, mixture's posterior as weight, NPC's compute":
         Row("mixture_weights", epochs=NPC_COMPUTE, options=("--weighting", "gmm", *NO_MEMORY)),
     "CLIP, judge's posterior as weight, NPC's compute":
         Row("judge_weights", epochs=NPC_COMPUTE,
             options=("--weighting", "gmm", *NO_MEMORY, *JUDGE)),
-    "CLIP, pairs drawn by the judge's posterior, NPC's compute":
-        Row("judge_draws", "main_CLIP.py", NPC_COMPUTE, ("--train_on", "clean", *JUDGE),
+    f"CLIP, pairs drawn by the judge's posterior, {PASSES} passes":
+        Row("judge_draws", "main_CLIP.py", PASSES, ("--train_on", "clean", *JUDGE),
             draw_by_posterior),
     "NPC": Row("npc"),
     "NPC, released recipe":
@@ -129,14 +141,12 @@ ROWS = {
     "NPC, w = 1, random memory":
         Row("npc_random", options=("--weighting", "none", "--memory", "random")),
     "NPC, w = 1, memory of truly right pairs":
-        Row("oracle_memory", options=("--weighting", "none"), hook=oracle_pairs,
-            root="oracle_pairs"),
+        Row("oracle_memory", options=("--weighting", "none"), hook=oracle_pairs),
     "NPC, w = mixture's posterior": Row("npc_mixture", options=("--weighting", "gmm")),
     "NPC, w = judge's posterior, random memory":
         Row("npc_judge", options=("--weighting", "gmm", "--memory", "random", *JUDGE)),
     "NPC, w = 1 for truly right pairs, else 0":
-        Row("oracle_weights", options=("--weighting", "gmm"), hook=oracle_weights,
-            root="oracle_weights"),
+        Row("oracle_weights", options=("--weighting", "gmm"), hook=oracle_weights),
     "NPC, w of One-Step Anti-noise": Row("npc_osa", options=("--weighting", "osa")),
 }
 ROWS |= {f"{name}, interpolated": row._replace(folder=f"{row.folder}_interpolated",
@@ -164,26 +174,19 @@ class Ablation(demo.Demo):
         """Fine-tune and test the pre-trained model of `seed` as a row says."""
         row, folder, run = ROWS[name], self.folder(seed), self.run_of(name, rate, ratio)
         initial, last = folder / "pretrained" / "best.pt", f"{run}/epoch{row.epochs}.pt"
-        if row.root != "target":
-            self.link_data(folder / "target", folder / row.root)
-        train = demo.training(row.script, seed, folder, row.root, run, initial, row.epochs,
+        data = f"{run}/data"
+        train = demo.training(row.script, seed, folder, data, run, initial, row.epochs,
                               rate * row.lr_factor)
         commands = [(*train, "--noise_ratio", ratio, *row.options)]
         if row.interpolated:
             commands += [("interpolate.py", "--resume", folder / last, "--initial", initial,
-                          "--dataset", "f30k", "--dataset_root", folder / row.root, "--device",
+                          "--dataset", "f30k", "--dataset_root", folder / data, "--device",
                           "cpu", "--num_workers", 0)]
             last = f"{run}/interpolated.pt"
         commands += [demo.testing(row.script, seed, folder, last, f"{run}/last")]
         self.execute(folder / run, f"seed {seed}, {ratio:.0%} noise, lr {rate:g}, {name}", "last",
-                     commands, row.hook)
-
-    @staticmethod
-    def link_data(source, target):
-        """A data folder of its own for banks, with the images and captions of another."""
-        if not target.exists():
-            shutil.copytree(split_folder(source), split_folder(target), dirs_exist_ok=True)
-            os.symlink(os.path.realpath(source / "images"), target / "images")
+                     commands, functools.partial(prepare, folder / "target", folder / data,
+                                                 row.hook))
 
     @staticmethod
     def run_of(name, rate, ratio):
@@ -206,7 +209,7 @@ class Ablation(demo.Demo):
     def truth(self, seed, name, ratio):
         """(arrays of a row's bank, which pairs are wrong (n,) bool) of the target."""
         options = json.loads((self.found(seed, name, ratio) / "options.json").read_text())
-        args = argparse.Namespace(**options | {"dataset_root": self.folder(seed) / "target"})
+        args = argparse.Namespace(**options)
         pairs = training_pairs(args, None, lambda _: None)
         with np.load(bank_path(args.dataset_root, args.bank), allow_pickle=False) as bank:
             return dict(bank), pairs.wrong if ratio else np.zeros(len(pairs), bool)

@@ -64,7 +64,7 @@ NOTE = f"""\
 Each fine-tunes the zero-shot model on 5 captions of {TARGET} images at lr {LR:g}: NPC and CLIP \
 for {METHODS['NPC'].epochs} epochs, CLIP at NPC's compute for {NPC_COMPUTE}, robust (plain CLIP on \
 the pairs that a better judge finds clean) for {PASSES} passes over these. Seconds \
-are those of a whole run, its test included, on one core."""
+are the CPU time of a whole run, its test included, on one thread."""
 OWN_DATA = """\
 For image-caption pairs of your own (a table with image paths and captions):
   python dataset/prepare_pairs.py --pairs pairs.csv --images photos/ --root dataset/mine
@@ -135,8 +135,8 @@ class Demo:
     def once(folder, commands, hook=None):
         """Run `commands`, unless exactly these are finished; says how long it took.
 
-        commands.txt and output.txt in `folder` hold the commands and what they print; checkpoints
-        in it are deleted after. `hook`: see `run_script`.
+        commands.txt and output.txt in `folder` hold the commands and what they print, seconds.txt
+        the CPU time of each; checkpoints in it are deleted after. `hook`: see `run_script`.
         """
         start, done = time.perf_counter(), folder / "commands.txt"
         lines = "".join(f"python {ROOT / script} {shlex.join(map(str, options))}\n"
@@ -149,7 +149,6 @@ class Demo:
                 call(script, options, folder / "output.txt", hook)
             for checkpoint in folder.glob("*.pt"):  # tested, and tens of megabytes each
                 checkpoint.unlink()
-            (folder / "seconds.txt").write_text(f"{time.perf_counter() - start:.2f}\n")
             done.write_text(lines)
         return "reused" if reused else f"{time.perf_counter() - start:.0f} s"
 
@@ -202,14 +201,19 @@ def call(script, options, log, hook=None):
 
 def run_script(script, options, log, hook):
     """In a process of its own, do as `python script options` does, after hook() if there is one,
-    and print to the end of log."""
+    print to the end of log, and add a line with its CPU seconds to seconds.txt beside it: other
+    processes on the machine hardly change these."""
     with open(log, "a") as output:
         os.dup2(output.fileno(), sys.stdout.fileno())
         os.dup2(output.fileno(), sys.stderr.fileno())
     sys.argv = [str(ROOT / script), *map(str, options)]
     if hook:
         hook()
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    finally:
+        with open(log.with_name("seconds.txt"), "a") as seconds:
+            print(f"{time.process_time():.2f}", file=seconds)
 
 
 def read_scores(folder):
@@ -217,8 +221,8 @@ def read_scores(folder):
 
 
 def read_seconds(folder):
-    """Seconds that a finished run took."""
-    return float((folder / "seconds.txt").read_text())
+    """CPU seconds of all commands of a finished run."""
+    return sum(map(float, (folder / "seconds.txt").read_text().split()))
 
 
 def spread(values, digits=1):
