@@ -11,8 +11,6 @@ from params import help_first
 
 help_first("memorybank", __name__)
 
-from pathlib import Path
-
 from data import training_pairs
 from params import parse_args
 from utils.distributed import is_main
@@ -30,15 +28,15 @@ def main(argv=None):
     run = Run(args)
     model, preprocess = (None, None) if args.judge_features else run.load_model()
     pairs = training_pairs(args, preprocess, run.log)
-    path = None  # of ours
-    if is_main() and args.format == "npz":
-        path = new_bank_path(args, bank_name(model, pairs, args))
+    released = args.format == "released"
+    if is_main():
+        path = (new_bank_path(args, "", BANK_FOLDERS[1]) if released
+                else new_bank_path(args, bank_name(model, pairs, args)))
     bank = build_bank(model, pairs, args, run.precision, run.log)
     if not is_main():
         return
-    if args.format == "released":
-        folder = Path(args.dataset_root) / "annotations" / BANK_FOLDERS[1]
-        paths = save_released(bank, pairs, folder, args.noise_ratio)
+    if released:
+        paths = save_released(bank, pairs, path, args.noise_ratio)
     else:
         paths = [path]
         save_bank(bank, pairs, path)

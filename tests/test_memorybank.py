@@ -509,6 +509,19 @@ def test_authors_bank_that_we_write_is_what_they_read(tmp_path, built):
     assert np.array_equal(load(tmp_path, pairs)[0].image_entry, bank.image_entry)
 
 
+@pytest.mark.parametrize("form, folder", [("npz", "frozen_memory_bank"),
+                                          ("released", "memory_bank")])
+def test_where_a_bank_goes_is_tried_before_judging(datasets, monkeypatch, capsys, form, folder):
+    data = datasets["cc"]
+    (data.root / "annotations" / folder).write_text("no folder")
+    monkeypatch.setattr(get_memorybank, "build_bank", lambda *_: pytest.fail("it has judged"))
+    with pytest.raises(SystemExit):
+        get_memorybank.main([*data.options, "--vision_model", "tiny", "--num_workers", "0",
+                             "--device", "cpu", "--format", form])
+    assert f"cannot write {data.root}/annotations/{folder}, where the memory bank" in (
+        capsys.readouterr().err)
+
+
 @pytest.mark.parametrize("source, change", [
     ("0.4_noise_random_seed3_train_caps.txt", {}), ("0.4_noise_similar_seed3_train_caps.txt", {}),
     ("0.4_noise_train_caps.txt", {"judge_neighbours": 3})])

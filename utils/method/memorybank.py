@@ -106,16 +106,16 @@ def own_folder(args):
     return [Path(args.checkpoint_path) / args.experiments] if "experiments" in args else []
 
 
-def new_bank_path(args, name):
-    """Where a bank can be written, tried before the pairs are judged: in the data folder or else in
-    the run's. Raises InputError when there is no such place."""
-    wanted = bank_path(args.dataset_root, name)
-    for folder in [wanted.parent, *own_folder(args)]:
+def new_bank_path(args, name, folder=BANK_FOLDERS[0]):
+    """Where a bank can be written, tried before the pairs are judged: in a folder of the data or
+    else in the run's. Raises InputError when there is no such place."""
+    wanted = Path(args.dataset_root) / "annotations" / folder
+    for folder in [wanted, *own_folder(args)]:
         with contextlib.suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()
             return folder / name
-    raise InputError(f"cannot write {wanted.parent}, where the memory bank belongs; training keeps "
+    raise InputError(f"cannot write {wanted}, where the memory bank belongs; training keeps "
                      "one in its own folder; or copy annotations/ and link images/ to a folder "
                      "that you may write to")
 

@@ -24,8 +24,23 @@ from utils.errors import InputError
 from utils.files import reading
 from utils.reading.image_cache import ImageCache
 
-# Texts beside a picture may be as long as all of them together; some programs write megabytes
-PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
+
+class PictureAlone(PngImagePlugin.PngStream):
+    """The chunks of a PNG file of which the picture is made. What stands beside it (texts, colour
+    profiles, further frames) is passed over: where that is long, damaged or cut short, every
+    browser shows the picture all the same."""
+
+    def call(self, cid, pos, length):
+        if cid[:1].isupper() or cid == b"tRNS":
+            return super().call(cid, pos, length)
+        self.fp.seek(length, os.SEEK_CUR)
+        return b""
+
+    def crc(self, cid, data):
+        (super().crc if cid[:1].isupper() else self.crc_skip)(cid, data)
+
+
+PngImagePlugin.PngStream = PictureAlone
 
 
 class Images(Dataset):
