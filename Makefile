@@ -24,7 +24,7 @@ reproduce: $(READY)
 		--methods $(METHODS) $(if $(NOISE),--noise $(NOISE)) --seeds $(SEEDS) --out $(OUT) $(OPTIONS)
 
 test: $(READY)
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .
