@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import clip
 from data import training_pairs
 from utils.errors import command
-from utils.files import atomic_write, reading
+from utils.files import atomic_write, parsing
 from utils.scoring.diagnostics import LOWEST, pairs_figure
 from utils.training.pair_weights import read_weights
 
@@ -27,7 +27,7 @@ def main(argv=None):
     parser.add_argument("--out", default="lowest_weights.png", help="PNG to write")
     options = parser.parse_args(argv)
     path = options.run / "options.json"
-    with reading(path, "the options of a run", "give the folder of a run of main_NPC.py"):
+    with parsing(path, "the options of a run", "give the folder of a run of main_NPC.py"):
         args = argparse.Namespace(**json.loads(path.read_text(encoding="utf-8")))
         args.data_on = "workers"  # ten images are read
         size = clip.architecture(args.vision_model)["image_resolution"]

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from params import Parser
 from utils.cleaning.text import markdown
 from utils.errors import InputError, command
-from utils.files import atomic_write, reading
+from utils.files import atomic_write, parsing
 from utils.reading.layout import ratio_name
 from utils.training.pair_weights import read_weights
 
@@ -84,7 +84,7 @@ class Row(NamedTuple):
 
 def read_json(path, lines=False):
     """The object in a .json file, or the list of those in the lines of a .jsonl file."""
-    with reading(path, "what a run writes", "run it again, or leave its folder out"):
+    with parsing(path, "what a run writes", "run it again, or leave its folder out"):
         text = path.read_text(encoding="utf-8")
         objects = [dict(json.loads(part)) for part in (text.splitlines() if lines else [text])]
     return objects if lines else objects[0]

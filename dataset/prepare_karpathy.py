@@ -18,7 +18,7 @@ from dataset.common import inner_name, new_split, report, write_splits
 from params import Parser
 from utils.cleaning.captions import one_line
 from utils.errors import command
-from utils.files import reading
+from utils.files import parsing
 from utils.reading.layout import SPLITS, few, image_names
 
 CAPTIONS = 5
@@ -32,7 +32,7 @@ def read_json(path):
 
     Raises InputError when the file is no such JSON or an image has no CAPTIONS captions.
     """
-    with reading(path, "Karpathy's dataset_coco.json or dataset_flickr30k.json", "take the "
+    with parsing(path, "Karpathy's dataset_coco.json or dataset_flickr30k.json", "take the "
                  "original file, or for other data dataset/prepare_pairs.py (of such a file with "
                  "--image_column filename --caption_column sentences --split_column split)"):
         content = json.loads(path.read_text(encoding="utf-8-sig"))

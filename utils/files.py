@@ -20,8 +20,8 @@ LOCKS = {}  # path -> descriptor, until this process ends
 
 
 @contextlib.contextmanager
-def reading(path, what, advice):
-    """Whatever reading the file `path` provokes in the block becomes an InputError: "{path} is not
+def parsing(path, what, advice):
+    """Whatever parsing the file `path` provokes in the block becomes an InputError: "{path} is not
     {what} (reason); {advice}". A pipe or device, which could block for ever, is not opened."""
     require_regular(path, advice)
     try:

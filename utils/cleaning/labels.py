@@ -13,7 +13,7 @@ import numpy as np
 from utils.cleaning.survey import Estimate, estimate
 from utils.cleaning.text import markdown, text_cell
 from utils.errors import InputError
-from utils.files import reading
+from utils.files import parsing
 
 COLUMNS = ("pair", "image", "caption", "stratum", "stratum_size", "decision")
 ANSWERS = {"wrong": 1, "right": -1, "skip": 0, "": 0}
@@ -42,7 +42,7 @@ def read_labels(path, pairs):
     """`Labels` of a file. Raises InputError when it is broken or speaks of other pairs."""
     labels = no_labels(len(pairs))
     advice = "give the decisions.csv that the page of suspicious pairs saves"
-    with reading(path, "a file of decisions", advice):
+    with parsing(path, "a file of decisions", advice):
         with open(path, encoding="utf-8-sig", newline="") as f:
             table = csv.DictReader(f)
             missing = [column for column in COLUMNS if column not in (table.fieldnames or ())]

@@ -17,7 +17,7 @@ import numpy as np
 from utils.cleaning.captions import captions_in
 from utils.cleaning.tables import Member, Shards, copy_rows, read_rows, table_of
 from utils.errors import InputError
-from utils.files import atomic_write, reading
+from utils.files import atomic_write, parsing
 from utils.reading.layout import read_lines, split_folder
 
 SOURCE = "source.json"
@@ -65,14 +65,14 @@ def source_of(root):
     path = split_folder(root) / SOURCE
     if not path.exists():
         return None
-    with reading(path, "the source of a data set", "prepare the data set again"):
+    with parsing(path, "the source of a data set", "prepare the data set again"):
         return Source(**json.loads(path.read_text(encoding="utf-8")))
 
 
 def rows_of(root, split):
     """(n, 2) int64: row of the table and place of each caption of a split."""
     path = split_folder(root) / f"{split}_rows.txt"
-    with reading(path, "a list of rows and places", "prepare the data set again"):
+    with parsing(path, "a list of rows and places", "prepare the data set again"):
         return np.array([[*line.split(), 0][:2] for line in read_lines(path)],
                         np.int64).reshape(-1, 2)
 

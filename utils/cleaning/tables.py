@@ -31,7 +31,7 @@ from typing import NamedTuple
 
 from utils.cleaning.captions import captions_in, without
 from utils.errors import InputError
-from utils.files import atomic_write, reading, require_regular
+from utils.files import atomic_write, parsing, require_regular
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 NO_HEADER = re.compile(rf"\ufeff?[^,\t;|]+\.(?:{'|'.join(IMAGES)})(?:#\d+)?([,\t;|])", re.I)
@@ -263,7 +263,7 @@ def _csv_line(fields, **dialect):
 @contextlib.contextmanager
 def _opened(file, what, advice, utf_8="utf-8-sig"):
     """A text file, UTF-8 or with the mark of UTF-16."""
-    with reading(file, what, advice):
+    with parsing(file, what, advice):
         wide = _start(file).startswith((b"\xff\xfe", b"\xfe\xff"))
         with open(file, encoding="utf-16" if wide else utf_8, newline="") as f:
             yield f
@@ -378,7 +378,7 @@ def _loose(folder):
 
 
 def _members(path):
-    with (reading(path, "a whole, uncompressed tar", "download the shard again or move it away"),
+    with (parsing(path, "a whole, uncompressed tar", "download the shard again or move it away"),
           tarfile.open(path, "r:") as tar):
         for member in tar:
             if member.size < 0:  # some versions of tarfile would run in circles
@@ -403,7 +403,7 @@ class Columns:
             raise InputError(f"{parts[0]} needs the package pyarrow: pip install pyarrow") from None
         form, schemas = "ipc" if _start(parts[0]).startswith(b"ARROW1") else "parquet", []
         for part in parts:
-            with reading(part, f"a {'Parquet' if form == 'parquet' else 'Arrow'} file",
+            with parsing(part, f"a {'Parquet' if form == 'parquet' else 'Arrow'} file",
                          "write it anew"):
                 schemas.append(dataset.dataset([part], format=form).schema)
                 try:
@@ -415,7 +415,7 @@ class Columns:
 
     def batches(self, columns=None, **size):
         for fragment in self.data.get_fragments():
-            with reading(fragment.path, "a whole file of columns", "write it anew"):
+            with parsing(fragment.path, "a whole file of columns", "write it anew"):
                 yield from fragment.to_batches(self.schema, columns, use_threads=False, **size)
 
     def rows(self, columns=()):

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from utils.distributed import gather, rank, world
 from utils.errors import InputError
-from utils.files import atomic_write, reading
+from utils.files import atomic_write, parsing
 from utils.method.batches import cut_tokens
 from utils.method.neighbours import Rows
 from utils.method.pairs import fingerprint, first_pairs
@@ -132,7 +132,7 @@ def read_features(path, pairs, device):
 
 
 def _read_file(path):
-    with reading(path, "a file of features", ADVICE), np.load(path, allow_pickle=False) as data:
+    with parsing(path, "a file of features", ADVICE), np.load(path, allow_pickle=False) as data:
         arrays = {name: torch.from_numpy(data[name]) for name in ("images", "texts")}
         items = str(data["items"].reshape(-1)[0])
         return arrays, items, float(data["logit_scale"] if "logit_scale" in data else LN_100)
@@ -142,11 +142,11 @@ def _read_folder(path):
     arrays, scale = {}, path / "logit_scale.txt"
     for name in ("images", "texts"):
         file = path / f"{name}.npy"
-        with reading(file, "an array of features", ADVICE):  # c: in memory it may change, unwarned
+        with parsing(file, "an array of features", ADVICE):  # c: in memory it may change, unwarned
             arrays[name] = torch.from_numpy(np.load(file, mmap_mode="c", allow_pickle=False))
-    with reading(path / ITEMS, "a hash of items", ADVICE):
+    with parsing(path / ITEMS, "a hash of items", ADVICE):
         items = (path / ITEMS).read_text("utf-8")
     if not scale.exists():
         return arrays, items, LN_100
-    with reading(scale, "a log temperature", "write a number, or remove the file"):
+    with parsing(scale, "a log temperature", "write a number, or remove the file"):
         return arrays, items, float(scale.read_text("utf-8"))

@@ -20,7 +20,7 @@ import torch
 import clip
 from clip.formats import refuse_inflation
 from utils.errors import InputError
-from utils.files import atomic_write, reading
+from utils.files import atomic_write, parsing
 from utils.method.pairs import fingerprint
 from utils.method.recipes import RECIPES
 from utils.method.released_bank import IMAGES, read_released
@@ -182,7 +182,7 @@ def read_bank(path, pairs):
 
 
 def _read(path):
-    with reading(path, "a memory bank of ours", "delete it or run get_memorybank.py again"):
+    with parsing(path, "a memory bank of ours", "delete it or run get_memorybank.py again"):
         with zipfile.ZipFile(path) as archive:
             refuse_inflation(archive, path)
         with np.load(path, allow_pickle=False) as data:

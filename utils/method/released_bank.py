@@ -8,7 +8,7 @@ import numpy as np
 
 from clip.formats import RestrictedUnpickler
 from utils.errors import InputError
-from utils.files import atomic_write, reading
+from utils.files import atomic_write, parsing
 from utils.reading.layout import ratio_name
 
 IMAGES, CAPTIONS = "_mbank_img_idx.npy", "_mbank_txt_idx.npy"
@@ -45,7 +45,7 @@ def image_keys(pairs):
 def read_entries(path, keys):
     """Pair index (int64) of each key of a pickled dictionary. Values are ints, numpy scalars or
     arrays of one number."""
-    with (reading(path, "a memory bank of the authors' format, which is two files", ADVICE),
+    with (parsing(path, "a memory bank of the authors' format, which is two files", ADVICE),
           open(path, "rb") as f):
         entries = {str(key): as_array(value) for key, value in load_dictionary(f).items()
                    if isinstance(key, str | int)}

@@ -21,7 +21,7 @@ from clip.preprocess import check_usable
 from utils.devices import ship
 from utils.distributed import world
 from utils.errors import InputError
-from utils.files import reading
+from utils.files import parsing
 from utils.reading.image_cache import ImageCache
 
 
@@ -84,7 +84,7 @@ class Images(Dataset):
     def opened(self, k):
         """Image k as a PIL image, of which only the header is read yet."""
         path = self.folder / self.names[k]
-        with reading(path, "an image", "replace it, or leave its line out of the id and caption "
+        with parsing(path, "an image", "replace it, or leave its line out of the id and caption "
                      "files"), open_image(path) as image:
             yield image
 

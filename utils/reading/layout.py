@@ -13,7 +13,7 @@ import os
 from pathlib import Path, PureWindowsPath
 
 from utils.errors import InputError
-from utils.files import atomic_write, reading
+from utils.files import atomic_write, parsing
 
 SPLITS = ("train", "dev", "test")
 BANK_FOLDERS = ("frozen_memory_bank", "memory_bank")  # ours and their README's; their code's
@@ -32,7 +32,7 @@ def split_folder(root):
 
 def read_text(path, advice):
     """Text of a UTF-8 file. Raises InputError when it is absent (with `advice`) or not UTF-8."""
-    with reading(path, "a text file", advice):
+    with parsing(path, "a text file", advice):
         data = Path(path).read_bytes()
     try:
         text = data.decode("utf-8-sig")  # Windows editors begin a file with a byte order mark

@@ -3,7 +3,7 @@
 import numpy as np
 
 from utils.errors import InputError
-from utils.files import atomic_write, reading
+from utils.files import atomic_write, parsing
 
 
 def write_weights(path, w, pairs):
@@ -18,7 +18,7 @@ def read_weights(path, pairs=None):
     """w (epochs, pairs) float64, NaN where a pair was not drawn. Raises InputError when the file is
     absent or broken, holds no weight at all, or belongs to other pairs than `pairs`."""
     advice = "main_NPC.py writes a weights.npz to the folder of its run"
-    with reading(path, "a file of weights", advice), np.load(path, allow_pickle=False) as data:
+    with parsing(path, "a file of weights", advice), np.load(path, allow_pickle=False) as data:
         w = data["w"].astype(np.float64)
         belongs_to = str(data["pairs"]) if "pairs" in data else None
     if w.ndim != 2 or np.isnan(w).all():
