@@ -172,13 +172,15 @@ def test_errors(dataset, fails, tmp_path):
     data = dataset("cc")
     np.savez(tmp_path / "other.npz", w=np.ones((3, 11)))
     np.savez(tmp_path / "empty.npz", w=np.full((3, 12), np.nan))
+    np.savez(tmp_path / "infinite.npz", w=np.where(np.arange(36).reshape(3, 12) == 4, np.inf, 1))
     np.savez(tmp_path / "others.npz", w=np.ones((3, 12)), pairs="0" * 64)
     content = bytearray((tmp_path / "others.npz").read_bytes())
     (tmp_path / "cut.npz").write_bytes(content[:100])
     content[140] ^= 255  # a number
     (tmp_path / "flipped.npz").write_bytes(content)
     for name, said in (("other", "11 pairs"), ("others", "other captions"), ("empty", "no weight"),
-                       ("cut", "damaged"), ("flipped", "damaged"), ("absent", "not exist")):
+                       ("infinite", "infinite weights"), ("cut", "damaged"),
+                       ("flipped", "damaged"), ("absent", "not exist")):
         assert said in fails(data, "--score", "npc", "--weights", tmp_path / f"{name}.npz")
     assert "--weights" in fails(data, "--score", "npc")
     assert "--weights" in fails(data, "--weights", tmp_path / "other.npz")
@@ -510,20 +512,3 @@ def test_the_histogram_has_a_unit_and_shows_few_mismatches(same, unit, monkeypat
     svg = noise_page.histogram(verdict)
     assert f"({unit})" in svg and "score of the judge" in svg
     assert drawn == [50]
-
-
-# ---- few distinct items -------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("images, captions", [(1, 1), (1, 3), (3, 1), (2, 2), (1, 2), (2, 1)])
-@pytest.mark.parametrize("more", [("paper",), ("robust", "--judge_rounds", 1),
-                                  ("robust", "--judge_rounds", 0, "--score", "cosine")])
-@pytest.mark.filterwarnings("error::UserWarning")
-def test_few_distinct_images_and_captions(dataset, find, tmp_path, images, captions, more):
-    data = dataset("cc")
-    write_lines(data.split_folder / "train_ids.txt",
-                [data.ids["train"][k % images] for k in range(6)])
-    write_lines(data.split_folder / "train_caps.txt", [f"thing {k % captions}" for k in range(6)])
-    _, rows = find(data, "--recipe", *more)
-    assert sorted(int(row["pair"]) for row in rows) == list(range(6))
-    assert np.isfinite([[float(row["score"]), float(row["posterior"])] for row in rows]).all()

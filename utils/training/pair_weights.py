@@ -16,13 +16,16 @@ def write_weights(path, w, pairs):
 
 def read_weights(path, pairs=None):
     """w (epochs, pairs) float64, NaN where a pair was not drawn. Raises InputError when the file is
-    absent or broken, holds no weight at all, or belongs to other pairs than `pairs`."""
+    absent or broken, holds no weight at all or an infinite one, or belongs to other pairs than
+    `pairs`."""
     advice = "main_NPC.py writes a weights.npz to the folder of its run"
     with parsing(path, "a file of weights", advice), np.load(path, allow_pickle=False) as data:
         w = data["w"].astype(np.float64)
         belongs_to = str(data["pairs"]) if "pairs" in data else None
     if w.ndim != 2 or np.isnan(w).all():
         raise InputError(f"{path} holds no weight of any pair; {advice}")
+    if np.isinf(w).any():
+        raise InputError(f"{path} holds infinite weights, which NPC never gives; {advice}")
     if pairs is not None:
         from utils.method.pairs import fingerprint
 
