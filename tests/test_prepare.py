@@ -727,6 +727,6 @@ def test_pairs_split_is_whole_or_absent_and_of_one_run(tmp_path, ok, monkeypatch
         patch.setattr(prepare_pairs, "place", interrupted)
         with pytest.raises(SystemExit):
             prepare_pairs.main(list(map(str, args)))
-    assert f"is being written by process {os.getpid()} on " in said[0]
+    assert "is being written by another process" in said[0]
     assert list((tmp_path / "r/annotations").iterdir()) == []
     assert "placed 3 images" in ok(prepare_pairs, *args)

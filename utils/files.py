@@ -5,18 +5,13 @@ import contextlib
 import os
 import secrets
 import shutil
-import socket
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from utils.errors import InputError
 
-try:
-    import fcntl
-except ImportError:  # Windows: nothing is locked there
-    fcntl = None
-
 UNFINISHED = ".unfinished"  # how the names of files and folders end until they are whole
-LOCKS = {}  # path -> descriptor, until this process ends
 
 
 @contextlib.contextmanager
@@ -71,36 +66,22 @@ def atomic_write(path, mode="w", replace=True):
 
 
 def lock(path, what):
-    """Hold the lock file `path` of the folder `what` until this process ends, however it ends.
-    Raises InputError, which says who has it, when another process does."""
-    path = Path(path)
-    if path in LOCKS or fcntl is None:
-        return
+    """The lock of `what` by the file `path`, held until its last user releases it or this process
+    ends, however it ends. Raises InputError when another process has it."""
+    held = FileLock(path, timeout=0, is_singleton=True, fallback_to_soft=False)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).touch()
     except OSError as error:
         raise InputError(f"cannot write {what}: {error.strerror}; choose a folder that you may "
                          "write to") from error
-    with contextlib.suppress(OSError):  # of file systems without locks
-        try:  # of this process alone: its data loaders do not inherit it
-            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            holder = os.read(descriptor, 200).decode(errors="replace").strip()
-            os.close(descriptor)
-            raise InputError(f"{what} is being written by {holder or 'another process'}; wait for "
-                             "it, or choose another name") from None
-    os.ftruncate(descriptor, 0)
-    os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-    LOCKS[path] = descriptor
-
-
-def unlock(path):
-    """Give a lock back and remove its file."""
-    descriptor = LOCKS.pop(Path(path), None)
-    if descriptor is not None:
-        Path(path).unlink(missing_ok=True)
-        os.close(descriptor)
+    with contextlib.suppress(NotImplementedError, OSError):  # of file systems without locks
+        try:
+            held.acquire()
+        except Timeout:
+            raise InputError(f"{what} is being written by another process; wait for it, or choose "
+                             "another name") from None
+    return held
 
 
 @contextlib.contextmanager
@@ -110,8 +91,8 @@ def new_folder(option, target):
     another process is about to make it."""
     target = Path(target)
     require_new(option, target)
-    beside, held = (target.with_name(f".{target.name}{end}") for end in (UNFINISHED, ".lock"))
-    lock(held, target)
+    beside = target.with_name(f".{target.name}{UNFINISHED}")
+    held = lock(target.with_name(f".{target.name}.lock"), target)
     try:
         shutil.rmtree(beside, ignore_errors=True)  # of a run that was killed
         beside.mkdir()
@@ -123,7 +104,8 @@ def new_folder(option, target):
                          f"{option}") from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
-        unlock(held)
+        Path(held.lock_file).unlink(missing_ok=True)
+        held.release()
 
 
 def require_new(option, folder):

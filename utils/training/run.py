@@ -47,7 +47,7 @@ class Run:
                 log = self.folder / "log.txt"
                 self.earlier_log = log.stat().st_size if log.exists() else 0  # bytes
                 if not args.eval:
-                    lock(self.folder / ".lock", self.folder)
+                    self.lock = lock(self.folder / ".lock", self.folder)
             sys.stdout, sys.stderr = LastingStream(sys.stdout), LastingStream(sys.stderr)
 
     def log(self, message):
