@@ -13,10 +13,8 @@ import json
 import os
 import shutil
 import sys
-import time
 from pathlib import Path
 from statistics import mean
-from typing import NamedTuple
 
 import numpy as np
 
@@ -24,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import demo
 from data import training_pairs
-from demo import NPC_COMPUTE, PASSES, spread
+from demo import METHODS, NPC_COMPUTE, PASSES, Method, spread
 from utils.cleaning.text import markdown
 from utils.errors import command
 from utils.method.memorybank import bank_path
@@ -103,51 +101,38 @@ def prepare(source, data, hook):
         hook()
 
 
-class Row(NamedTuple):
-    """How a row trains. lr_factor: its learning rate over that of the grid; interpolated: the test
-    is of the average with the initial model, as interpolate.py finds it."""
-
-    folder: str
-    script: str = "main_NPC.py"
-    epochs: int = 3
-    options: tuple = ()
-    hook: object = None
-    lr_factor: float = 1.0
-    interpolated: bool = False
-
-
 ROWS = {
-    "CLIP": Row("clip", "main_CLIP.py"),
+    "CLIP": METHODS["CLIP"],
     "CLIP as the authors train it: lr x 2.5, not clipped":
-        Row("clip_authors", "main_CLIP.py", options=("--clip_grad", 0), lr_factor=2.5),
-    "CLIP, NPC's compute": Row("clip_long", "main_CLIP.py", NPC_COMPUTE),
+        Method("clip_authors", "main_CLIP.py", options=("--clip_grad", 0), lr_factor=2.5),
+    "CLIP, NPC's compute": METHODS["CLIP, NPC's compute"],
     f"CLIP on the paper's clean set, {PASSES} passes":
-        Row("clip_clean", "main_CLIP.py", PASSES, ("--train_on", "clean")),
-    BEST: Row("robust", epochs=PASSES, options=demo.METHODS["robust"].options),
+        Method("clip_clean", "main_CLIP.py", PASSES, ("--train_on", "clean")),
+    BEST: METHODS["robust"],
     f"CLIP on the truly right pairs, {PASSES} passes":
-        Row("oracle_pairs", "main_CLIP.py", PASSES, ("--train_on", "clean"), oracle_pairs),
+        Method("oracle_pairs", "main_CLIP.py", PASSES, ("--train_on", "clean"), hook=oracle_pairs),
     "CLIP, mixture's posterior as weight, NPC's compute":
-        Row("mixture_weights", epochs=NPC_COMPUTE, options=("--weighting", "gmm", *NO_MEMORY)),
+        Method("mixture_weights", epochs=NPC_COMPUTE, options=("--weighting", "gmm", *NO_MEMORY)),
     "CLIP, judge's posterior as weight, NPC's compute":
-        Row("judge_weights", epochs=NPC_COMPUTE,
-            options=("--weighting", "gmm", *NO_MEMORY, *JUDGE)),
+        Method("judge_weights", epochs=NPC_COMPUTE,
+               options=("--weighting", "gmm", *NO_MEMORY, *JUDGE)),
     f"CLIP, pairs drawn by the judge's posterior, {PASSES} passes":
-        Row("judge_draws", "main_CLIP.py", PASSES, ("--train_on", "clean", *JUDGE),
-            draw_by_posterior),
-    "NPC": Row("npc"),
+        Method("judge_draws", "main_CLIP.py", PASSES, ("--train_on", "clean", *JUDGE),
+               hook=draw_by_posterior),
+    "NPC": METHODS["NPC"],
     "NPC, released recipe":
-        Row("npc_released", options=("--recipe", "released", "--warmup", 4)),  # the others'
-    "NPC, w = 1": Row("npc_ones", options=("--weighting", "none")),
+        Method("npc_released", options=("--recipe", "released", "--warmup", 4)),  # the others'
+    "NPC, w = 1": Method("npc_ones", options=("--weighting", "none")),
     "NPC, w = 1, random memory":
-        Row("npc_random", options=("--weighting", "none", "--memory", "random")),
+        Method("npc_random", options=("--weighting", "none", "--memory", "random")),
     "NPC, w = 1, memory of truly right pairs":
-        Row("oracle_memory", options=("--weighting", "none"), hook=oracle_pairs),
-    "NPC, w = mixture's posterior": Row("npc_mixture", options=("--weighting", "gmm")),
+        Method("oracle_memory", options=("--weighting", "none"), hook=oracle_pairs),
+    "NPC, w = mixture's posterior": Method("npc_mixture", options=("--weighting", "gmm")),
     "NPC, w = judge's posterior, random memory":
-        Row("npc_judge", options=("--weighting", "gmm", "--memory", "random", *JUDGE)),
+        Method("npc_judge", options=("--weighting", "gmm", "--memory", "random", *JUDGE)),
     "NPC, w = 1 for truly right pairs, else 0":
-        Row("oracle_weights", options=("--weighting", "gmm"), hook=oracle_weights),
-    "NPC, w of One-Step Anti-noise": Row("npc_osa", options=("--weighting", "osa")),
+        Method("oracle_weights", options=("--weighting", "gmm"), hook=oracle_weights),
+    "NPC, w of One-Step Anti-noise": Method("npc_osa", options=("--weighting", "osa")),
 }
 ROWS |= {f"{name}, interpolated": row._replace(folder=f"{row.folder}_interpolated",
                                                interpolated=True)
@@ -158,35 +143,26 @@ OF_WEIGHTS = ("NPC", "NPC, released recipe", "NPC, w of One-Step Anti-noise")
 class Ablation(demo.Demo):
     """The runs of all rows, below the folders of the demo's seeds."""
 
+    name = "ablation"
     rates = {}  # of each row, once it is chosen
 
     def run(self):
         trained = [row for row in ROWS if not ROWS[row].interpolated]
-        self.make([(self.train, GRID_SEED, row, rate, GRID_RATIO)
+        self.make([(self.finetune, GRID_SEED, row, rate, GRID_RATIO)
                    for row in trained for rate in RATES])
         for row in trained:
             self.rates[row] = max(RATES, key=lambda rate, row=row: self.dev(row, rate))
         self.rates |= {f"{row}, interpolated": rate for row, rate in self.rates.items()}
-        self.make([(self.train, seed, row, self.rates[row], ratio)
+        self.make([(self.finetune, seed, row, self.rates[row], ratio)
                    for seed in self.seeds for ratio in demo.RATIOS for row in ROWS])
 
-    def train(self, seed, name, rate, ratio):
-        """Fine-tune and test the pre-trained model of `seed` as a row says."""
+    def finetune(self, seed, name, rate, ratio):
+        """Fine-tune and test as a row says."""
         row, folder, run = ROWS[name], self.folder(seed), self.run_of(name, rate, ratio)
-        initial, last = folder / "pretrained" / "best.pt", f"{run}/epoch{row.epochs}.pt"
         data = f"{run}/data"
-        train = demo.training(row.script, seed, folder, data, run, initial, row.epochs,
-                              rate * row.lr_factor)
-        commands = [(*train, "--noise_ratio", ratio, *row.options)]
-        if row.interpolated:
-            commands += [("interpolate.py", "--resume", folder / last, "--initial", initial,
-                          "--dataset", "f30k", "--dataset_root", folder / data, "--device",
-                          "cpu", "--num_workers", 0)]
-            last = f"{run}/interpolated.pt"
-        commands += [demo.testing(row.script, seed, folder, last, f"{run}/last")]
-        self.execute(folder / run, f"seed {seed}, {ratio:.0%} noise, lr {rate:g}, {name}", "last",
-                     commands, functools.partial(prepare, folder / "target", folder / data,
-                                                 row.hook))
+        self.train(seed, f"{ratio:.0%} noise, lr {rate:g}, {name}", run, row,
+                   ("--noise_ratio", ratio), rate * row.lr_factor, data,
+                   functools.partial(prepare, folder / "target", folder / data, row.hook))
 
     @staticmethod
     def run_of(name, rate, ratio):
@@ -202,9 +178,15 @@ class Ablation(demo.Demo):
         folder = self.folder(GRID_SEED) / self.run_of(name, rate, GRID_RATIO)
         return json.loads((folder / "log.jsonl").read_text().splitlines()[-1])["dev"]["mean_R1"]
 
-    def score(self, seed, name, ratio):
-        """Mean R@1 after the last epoch."""
-        return demo.read_scores(self.found(seed, name, ratio) / "last")["mean_R1"]
+    def scores(self, name, ratio):
+        """Mean R@1 of a row after the last epoch (seeds,)."""
+        run = self.run_of(name, self.rates[name], ratio)
+        return np.array([self.score(seed, run) for seed in self.seeds])
+
+    def seconds(self, name):
+        """CPU seconds of a run of a row, mean over noise and seeds."""
+        return mean(demo.read_seconds(self.found(seed, name, ratio))
+                    for seed in self.seeds for ratio in demo.RATIOS)
 
     def truth(self, seed, name, ratio):
         """(arrays of a row's bank, which pairs are wrong (n,) bool) of the target."""
@@ -233,58 +215,39 @@ class Ablation(demo.Demo):
         return [100 * hits / bank["clean"].sum(), 100 * hits / (~wrong).sum(),
                 100 * info["wrong_share"]]
 
-
-def report(ablation):
-    """The tables as text."""
-    seeds, noisy = ablation.seeds, [ratio for ratio in demo.RATIOS if ratio]
-    percent = [f"{ratio:.0%}" for ratio in demo.RATIOS]
-    rows = []
-    for row in ROWS:
-        seconds = mean(demo.read_seconds(ablation.found(seed, row, ratio))
-                       for seed in seeds for ratio in demo.RATIOS)
-        rows.append([row, *(spread([ablation.score(seed, row, ratio) for seed in seeds])
-                            for ratio in demo.RATIOS),
-                     f"{ablation.rates[row] * ROWS[row].lr_factor:g}", f"{seconds:.0f}"])
-    scores = markdown(["mean R@1, last epoch", *percent, "lr", "seconds"], rows)
-    paired = markdown([f"{BEST.split(',')[0]}, less", *percent], [
-        [row, *(spread([ablation.score(seed, BEST, ratio) - ablation.score(seed, row, ratio)
-                        for seed in seeds]) for ratio in demo.RATIOS)]
-        for row in ROWS if row != BEST])
-    rows = []
-    for name, measure, which in [
-            *((f"loss: {name}", ablation.of_loss, row) for name, row in JUDGES.items()),
-            *((f"w: {row}", ablation.of_w, row) for row in OF_WEIGHTS)]:
-        found = {ratio: [measure(seed, which, ratio) for seed in seeds] for ratio in noisy}
-        rows.append([name, *(spread([m[key] for m in found[ratio]], 3)
-                             for key in ("auc", "average_precision") for ratio in noisy)])
-    auc = markdown(["against the injected noise", *(f"{key}, {share}" for key in ("AUC", "AP")
-                                                    for share in percent[1:])], rows)
-    sets = markdown(["strict clean set, %", *percent], [
-        [f"{what}: {name}", *(spread([ablation.clean_set(seed, row, ratio)[k] for seed in seeds])
-                              for ratio in demo.RATIOS)]
-        for name, row in JUDGES.items()
-        for k, what in enumerate(("precision", "recall", "estimated share of wrong pairs"))])
-    return f"{scores}\n\n{paired}\n\n{auc}\n\n{sets}\n"
+    def report(self):
+        """The tables as text."""
+        ratios, noisy = demo.RATIOS, [ratio for ratio in demo.RATIOS if ratio]
+        percent = [f"{ratio:.0%}" for ratio in ratios]
+        scores = markdown(["mean R@1, last epoch", *percent, "lr", "seconds"], [
+            [row, *(spread(self.scores(row, ratio)) for ratio in ratios),
+             f"{self.rates[row] * ROWS[row].lr_factor:g}", f"{self.seconds(row):.0f}"]
+            for row in ROWS])
+        paired = markdown([f"{BEST.split(',')[0]}, less", *percent], [
+            [row, *(spread(self.scores(BEST, ratio) - self.scores(row, ratio))
+                    for ratio in ratios)] for row in ROWS if row != BEST])
+        rows = []
+        for name, measure, which in [
+                *((f"loss: {name}", self.of_loss, row) for name, row in JUDGES.items()),
+                *((f"w: {row}", self.of_w, row) for row in OF_WEIGHTS)]:
+            found = {ratio: [measure(seed, which, ratio) for seed in self.seeds]
+                     for ratio in noisy}
+            rows.append([name, *(spread([m[key] for m in found[ratio]], 3)
+                                 for key in ("auc", "average_precision") for ratio in noisy)])
+        auc = markdown(["against the injected noise",
+                        *(f"{key}, {share}" for key in ("AUC", "AP") for share in percent[1:])],
+                       rows)
+        sets = markdown(["strict clean set, %", *percent], [
+            [f"{what}: {name}", *(spread([self.clean_set(seed, row, ratio)[k]
+                                          for seed in self.seeds]) for ratio in ratios)]
+            for name, row in JUDGES.items()
+            for k, what in enumerate(("precision", "recall", "estimated share of wrong pairs"))])
+        return f"{scores}\n\n{paired}\n\n{auc}\n\n{sets}\n"
 
 
 @command
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--out", default="demo", help="folder of the demo, whose models are reused")
-    parser.add_argument("--seeds", type=int, default=3, help="repetitions")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, a thread each")
-    args = parser.parse_args()
-
-    start, ablation = time.perf_counter(), Ablation(**vars(args))
-    ablation.run()
-    tables = report(ablation)
-    (ablation.out / "ablation.md").write_text(tables)
-    (ablation.out / "ablation.json").write_text(json.dumps(
-        {row: {seed: [ablation.score(seed, row, ratio) for ratio in demo.RATIOS]
-               for seed in ablation.seeds} for row in ROWS}, indent=1))
-    print(f"\n{tables}\n{time.perf_counter() - start:.0f} s; wrote ablation.md and ablation.json "
-          f"to {ablation.out}")
+    demo.make(Ablation, __doc__)
 
 
 if __name__ == "__main__":

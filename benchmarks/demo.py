@@ -27,6 +27,7 @@ from tqdm import tqdm
 ROOT = Path(os.path.relpath(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(ROOT.resolve()))  # of the processes below as well
 
+from params import positive_int
 from utils.cleaning.text import markdown
 from utils.errors import command
 
@@ -40,13 +41,18 @@ BATCH = 128
 
 
 class Method(NamedTuple):
-    """How the pre-trained model is fine-tuned, and how the figure shows it."""
+    """How the pre-trained model is fine-tuned. style: of its line in the figure. Of the ablation
+    alone, hook(): changes the process of each command; lr_factor: its learning rate over that of a
+    grid; interpolated: the test is of the average with the initial model (interpolate.py)."""
 
-    script: str
     folder: str
-    style: str
-    epochs: int
-    options: tuple[str, ...] = ()
+    script: str = "main_NPC.py"
+    epochs: int = 3
+    options: tuple = ()
+    style: str = ""
+    hook: object = None
+    lr_factor: float = 1.0
+    interpolated: bool = False
 
 
 LR = 3e-4
@@ -54,10 +60,11 @@ NPC_COMPUTE = 8  # epochs of plain CLIP that cost as much time as three of NPC
 PASSES = 5  # over the chosen pairs: without noise these and the judge take as long as well
 JUDGE = ("--judge_lr", str(LR), "--judge_steps", "16")  # a search would take as long as NPC does
 METHODS = {
-    "CLIP": Method("main_CLIP.py", "clip", "C0o-", 3),
-    "CLIP, NPC's compute": Method("main_CLIP.py", "clip_long", "C0s--", NPC_COMPUTE),
-    "NPC": Method("main_NPC.py", "npc", "C1o-", 3),
-    "robust": Method("main_NPC.py", "robust", "C2o-", PASSES, ("--recipe", "robust", *JUDGE)),
+    "CLIP": Method("clip", "main_CLIP.py", style="C0o-"),
+    "CLIP, NPC's compute": Method("clip_long", "main_CLIP.py", NPC_COMPUTE, style="C0s--"),
+    "NPC": Method("npc", style="C1o-"),
+    "robust": Method("robust", epochs=PASSES, options=("--recipe", "robust", *JUDGE),
+                     style="C2o-"),
 }
 ZERO_SHOT = "zero-shot"
 NOTE = f"""\
@@ -73,7 +80,9 @@ For image-caption pairs of your own (a table with image paths and captions):
 
 
 class Demo:
-    """All runs of the demo, in the folder `out`, at most `jobs` at a time."""
+    """All runs of the demo, in the folder `out`, at most `jobs` at a time, and its report."""
+
+    name = "results"  # of the file that the report is kept in
 
     def __init__(self, out, seeds, jobs):
         self.out, self.seeds, self.jobs = Path(out), range(seeds), jobs
@@ -116,14 +125,24 @@ class Demo:
         ])
 
     def finetune(self, seed, name, ratio):
-        """Fine-tune the pre-trained model of `seed` on the target, test it there."""
-        folder, run, method = self.folder(seed), run_name(name, ratio), METHODS[name]
-        train = training(method.script, seed, folder, "target", run,
-                         folder / "pretrained" / "best.pt", method.epochs, LR)
-        self.execute(folder / run, f"seed {seed}, {ratio:.0%} noise, {name}", "last", [
-            (*train, "--noise_ratio", ratio, *method.options),
-            testing(method.script, seed, folder, f"{run}/epoch{method.epochs}.pt", f"{run}/last"),
-        ])
+        """Fine-tune and test with a method."""
+        self.train(seed, f"{ratio:.0%} noise, {name}", run_name(name, ratio), METHODS[name],
+                   ("--noise_ratio", ratio))
+
+    def train(self, seed, what, run, method, options, lr=LR, data="target", hook=None):
+        """Fine-tune the pre-trained model of `seed` in the folder `run`, below that of the seed,
+        and test it there after its last epoch."""
+        folder = self.folder(seed)
+        initial, last = folder / "pretrained" / "best.pt", f"{run}/epoch{method.epochs}.pt"
+        commands = [(*training(method.script, seed, folder, data, run, initial, method.epochs, lr),
+                     *options, *method.options)]
+        if method.interpolated:
+            commands += [("interpolate.py", "--resume", folder / last, "--initial", initial,
+                          "--dataset", "f30k", "--dataset_root", folder / data, "--device", "cpu",
+                          "--num_workers", 0)]
+            last = f"{run}/interpolated.pt"
+        commands += [testing(method.script, seed, folder, last, f"{run}/last")]
+        self.execute(folder / run, f"seed {seed}, {what}", "last", commands, hook)
 
     def execute(self, folder, what, tested, commands, hook=None):
         """Run `commands` as `once` does, and show the score in folder/tested."""
@@ -165,6 +184,14 @@ class Demo:
         return {name: [[scores(seed, name, ratio) for ratio in RATIOS] for seed in self.seeds]
                 for name in (ZERO_SHOT, *METHODS)}
 
+    def report(self):
+        """The table as text."""
+        return f"{table(self.results())}\n{NOTE}\n"
+
+    def score(self, seed, run):
+        """Mean R@1 of a run after its last epoch."""
+        return read_scores(self.folder(seed) / run / "last")["mean_R1"]
+
     def folder(self, seed):
         return self.out / f"seed{seed}"
 
@@ -195,7 +222,9 @@ def call(script, options, log, hook=None):
     process.start()
     process.join()
     if process.exitcode:
-        last = [f"status {process.exitcode}", *log.read_text().split("\n")[:-1]][-1]
+        last = ["", *log.read_text().split("\n")[:-1]][-1]
+        if not last.startswith("error: "):  # it was killed, or has a bug
+            last = f"it ended with status {process.exitcode}"
         sys.exit(f"error: {script}: {last.removeprefix('error: ')}\nall that it printed: {log}")
 
 
@@ -275,30 +304,32 @@ def figure(results, path):
     fig.savefig(path, dpi=150)
 
 
+def make(kind, doc, seeds=3):
+    """Make all runs of `kind`, a class of `Demo`, as the command's options say; print its report
+    and keep it. Returns the `Demo`."""
+    parser = argparse.ArgumentParser(description=doc.split("\n")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--out", default="demo", help="folder of all runs; the models in it are used again")
+    add("--seeds", type=positive_int, default=seeds, help="repetitions, each with data of its own")
+    add("--jobs", type=positive_int, default=min(8, os.cpu_count() or 1),
+        help="runs at a time, a thread each")
+    start, made = time.perf_counter(), kind(**vars(parser.parse_args()))
+    made.run()
+    text, path = made.report(), made.out / f"{kind.name}.md"
+    path.write_text(text)
+    print(f"\n{text}\n{time.perf_counter() - start:.0f} s; wrote {path}")
+    return made
+
+
 @command
 def main():
-    parser = argparse.ArgumentParser(
-        description="Compare CLIP and NPC on synthetic scenes with noisy captions.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--out", default="demo", help="folder of all that the demo makes")
-    add("--seeds", type=int, default=1, help="repetitions, each with data of its own")
-    add("--jobs", type=int, default=min(8, os.cpu_count() or 1), help="runs at a time")
-    args = parser.parse_args()
-    if args.seeds < 1 or args.jobs < 1:
-        parser.error("--seeds and --jobs start at 1")
-
-    start, demo = time.perf_counter(), Demo(**vars(args))
-    demo.run()
+    demo = make(Demo, __doc__, seeds=1)
     results = demo.results()
-    text = f"{table(results)}\n{NOTE}\n"
     (demo.out / "results.json").write_text(json.dumps({"noise": RATIOS, **results}, indent=1))
-    (demo.out / "results.md").write_text(text)
     figure(results, demo.out / "figure.png")
-    print(f"\n{text}\n{time.perf_counter() - start:.0f} s; the picture is {demo.out}/figure.png; "
-          f"the commands of a run are in its folder, as {demo.out}/seed0/npc_0.6/commands.txt\n\n"
-          f"{OWN_DATA}")
+    print(f"The picture is {demo.out}/figure.png; the commands of a run are in its folder, as "
+          f"{demo.out}/seed0/npc_0.6/commands.txt\n\n{OWN_DATA}")
 
 
 if __name__ == "__main__":
