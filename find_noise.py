@@ -32,7 +32,7 @@ from utils.cleaning.text import text_cell
 from utils.errors import InputError, command
 from utils.files import atomic_write, require_new
 from utils.method.building import nearest_clean
-from utils.method.neighbours import Rows, nearest, random_rows, unit
+from utils.method.neighbours import Features, nearest, normalised, random_rows
 from utils.method.pairs import fingerprint, first_pairs
 from utils.method.rounds import judge_pairs
 from utils.reading.images import Images
@@ -82,7 +82,7 @@ def main(argv=None):
 
     # What the judge says, and the order of the pairs by --score
     verdict, features, _ = judge_pairs(model, pairs, args, run.precision, run.log)
-    images, texts = map(unit, features)
+    images, texts = map(normalised, features)
     score, suspicion = scores(args, verdict, pairs)
     order = np.lexsort((-verdict.loss, -suspicion))  # equal ones by loss; without a score: last
     scored = order[: np.isfinite(suspicion).sum()]
@@ -117,7 +117,7 @@ def main(argv=None):
                                  most=args.search_among, seed=args.seed)[pairs.image_of]
     nearest_pair[verdict.clean] = np.flatnonzero(verdict.clean)  # a clean pair is its own
     some = random_rows(len(texts), args.search_among, args.seed)
-    keys = Rows(texts, chosen=torch.from_numpy(some).to(texts.device))
+    keys = Features(texts, chosen=torch.from_numpy(some).to(texts.device))
     best_text = nearest(images, keys, title="best captions")[1][:, 0].cpu().numpy()
     best_text = some[best_text]  # of each image
     with atomic_write(out / "suspicious_pairs.csv") as f:

@@ -37,7 +37,7 @@ def byte_symbols():
     return symbols | {byte: chr(256 + i) for i, byte in enumerate(hidden)}
 
 
-def clean(text):
+def clean_text(text):
     """Repair mis-encoded Unicode, resolve HTML entities (twice), collapse white space, lower."""
     if text.isascii() and text.isprintable() and "&" not in text:  # which the slow ones leave alone
         return " ".join(text.split()).lower()
@@ -67,7 +67,7 @@ class SimpleTokenizer:
     def encode(self, text):
         """Ids of `text` (list of int), without start and end token."""
         ids = []
-        for chunk in clean(text).split():
+        for chunk in clean_text(text).split():
             if chunk not in self.cache:
                 self.cache[chunk] = [self.encoder[part] for word in WORDS.findall(chunk)
                                      for part in self._merge(word)]

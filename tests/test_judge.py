@@ -22,8 +22,7 @@ import get_memorybank
 import main_CLIP
 import main_NPC
 from params import parse_args
-from utils.method import judge as judge_module
-from utils.method import neighbours
+from utils.method import judge, neighbours
 from utils.method import rounds as rounds_module
 from utils.method.building import bank_of, nearest_clean
 from utils.method.judge import (
@@ -34,9 +33,10 @@ from utils.method.judge import (
     mismatched,
     nearest_others,
     posterior_by_mismatches,
+    verdict_on,
 )
 from utils.method.losses import pair_losses
-from utils.method.neighbours import random_rows, unit
+from utils.method.neighbours import normalised, random_rows
 from utils.method.pairs import Pairs
 
 N_IMAGES, N_TEXTS, N = 9, 14, 30
@@ -84,8 +84,8 @@ def test_mismatched_pairs_have_captions_of_other_images(example):
 @pytest.mark.parametrize("most", [None, 5])
 @pytest.mark.parametrize("block", [1, 2**25])
 def test_agreement_is_that_of_a_double_loop(monkeypatch, example, block, most):
-    monkeypatch.setattr(judge_module, "BLOCK", block)
-    monkeypatch.setattr(judge_module, "ROWS", min(block + 6, 2**14))
+    monkeypatch.setattr(judge, "BLOCK", block)
+    monkeypatch.setattr(judge, "ROWS", min(block + 6, 2**14))
     images, texts, pairs = example
     k, text_of = 3, np.random.default_rng(2).permutation(pairs.text_of)
     got = Agreements(images, texts, pairs, k, most, seed=4)(torch.from_numpy(text_of))
@@ -141,13 +141,13 @@ def test_share_and_posterior_of_a_known_mixture(share, shape):
 def test_the_paper_s_judge_sees_one_draw_and_others_the_mean_of_several(monkeypatch, example):
     images, texts, pairs = example
     draws = []
-    monkeypatch.setattr(judge_module, "losses_in_batches",
+    monkeypatch.setattr(judge, "losses_in_batches",
                         lambda *args: draws.append(args) or losses_in_batches(*args))
     args = parsed("memorybank", seed=0, batch_size=10, clean_threshold=0.8)
-    paper = judge_module.judge(images, texts, torch.tensor(2.0), pairs, args)
+    paper = verdict_on(images, texts, torch.tensor(2.0), pairs, args)
     assert len(draws) == 1 and paper.mismatches is None and len(paper.components) == 2
     args.judge_neighbours = 3
-    ours = judge_module.judge(images, texts, torch.tensor(2.0), pairs, args)
+    ours = verdict_on(images, texts, torch.tensor(2.0), pairs, args)
     assert len(draws) == 5 and ours.components is None
     image_of, text_of = torch.from_numpy(pairs.image_of), torch.from_numpy(pairs.text_of)
     losses = [losses_in_batches(images, texts, image_of, text_of, torch.tensor(2.0), call[-1])
@@ -464,7 +464,7 @@ def test_features_need_neither_model_nor_tokens(features, tmp_path, monkeypatch)
 
 def test_features_are_used_in_blocks(monkeypatch):
     """Judging and searching take a few rows at a time, however many pairs there are."""
-    for module, name, value in ((judge_module, "ROWS", 64), (judge_module, "BLOCK", 64 * 10 * 8),
+    for module, name, value in ((judge, "ROWS", 64), (judge, "BLOCK", 64 * 10 * 8),
                                 (neighbours, "QUERIES", 64), (neighbours, "KEYS", 50),
                                 (neighbours, "SMALL", 0)):
         monkeypatch.setattr(module, name, value)
@@ -473,7 +473,7 @@ def test_features_are_used_in_blocks(monkeypatch):
     images, texts = (Watched(torch.randn(m, 8, generator=rng).half()) for m in (n // 5, n))
     args = parse_args("memorybank", ["--judge_neighbours", "5", "--batch_size",
                                                     "50", "--device", "cpu"])
-    verdict = judge_module.judge(unit(images), unit(texts), torch.tensor(2.0), pairs, args)
+    verdict = verdict_on(normalised(images), normalised(texts), torch.tensor(2.0), pairs, args)
     bank_of(verdict, images, texts, pairs, args, {})
     assert images.most == texts.most == 64
 
@@ -500,8 +500,8 @@ def test_a_pool_of_all_is_the_whole_search_and_a_small_one_is_not(features, tmp_
     assert len({row["best_caption"] for row in tables["few"]}) <= 40
     assert len({row["best_caption"] for row in tables["all"]}) > 40
     # the bank's entries are the nearest among all clean pairs, whatever the neighbours were
-    entries = nearest_clean(unit(torch.from_numpy(arrays["images"])), pairs_of(options).image_of,
-                            few["clean"])
+    images = normalised(torch.from_numpy(arrays["images"]))
+    entries = nearest_clean(images, pairs_of(options).image_of, few["clean"])
     assert np.array_equal(entries, few["image_entry"])
 
 

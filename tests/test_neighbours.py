@@ -1,4 +1,4 @@
-"""Rows of features and the search for the nearest ones: against brute force, and what they hold."""
+"""Lazy features and the search for the nearest ones: against brute force, and what they hold."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from conftest import Watched
 
 from utils.method import neighbours
-from utils.method.neighbours import Rows, nearest, random_rows, unit
+from utils.method.neighbours import Features, nearest, normalised, random_rows
 
 
 @pytest.fixture(params=[(4096, 4096), (7, 5), (1, 1), (4, 64)])
@@ -69,8 +69,8 @@ def test_rows_are_those_of_the_whole(dtype):
     values = features if dtype == torch.float64 else features.float()
     centre, chosen = values.mean(dim=0), torch.tensor([3, 3, 29, 0])
     whole = F.normalize(F.normalize(values, dim=1) - centre, dim=1)
-    rows = Rows(unit(features), centre=centre, unit=True)
-    some = Rows(rows, chosen=chosen)
+    rows = Features(normalised(features), centre=centre, normalise=True)
+    some = Features(rows, chosen=chosen)
     assert rows.dtype == some.dtype == values.dtype
     assert rows.shape == (30, 5) and some.shape == (4, 5) and len(some) == 4
     for index in (slice(4, 9), slice(None), chosen):
@@ -83,7 +83,7 @@ def test_the_search_never_holds_more_rows_than_a_block(monkeypatch):
     for name, value in (("QUERIES", 16), ("KEYS", 8), ("SMALL", 0)):
         monkeypatch.setattr(neighbours, name, value)
     queries, keys = Watched(torch.randn(100, 4)), Watched(torch.randn(300, 4))
-    nearest(unit(queries), unit(keys), 3)
+    nearest(normalised(queries), normalised(keys), 3)
     assert queries.most == 16 and keys.most == 8
 
 
@@ -92,5 +92,5 @@ def test_few_keys_are_prepared_once(monkeypatch):
     keys = Watched(torch.randn(300, 4))
     taken, take = [], keys.__getitem__
     monkeypatch.setattr(Watched, "__getitem__", lambda self, index: taken.append(1) or take(index))
-    nearest(torch.randn(100, 4), unit(keys), 3)
+    nearest(torch.randn(100, 4), normalised(keys), 3)
     assert len(taken) == 1

@@ -52,31 +52,32 @@ class Batch(NamedTuple):
         return Batch(ship(self.indices, device), move(self.images), move(self.texts))
 
 
-def distinct_items(wanted, unit=1):
+def distinct_items(wanted, round_to=1):
     """(items (total,), rows (k, B), num_batch, memory_start) as in `DistinctItems` for the items
     (k, B) int64 that the pairs of the batch, of M^I and of M^T want; numbers are multiples of
-    `unit`."""
+    `round_to`."""
     batch, memory = np.unique(wanted[0]), np.unique(wanted[1:])
     both = np.intersect1d(batch, memory, assume_unique=True)
     batch_only = np.setdiff1d(batch, both, assume_unique=True)
     memory_only = np.setdiff1d(memory, both, assume_unique=True)
-    parts = [rounded_up(np.concatenate([batch_only, both]), unit), rounded_up(memory_only, unit)]
+    parts = [rounded_up(np.concatenate([batch_only, both]), round_to),
+             rounded_up(memory_only, round_to)]
     items = np.concatenate(parts)
     distinct, first = np.unique(items, return_index=True)
     rows = first[np.searchsorted(distinct, wanted)]
-    return items, torch.from_numpy(rows), len(parts[0]), len(batch_only) // unit * unit
+    return items, torch.from_numpy(rows), len(parts[0]), len(batch_only) // round_to * round_to
 
 
-def rounded_up(items, unit):
-    """`items` (n,) and the last of them again and again, up to a multiple of `unit`."""
-    return np.pad(items, (0, -len(items) % unit), mode="edge" if len(items) else "empty")
+def rounded_up(items, round_to):
+    """`items` (n,) and the last of them again and again, up to a multiple of `round_to`."""
+    return np.pad(items, (0, -len(items) % round_to), mode="edge" if len(items) else "empty")
 
 
-def cut_tokens(tokens, unit=1):
+def cut_tokens(tokens, round_to=1):
     """`tokens` (v, L) without the columns behind the last end token, which no caption reads, but a
-    multiple of `unit` of them, or all."""
+    multiple of `round_to` of them, or all."""
     length = int(tokens.argmax(dim=1).max()) + 1
-    return tokens[:, : -(-length // unit) * unit]
+    return tokens[:, : -(-length // round_to) * round_to]
 
 
 class Batches(Dataset):
@@ -90,26 +91,26 @@ class Batches(Dataset):
         self.pairs, self.bank, self.seed, self.few_shapes = pairs, bank, seed, few_shapes
         device = pairs.images.device if in_memory(pairs.images) else torch.device("cpu")
         self.tokens = pairs.tokens.to(device)
-        self.clean = clean_pairs(bank) if random_memory and bank is not None else None
+        self.clean_set = clean_pairs(bank) if random_memory and bank is not None else None
         self.own = slice(rank(), None, world())
 
     def memory(self, indices):
         """(M^I, M^T) (B,) each of the pairs (B,) of a batch."""
-        if self.clean is None:
+        if self.clean_set is None:
             return (self.bank.image_entry[self.pairs.image_of[indices]],
                     self.bank.caption_entry[indices])
         rng = np.random.default_rng([self.seed, *indices])
-        twice = len(self.clean) < len(indices)
-        return [rng.choice(self.clean, len(indices), replace=twice) for _ in range(2)]
+        twice = len(self.clean_set) < len(indices)
+        return [rng.choice(self.clean_set, len(indices), replace=twice) for _ in range(2)]
 
     def __getitem__(self, indices):
         pairs = self.pairs
         wanted = np.array([indices])
         if self.bank is not None:
             wanted = np.stack([indices, *self.memory(indices)])
-        unit, tokens = (-(-len(indices) // 8), 8) if self.few_shapes else (1, 1)
-        images, *image_rows = distinct_items(pairs.image_of[wanted], unit)
-        texts, *text_rows = distinct_items(pairs.text_of[wanted], unit)
+        round_to, tokens = (-(-len(indices) // 8), 8) if self.few_shapes else (1, 1)
+        images, *image_rows = distinct_items(pairs.image_of[wanted], round_to)
+        texts, *text_rows = distinct_items(pairs.text_of[wanted], round_to)
         crops = pairs.images.take(images[self.own])
         length = cut_tokens(pairs.tokens[texts], tokens).shape[1]
         own = ship(torch.from_numpy(texts[self.own]), self.tokens.device)

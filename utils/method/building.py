@@ -14,7 +14,7 @@ from utils.method.memorybank import (
     new_bank_path,
     save_bank,
 )
-from utils.method.neighbours import Rows, nearest, random_rows, unit
+from utils.method.neighbours import Features, nearest, normalised, random_rows
 from utils.method.recipes import RECIPES
 from utils.method.rounds import judge_pairs
 from utils.reading.layout import ratio_name
@@ -34,7 +34,9 @@ def bank_of(verdict, raw_images, raw_texts, pairs, args, info):
     ones win.
     """
     by_cosine, clean = RECIPES[args.recipe].cosine_bank, verdict.clean
-    images, texts = (unit(raw_images), unit(raw_texts)) if by_cosine else (raw_images, raw_texts)
+    images, texts = raw_images, raw_texts
+    if by_cosine:
+        images, texts = normalised(images), normalised(texts)
     image_entry = nearest_clean(images, pairs.image_of, clean, by_cosine)
     caption_entry = nearest_clean(texts, pairs.text_of, clean, by_cosine)
     caption_entry = caption_entry[pairs.text_of]  # (n,)
@@ -83,10 +85,10 @@ def memory_bank(model, pairs, args, precision, log=print, resumed=None):
 def nearest_clean(features, item_of, clean, own_first=True, most=None, seed=0):
     """Nearest strict-clean pair of each distinct item (image or caption): (items,) int64.
 
-    features (items, D), tensor or `Rows`, compared by dot product; item_of (n,) the item of each
-    pair; clean (n,) bool. The lowest clean pair stands for its item. With `own_first` an item that
-    has a clean pair finds itself, as it does by cosine; the others look among `most` random clean
-    items, drawn by `seed`, or among all.
+    features (items, D), tensor or `Features`, compared by dot product; item_of (n,) the item of
+    each pair; clean (n,) bool. The lowest clean pair stands for its item. With `own_first` an item
+    that has a clean pair finds itself, as it does by cosine; the others look among `most` random
+    clean items, drawn by `seed`, or among all.
     """
     clean_pairs = np.flatnonzero(clean)
     clean_items, first = np.unique(item_of[clean_pairs], return_index=True)
@@ -97,7 +99,7 @@ def nearest_clean(features, item_of, clean, own_first=True, most=None, seed=0):
         result[clean_items] = entry
         searched = np.setdiff1d(searched, clean_items)
     some = random_rows(len(clean_items), most, seed)
-    queries, keys = (Rows(features, chosen=torch.from_numpy(items).to(features.device))
+    queries, keys = (Features(features, chosen=torch.from_numpy(items).to(features.device))
                      for items in (searched, clean_items[some]))
     found = nearest(queries, keys, title="nearest clean pairs")[1][:, 0]
     result[searched] = entry[some[found.cpu().numpy()]]

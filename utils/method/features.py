@@ -14,7 +14,7 @@ from utils.distributed import gather, rank, world
 from utils.errors import InputError
 from utils.files import atomic_write, parsing
 from utils.method.batches import cut_tokens
-from utils.method.neighbours import Rows
+from utils.method.neighbours import Features
 from utils.method.pairs import fingerprint, first_pairs
 from utils.method.passes import encoders
 from utils.reading.images import image_loader
@@ -98,7 +98,7 @@ def write_items(pairs, folder):
 
 
 def read_features(path, pairs, device):
-    """((images (u, D), texts (v, D)) as `Rows`, log temperature) of a folder or an .npz file.
+    """((images (u, D), texts (v, D)) as `Features`, log temperature) of a folder or an .npz file.
 
     It holds `images` and `texts`, a row for each distinct item or for each pair, and `items`, the
     hash that `write_items` wrote: arrays of the file, or images.npy, texts.npy and items.sha256 of
@@ -124,7 +124,7 @@ def read_features(path, pairs, device):
             raise InputError(f"{path}: '{name}' must be finite floating-point numbers")
         per_pair = len(values) != count
         chosen = torch.from_numpy(first_pairs(item_of)).to(device) if per_pair else None
-        found.append(Rows(values.to(device), chosen=chosen, dtype=torch.float32))
+        found.append(Features(values.to(device), chosen=chosen, dtype=torch.float32))
     if found[0].shape[1] != found[1].shape[1]:
         raise InputError(f"{path}: images have {found[0].shape[1]} dimensions, texts "
                          f"{found[1].shape[1]}; both must lie in one space")

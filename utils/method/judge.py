@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from utils.errors import InputError
 from utils.method.losses import pair_losses
-from utils.method.neighbours import Rows, nearest, random_rows
+from utils.method.neighbours import Features, nearest, random_rows
 from utils.method.recipes import RECIPES
 
 DRAWS = 4  # of random batches, over which a loss is averaged
@@ -51,10 +51,10 @@ class Verdict(NamedTuple):
     mismatches: np.ndarray | None = None
 
 
-def judge(images, texts, logit_scale, pairs, args, number=0):
-    """`Verdict` on `pairs` from L2-normalised features, tensors or `Rows`, of their distinct images
-    (u, D) and captions (v, D) and the log temperature, after round `number`. Without rounds and
-    neighbours it is the paper's. Raises InputError when losses are not finite."""
+def verdict_on(images, texts, logit_scale, pairs, args, number=0):
+    """`Verdict` on `pairs` from L2-normalised features, tensors or `Features`, of their distinct
+    images (u, D) and captions (v, D) and the log temperature, after round `number`. Without rounds
+    and neighbours it is the paper's. Raises InputError when losses are not finite."""
     n, device = len(pairs), images.device
     if n < 2:
         raise InputError(f"{pairs.source} has {n} pair; a memory bank needs at least two")
@@ -213,10 +213,10 @@ class Agreements:
 
 
 def centred(features, item_of):
-    """`Rows` of features (items, D) less their mean over the pairs, whose items are item_of (n,),
-    at length 1."""
+    """`Features` (items, D) less their mean over the pairs, whose items are item_of (n,), at length
+    1."""
     total = sum(features[rows].sum(dim=0) for rows in item_of.split(ROWS))
-    return Rows(features, centre=total / len(item_of), unit=True)
+    return Features(features, centre=total / len(item_of), normalise=True)
 
 
 def partners(features, item_of, partner_of, items):
@@ -241,8 +241,8 @@ def nearest_others(features, k, items, title):
     """(cosine (q, k), place (q, k) int32 among the items) of the k of the items (m,), ascending,
     that are most similar to each row of features (q, D), itself left out."""
     at, here = position_among(items, torch.arange(len(features), device=items.device))
-    cosine, found = nearest(features, Rows(features, chosen=items), k, torch.where(here, at, -1),
-                            title)
+    own = torch.where(here, at, -1)
+    cosine, found = nearest(features, Features(features, chosen=items), k, own, title)
     return cosine, found.int()
 
 
@@ -333,7 +333,7 @@ def strict_clean_set(posterior, scores, threshold, min_share):
     return clean
 
 
-def report(pairs, verdict, args, log):
+def log_verdict(pairs, verdict, args, log):
     """Say what a judge found, and how right it is where the clean captions are at hand."""
     for weight, center, variance in verdict.components or ():
         log(f"mixture: mean {center:.3f}, weight {weight:.3f}, standard deviation "

@@ -9,17 +9,18 @@ QUERIES, KEYS = 4096, 4096  # of a block of similarities: 64 MiB in fp32
 SMALL = 2**25  # numbers of keys that are prepared once and held, rather than for each query block
 
 
-class Rows:
+class Features:
     """Features (n, D) of which only the rows in use are held.
 
-    features: any float dtype, a tensor, one that is mapped from a file, or other `Rows`. A slice or
-    an int64 tensor as index gives these rows on the device, in `dtype` (fp32, or float64 where the
-    features are): of those that are `chosen` (n,) int64 where given, less `centre` (D,) where
-    given, at length 1 with `unit`.
+    features: any float dtype, a tensor, one that is mapped from a file, or other `Features`. A
+    slice or an int64 tensor as index gives these rows on the device, in `dtype` (fp32, or float64
+    where the features are): of those that are `chosen` (n,) int64 where given, less `centre` (D,)
+    where given, at length 1 with `normalise`.
     """
 
-    def __init__(self, features, chosen=None, centre=None, unit=False, dtype=None):
-        self.features, self.chosen, self.centre, self.unit = features, chosen, centre, unit
+    def __init__(self, features, chosen=None, centre=None, normalise=False, dtype=None):
+        self.features, self.chosen = features, chosen
+        self.centre, self.normalise = centre, normalise
         self.device = features.device
         self.dtype = dtype or torch.promote_types(features.dtype, torch.float32)
         self.shape = (len(features if chosen is None else chosen), features.shape[1])
@@ -33,12 +34,12 @@ class Rows:
         rows = self.features[index].to(self.dtype)
         if self.centre is not None:
             rows = rows - self.centre
-        return F.normalize(rows, dim=1) if self.unit else rows
+        return F.normalize(rows, dim=1) if self.normalise else rows
 
 
-def unit(features):
-    """`Rows` of features (n, D) at length 1."""
-    return Rows(features, unit=True)
+def normalised(features):
+    """`Features` (n, D) at length 1."""
+    return Features(features, normalise=True)
 
 
 def random_rows(n, most, seed):
@@ -52,9 +53,9 @@ def nearest(queries, keys, k=1, without=None, title="nearest"):
     """(similarity (q, k), row (q, k) int64) of the k keys with the largest dot product with each
     query, the best first, the lowest row of equals.
 
-    queries (q, D), keys (m, D): tensors or `Rows`. without: (q,) int64, the key that a query must
-    not find, -1 for none. k is at most the number of keys that every query may find. The time is
-    that of 2 q m D floating-point operations.
+    queries (q, D), keys (m, D): tensors or `Features`. without: (q,) int64, the key that a query
+    must not find, -1 for none. k is at most the number of keys that every query may find. The time
+    is that of 2 q m D floating-point operations.
     """
     device, total = queries.device, len(keys)
     k = min(k, total - (without is not None))

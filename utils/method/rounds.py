@@ -12,8 +12,8 @@ import clip
 from utils.distributed import main_first
 from utils.method.batches import training_loader
 from utils.method.features import embed_pairs, mean_random_cosine, read_features
-from utils.method.judge import judge, report, separation
-from utils.method.neighbours import unit
+from utils.method.judge import log_verdict, separation, verdict_on
+from utils.method.neighbours import normalised
 from utils.method.optimizer import adamw
 from utils.method.pairs import for_model, take
 from utils.method.passes import Passes
@@ -28,19 +28,19 @@ FEW, RATE_OF_FEW = 10, 1e-5  # so few images, or clean pairs of others, say noth
 def judge_pairs(model, pairs, args, precision, log=print):
     """What the judge that the options name, which is `model` unless they name another, finds.
 
-    Returns (`Verdict`, raw features (u, D) and (v, D) of the judge, tensors or `Rows`, dict of
+    Returns (`Verdict`, raw features (u, D) and (v, D) of the judge, tensors or `Features`, dict of
     numbers about it). With `--judge_features` no model is asked.
     """
     args = changed(args, seed=args.noise_seed)
     if args.judge_features:
         features, scale = read_features(args.judge_features, pairs, args.device)
-        verdict = judge(*map(unit, features), scale, pairs, args)
-        report(pairs, verdict, args, log)
+        verdict = verdict_on(*map(normalised, features), scale, pairs, args)
+        log_verdict(pairs, verdict, args, log)
         return verdict, features, {}
     if args.judge:
         model, pairs = other_judge(pairs, args, precision)
     features = embed_pairs(model, pairs, args, precision, normalise=False)
-    verdict = judge(*map(unit, features), model.logit_scale, pairs, args)
+    verdict = verdict_on(*map(normalised, features), model.logit_scale, pairs, args)
     info = {"beta": mean_random_cosine(model, args, precision)}
     cosine = verdict.cosine  # of the initial model
     for number in range(1, args.judge_rounds + 1):
@@ -51,8 +51,8 @@ def judge_pairs(model, pairs, args, precision, log=print):
             f"{rate:g} on {verdict.clean.sum()} pairs")
         taught = teach(model, pairs, verdict.clean, rate, args, precision, number)
         features = embed_pairs(taught, pairs, args, precision, normalise=False)
-        verdict = judge(*map(unit, features), taught.logit_scale, pairs, args, number)
-    report(pairs, verdict, args, log)
+        verdict = verdict_on(*map(normalised, features), taught.logit_scale, pairs, args, number)
+    log_verdict(pairs, verdict, args, log)
     return verdict._replace(cosine=cosine), features, info
 
 
@@ -109,8 +109,8 @@ def best_rate(model, pairs, clean, args, precision, log):
     def best_of(rates):
         for rate in rates:
             taught = teach(model, pairs, lessons, rate, half, precision, 0)
-            features = map(unit, embed_pairs(taught, few, args, precision, normalise=False))
-            found[rate] = separation(judge(*features, taught.logit_scale, few, args, 1))
+            features = map(normalised, embed_pairs(taught, few, args, precision, normalise=False))
+            found[rate] = separation(verdict_on(*features, taught.logit_scale, few, args, 1))
         return RATES.index(max(found, key=found.get))
 
     decade = best_of(RATES[::2])

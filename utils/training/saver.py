@@ -178,8 +178,8 @@ def hash_of_data(loader):
     digest = hashlib.sha256(fingerprint(dataset.pairs).encode())
     if len(chosen) < len(dataset.pairs):
         digest.update(b"chosen" + chosen.tobytes())
-    if dataset.clean is not None:
-        digest.update(b"random" + dataset.clean.tobytes())
+    if dataset.clean_set is not None:
+        digest.update(b"random" + dataset.clean_set.tobytes())
     elif dataset.bank is not None:
         digest.update(dataset.bank.image_entry.tobytes() + dataset.bank.caption_entry.tobytes())
     return digest.hexdigest()
