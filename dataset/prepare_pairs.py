@@ -79,8 +79,9 @@ class Usable:
         self.split, self.there = {}, None
         self.names = {}  # of images that were looked at, by name or by content, or what is wrong
         columns = args.image_column, args.caption_column
-        table = Digest(self.rows("reading"), columns)
-        for number, row in enumerate(table):
+        table = Digest(columns)
+        for number, row in enumerate(self.rows("reading")):
+            table.add(row)
             try:
                 if isinstance(row, str):
                     raise Unusable(row)

@@ -1,9 +1,12 @@
 """A person's table through prepare_pairs.py and find_noise.py: what comes back, in every format."""
 
 import csv
+import gzip
 import io
 import json
 import re
+import shutil
+import subprocess
 import sys
 import tarfile
 
@@ -18,9 +21,8 @@ from test_prepare import jpeg, lines, put
 
 import find_noise
 from dataset import prepare_pairs
-from utils.cleaning import source as source_module
 from utils.cleaning.captions import captions_in, one_line, without
-from utils.cleaning.tables import copy_suffix, read_rows
+from utils.cleaning.tables import Json, read_rows, table_of
 from utils.errors import InputError
 
 COUNT = 24
@@ -219,7 +221,7 @@ def test_every_table_comes_back_without_its_wrong_captions(tmp_path, judged, cap
     wrong = [captions(i)[c] for i, places in WRONG.items() for c in places]
     assert {row["caption"].replace("'", '"') for row in rows[: len(wrong)]} == set(
         c.replace("'", '"') for c in wrong)
-    cleaned = tmp_path / "clean" / f"cleaned{copy_suffix(table)}"
+    cleaned = tmp_path / "clean" / f"cleaned{table_of(table).suffix}"
     if form is tar:
         expected = [(f"v1.2_{i:03d}" if i % 2 else f"{i:03d}", captions(i)[c])
                     for i in range(COUNT) for c in RIGHT[i]]
@@ -285,15 +287,15 @@ def test_a_copy_that_is_not_right_leaves_nothing_and_blocks_nothing(tmp_path, ju
                                                                     monkeypatch):
     table, _ = jsonl(tmp_path)
     prepare(table, tmp_path / "mine")
-    copy, broken = source_module.copy_rows, {2: [1, 2]}
+    copy, broken = Json.copy, {2: [1, 2]}
 
-    def wrong(source, target, column, keep):
-        copy(source, target, column, {**keep, **broken})
+    def wrong(table, target, column, keep):
+        copy(table, target, column, {**keep, **broken})
 
     options = tmp_path / "mine", tmp_path / "out", "--write_clean", tmp_path / "clean"
     for broken in ({3: {1: ""}}, {4: {}}, {11: [1]}):  # noqa: B007
         with monkeypatch.context() as patch:
-            patch.setattr(source_module, "copy_rows", wrong)
+            patch.setattr(Json, "copy", wrong)
             refused(find, *options)
         assert "would not hold the pairs that are kept" in capsys.readouterr().err
         assert not list(tmp_path.glob("*clean*"))
@@ -306,7 +308,7 @@ def test_types_that_cannot_be_one_are_refused_when_preparing(tmp_path, capsys):
                        tmp_path / f"{number}.parquet")
     refused(prepare, f"{tmp_path}/*.parquet", tmp_path / "mine")
     error = capsys.readouterr().err
-    assert "1.parquet: its columns do not fit those of" in error and "note" in error
+    assert "1.parquet is not a file with the same columns as" in error and "note" in error
     delimited(tmp_path, "0.csv", [["image", "caption", "note"]])
     delimited(tmp_path, "1.csv", [["image", "caption"]])
     refused(prepare, f"{tmp_path}/*.csv", tmp_path / "mine")
@@ -410,11 +412,26 @@ def test_captions_that_clip_empties_are_none(text):
     ("t.csv.gz", b"\x1f\x8b\x08", "compressed; unpack it"),
     ("t.arrow", b"\xff\xff\xff\xff\0\0", "give what to_parquet"),
     ("t.csv", 'image,caption\na.jpg,fine\nb.jpg,"a dog\nc.jpg,x\nd.jpg,y\n',
-     "the quote that opens in line 3 is not closed"),
-    ("t.csv", "image,caption\n" + 'a.jpg,"' + "x,y\n" * 40_000, "the quote that opens in line 2")])
+     "(line 3: unexpected end of data; a quote that opens there is not closed)"),
+    ("t.csv", "image,caption\n" + 'a.jpg,"' + "x,y\n" * 40_000,
+     "(line 2: field larger than field limit (131072); a quote that opens there is not closed)")])
 def test_a_file_that_cannot_be_read_is_named_for_what_it_is(tmp_path, capsys, name, content, said):
     refused(prepare, put(tmp_path / name, content), tmp_path / "mine")
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["0.tar.gz", "0.tgz"])
+def test_compressed_tars_are_refused_until_gunzip_has_unpacked_them(tmp_path, capsys, name):
+    table, _ = tar(tmp_path)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / name).write_bytes(gzip.compress(table.read_bytes()))
+    shutil.copy(table, tmp_path / "in/1.tar")  # which alone would be half of the pairs
+    refused(prepare, tmp_path / "in", tmp_path / "mine")
+    assert f"{name} is compressed; unpack it, and all others beside it, with gunzip" in (
+        capsys.readouterr().err)
+    subprocess.run(["gunzip", tmp_path / "in" / name], check=True)
+    prepare(tmp_path / "in", tmp_path / "mine")
+    assert json.loads("\n".join(lines(tmp_path / "mine", "source.json")))["rows"] == 2 * COUNT
 
 
 @pytest.mark.parametrize("asked, there", [

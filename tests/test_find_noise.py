@@ -14,12 +14,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from browser import CHROMIUM, Browser
-from conftest import tree, write_lines
+from conftest import options, tree, write_lines
 from PIL import Image
 
+import clip
 import find_noise
 import main_CLIP
+from data import training_pairs
 from utils.cleaning import noise_page
+from utils.cleaning.labels import COLUMNS, cells, read_labels
 from utils.method import rounds
 from utils.method.judge import Verdict
 from utils.reading.layout import read_captions
@@ -421,6 +424,26 @@ def test_labels_of_part_of_the_sample(dataset, find, tmp_path):
                     for pair, stratum in strata.items()}
 
 
+@pytest.mark.parametrize("encoding, dialect", [
+    ("utf-8", {"lineterminator": "\n"}), ("utf-8-sig", {}), ("utf-8-sig", {"delimiter": ";"}),
+    ("utf-8", {"delimiter": "\t"}), ("utf-16", {"delimiter": "\t"}),
+    ("utf-8", {"quoting": csv.QUOTE_ALL})])
+def test_labels_as_a_spreadsheet_saves_them(dataset, tmp_path, encoding, dialect):
+    data = dataset("cc")
+    captions = data.lines("train_caps.txt")
+    captions[2:6] = 'a "red", or; é\tone', '"Red"', "=1+1", "'tis"
+    write_lines(data.split_folder / "train_caps.txt", captions)
+    pairs = training_pairs(options(data, command="find_noise"), clip.Preprocess(8))
+    with open(tmp_path / "decisions.csv", "w", encoding=encoding, newline="") as f:
+        table = csv.writer(f, **dialect)
+        table.writerow(COLUMNS)
+        table.writerows([i, *cells(pairs, i), i % 3 + 1, 4, "wrong" if i == 2 else "Right"]
+                        for i in range(12))
+    labels = read_labels(tmp_path / "decisions.csv", pairs)
+    assert labels.answer.tolist() == [1 if i == 2 else -1 for i in range(12)]
+    assert labels.sample == {i: (i % 3 + 1, 4) for i in range(12)}
+
+
 def test_broken_labels(dataset, find, fails, tmp_path):
     data = dataset("cc")
     _, rows = find(data)
@@ -435,14 +458,14 @@ def test_broken_labels(dataset, find, fails, tmp_path):
     assert "another data set" in error(image="x.jpg")
     assert "'perhaps', not right, wrong or skip" in error(decision="perhaps")
     assert "stratum_size is '13'" in error(stratum_size=13)
-    assert "is damaged" in error(pair="9" * 5000)
+    assert f"pair {20 * '9'} is not" in error(pair="9" * 5000)
     decide(labels, [{**rows[0], "rank": 1}, {**rows[0], "rank": 2}],
            lambda row: "right" if row["rank"] == 1 else "wrong")
     assert "right and to be wrong" in fails(data, "--labels", labels)
-    labels.write_text("pair,decision\n")
+    labels.write_text("pair,decision\n1,right\n")
     assert "no column 'image'" in fails(data, "--labels", labels)
-    labels.write_bytes(b"\xff" * 40)
-    assert "decisions.csv" in fails(data, "--labels", labels)
+    labels.write_bytes(b"\x81" * 40)
+    assert "save it as UTF-8" in fails(data, "--labels", labels)
     assert "not exist" in fails(data, "--labels", tmp_path / "none.csv")
 
 

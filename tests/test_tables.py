@@ -15,7 +15,7 @@ from test_prepare import as_csv, jpeg, lines, put, tree
 
 from dataset import prepare_pairs
 from utils.cleaning.source import rows_of, source_of
-from utils.cleaning.tables import copy_rows, copy_suffix, read_rows
+from utils.cleaning.tables import read_rows, table_of
 from utils.errors import InputError
 from utils.reading.layout import image_names, read_captions, read_ids
 
@@ -132,8 +132,8 @@ def test_every_format_is_prepared_with_the_rows_that_it_came_from(tmp_path, caps
 def test_copy_of_every_format_has_the_kept_rows_with_all_their_columns(tmp_path, write):
     (tmp_path / "source").mkdir()
     table, kept = write(tmp_path / "source"), [0, 4, 5, 8, 11]
-    target = tmp_path / f"copy{copy_suffix(table)}"
-    copy_rows(table, target, "caption", dict.fromkeys(kept, [0]))
+    target = tmp_path / f"copy{table_of(table).suffix}"
+    table_of(table).copy(target, "caption", dict.fromkeys(kept, [0]))
     if write in (write_tar, write_tars, write_loose):
         shards = {write_tar: ["t.tar"] * 5, write_tars: ["00000.tar"] * 3 + ["00001.tar"] * 2,
                   write_loose: ["00000"] * 3 + ["00001"] * 2}[write]
@@ -149,18 +149,26 @@ def test_copy_of_every_format_has_the_kept_rows_with_all_their_columns(tmp_path,
         assert copy.equals(whole, check_metadata=True)
 
 
-def test_text_is_copied_byte_for_byte(tmp_path):
-    pieces = ['\ufeffimage,caption\r\n', 'a.jpg,"two\nlines, ""quoted"""\n', "\n",
-              "broken\r\n", "b.jpg, plain \r\n", "c.jpg,no end of line"]
-    source = put(tmp_path / "t.csv", "".join(pieces))
-    for kept in ([0, 1], [1, 2, 3], [3], []):
-        copy_rows(source, tmp_path / "copy.csv", "caption", dict.fromkeys(kept, [0]))
-        own = [pieces[1], *pieces[3:5], pieces[5] + "\n"]
-        assert (tmp_path / "copy.csv").read_bytes().decode() == pieces[0] + "".join(
-            own[i] for i in kept)
-    rows = list(read_rows(source, ["image", "caption"]))
-    assert rows[1] == "1 fields, but the header has 2"
-    assert rows[0] == {"image": "a.jpg", "caption": 'two\nlines, "quoted"'}
+@pytest.mark.parametrize("name, text", [
+    ("t.csv", '\ufeffimage,caption\na.jpg,"two\nlines, ""quoted"""\n b.jpg, plain \n'),
+    ("t.csv", 'image;caption\na.jpg;"a;b"\nb.jpg;a, b\n'),
+    ("t.tsv", 'caption\timage\na "dog"\ta.jpg\n"a" cat\tb.jpg\n'),
+    ("t.token", 'a.jpg#0\ta "dog"\nb.jpg#1\ta cat\n'),
+    ("t.jsonl", '{"image": "a.jpg", "caption": "çé \\"", "n": 1.5}\n'
+                '{"caption": "\\ud83d", "image": "b.jpg", "n": null}\n'),
+    ("t.json", '[\n{"image": "a.jpg", "caption": "a"},\n{"image": "b.jpg", "caption": "b"}\n]\n')])
+def test_text_that_is_plainly_written_is_copied_as_it_is(tmp_path, name, text):
+    source, target = put(tmp_path / name, text), tmp_path / f"copy_{name}"
+    table_of(source).copy(target, "caption", {0: [0], 1: [0]})
+    assert target.read_text(encoding="utf-8") == text
+
+
+def test_broken_and_empty_lines_of_text_are_rows_or_none(tmp_path):
+    source = put(tmp_path / "t.csv", '\n\nimage,caption,caption\r\na.jpg,"two\nlines",x\n\n'
+                                     'broken\r\nb.jpg, plain ,no end of line')
+    assert list(read_rows(source, ["image", "caption"])) == [
+        {"image": "a.jpg", "caption": "two\nlines"}, "1 fields, but the header has 3",
+        {"image": "b.jpg", "caption": " plain "}]
 
 
 def test_columns_by_name_and_the_same_bytes_are_one_image(tmp_path, capsys):

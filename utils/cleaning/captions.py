@@ -4,6 +4,7 @@ structures. The *place* of a caption is its number in the list, from 0, empty on
 
 import ast
 import json
+import re
 
 
 def one_line(text):
@@ -24,15 +25,26 @@ def captions_in(value):
     return [(place, caption) for place, caption in texts if caption]
 
 
+def from_json(text):
+    """What a text, str or bytes, says in JSON; None where it is no JSON."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def as_json(value):
+    """JSON with letters as they are, but for halves of characters, which are no UTF-8."""
+    text = json.dumps(value, ensure_ascii=False)
+    return json.dumps(value) if re.search("[\ud800-\udfff]", text) else text
+
+
 def without(value, gone):
-    """A cell without the captions at the places `gone`, in the form that it had."""
+    """A cell without the captions at the places `gone`, in the form that it had; a list written as
+    text becomes JSON."""
     if isinstance(value, str):
         found = _list_in(value)
-        if found is None:
-            return value
-        found = without(found, gone)
-        return repr(found) if _json(value) is None else json.dumps(found,
-                                                                   ensure_ascii=value.isascii())
+        return value if found is None else as_json(without(found, gone))
     if isinstance(value, dict):
         own = value[_member(value)]
         if isinstance(own, str):
@@ -60,7 +72,7 @@ def _list_in(text):
     text = text.strip()
     if not (text.startswith("[") and text.endswith("]")):
         return None
-    found = _json(text)
+    found = from_json(text)
     if found is None:
         try:
             found = ast.literal_eval(text)
@@ -69,13 +81,6 @@ def _list_in(text):
         if repr(found) != text:  # ['a' 'b'], as numpy writes it, would become one text
             raise ValueError('caption looks like a list; write it as JSON: ["a dog", "a cat"]')
     return found
-
-
-def _json(text):
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return None
 
 
 def _member(structure):

@@ -3,12 +3,14 @@
 import itertools
 import os
 import shlex
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 
-from utils.cleaning.source import SOURCE, copy_cleaned, rows_of
-from utils.cleaning.tables import copy_suffix
+from utils.cleaning.captions import captions_in
+from utils.cleaning.source import SOURCE, rows_of
+from utils.cleaning.tables import Shards, read_rows, table_of
 from utils.errors import InputError
 from utils.files import atomic_write, new_folder
 from utils.reading.layout import (
@@ -28,29 +30,55 @@ def write_clean(args, pairs, keep, splits, rows, source, log):
     few = f"--keep_above {args.keep_above} keeps {keep.sum()} of {len(keep)} pairs; lower it"
     if keep.sum() < 2:
         raise InputError(few)
+    said = (f"wrote {args.write_clean}: the {keep.sum()} of {len(keep)} pairs that --keep_above "
+            f"{args.keep_above} and the labels keep")
     with new_folder("--write_clean", args.write_clean) as folder:
         counts = write_subset(pairs, keep, splits, rows, args.dataset_root, folder)
         if [] in counts.values():
             raise InputError(f"{few}: a split would be left with none")
-        said = (f"wrote {args.write_clean}: the {keep.sum()} of {len(keep)} pairs that "
-                f"--keep_above {args.keep_above} and the labels keep")
         if source:
-            others = [split for split in SPLITS if split not in splits]
-            table = f"cleaned{copy_suffix(source.table)}"
-            captions = [pairs.captions[i] for i in np.flatnonzero(keep)]
+            captions, held = [pairs.captions[i] for i in np.flatnonzero(keep)], [rows[keep]]
+            others = [split for split in SPLITS if split not in splits]  # are kept whole
             for split in others:
                 captions += read_captions(split_folder(args.dataset_root) / f"{split}_caps.txt")
-            held = [rows[keep], *(rows_of(args.dataset_root, split) for split in others)]
-            number = copy_cleaned(source, folder / table, np.concatenate(held), captions)
-            said += (f"\nwrote {Path(args.write_clean) / table}: {number} of the {source.rows} "
-                     f"rows of {source.table}, without wrong captions and what could not be used"
-                     + (f"; {len(captions) - keep.sum()} captions of {' and '.join(others)} were "
-                        "judged by nobody" if others else ""))
+                held.append(rows_of(args.dataset_root, split))
+            name, number = write_table(source, folder, np.concatenate(held), captions)
+            said += (f"\nwrote {Path(args.write_clean) / name}: {number} of the {source.rows} rows "
+                     f"of {source.table}, without wrong captions and what could not be used")
+            if others:
+                said += (f"; {len(captions) - keep.sum()} captions of {' and '.join(others)} were "
+                         "judged by nobody")
     counts = counts.get("train", [1])
     log(f"{said}\ntrain on it with:\n"
         f"  python main_CLIP.py --dataset {args.dataset} --dataset_root "
         f"{shlex.quote(args.write_clean)} --num_anns "
         f"{counts[0] if len(set(counts)) == 1 else 1}")
+
+
+def write_table(source, folder, rows, captions):
+    """Write the table without wrong captions, and without rows that are left with none, into a
+    folder, and read it back. Returns its name and its number of rows.
+
+    rows (n, 2): as of `rows_of`, of the pairs that stay; captions: n str, theirs. Raises InputError
+    when what was written does not hold exactly these.
+    """
+    keep = defaultdict(dict)  # {row: {place: caption}}
+    for (row, place), caption in zip(rows.tolist(), captions, strict=True):
+        keep[row][place] = caption
+    table = table_of(source.table)
+    target = Path(folder) / f"cleaned{table.suffix}"
+    table.copy(target, source.caption_column, keep)
+    image, caption = ("key", "caption") if isinstance(table, Shards) else source.columns
+    originals = enumerate(read_rows(source.table, (image, source.caption_column)))
+    wanted = ((row[image], [caption for _, caption in sorted(keep[number].items())])
+              for number, row in originals if number in keep)
+    written = ((row[image], [text for _, text in captions_in(row[caption])])
+               if isinstance(row, dict) else row for row in read_rows(target, (image, caption)))
+    if any(one != other for one, other in itertools.zip_longest(wanted, written)):
+        raise InputError(f"the copy of {source.table} in {target.name} would not hold the pairs "
+                         "that are kept, so none is written; save the table in another format and "
+                         "prepare the data set from that")
+    return target.name, len(keep)
 
 
 def write_subset(pairs, keep, splits, rows, dataset_root, target):

@@ -1,19 +1,19 @@
 """Which pairs a person found right or wrong: the file of these decisions, and what follows of it.
 
-A CSV file with the columns `COLUMNS`, of which the page's decisions.csv has no others and
-suspicious_pairs.csv some more. `pair` is the key; image and caption are checked against the data.
+A table with the columns `COLUMNS`, of which the page's decisions.csv has no others and
+suspicious_pairs.csv some more. A spreadsheet may have saved it its own way. `pair` is the key;
+image and caption are checked against the data.
 `stratum` and `stratum_size` are there for the pairs of the random sample (utils.cleaning.survey).
 """
 
-import csv
 from typing import NamedTuple
 
 import numpy as np
 
 from utils.cleaning.survey import Estimate, estimate
+from utils.cleaning.tables import read_rows
 from utils.cleaning.text import markdown, text_cell
 from utils.errors import InputError
-from utils.files import parsing
 
 COLUMNS = ("pair", "image", "caption", "stratum", "stratum_size", "decision")
 ANSWERS = {"wrong": 1, "right": -1, "skip": 0, "": 0}
@@ -42,26 +42,25 @@ def read_labels(path, pairs):
     """`Labels` of a file. Raises InputError when it is broken or speaks of other pairs."""
     labels = no_labels(len(pairs))
     advice = "give the decisions.csv that the page of suspicious pairs saves"
-    with parsing(path, "a file of decisions", advice):
-        with open(path, encoding="utf-8-sig", newline="") as f:
-            table = csv.DictReader(f)
-            missing = [column for column in COLUMNS if column not in (table.fieldnames or ())]
-            if missing:
-                raise InputError(f"{path} has no column '{missing[0]}'; {advice}")
-            for row in table:
-                read_row(row, f"{path}, line {table.line_num}", pairs, labels)
+    for line, row in enumerate(read_rows(path, COLUMNS, advice), 2):  # below the header
+        where = f"{path}, line {line}"
+        if isinstance(row, str):
+            raise InputError(f"{where}: {row}; {advice}")
+        read_row({name: "" if value is None else str(value) for name, value in row.items()}, where,
+                 pairs, labels)
     return labels
 
 
 def read_row(row, where, pairs, labels):
     """Add a row of the file to `labels`."""
-    number = {name: int(row[name]) if (row[name] or "").isdecimal() else None
+    number = {name: int(row[name]) if row[name].isdecimal() and len(row[name]) < 20 else None
               for name in ("pair", "stratum", "stratum_size")}
     i, size = number["pair"], number["stratum_size"]
     if i is None or i >= len(pairs) or (row["image"], row["caption"]) != cells(pairs, i):
-        raise InputError(f"{where}: pair {row['pair']} is not this one in {pairs.source}; the "
-                         "labels belong to another data set or noise ratio")
-    decision = (row["decision"] or "").strip().lower()
+        raise InputError(f"{where}: pair {row['pair'][:20]} is not this one in {pairs.source}; the "
+                         "labels belong to another data set or noise ratio, or were changed by a "
+                         "spreadsheet, which should save them as CSV")
+    decision = row["decision"].strip().lower()
     if decision not in ANSWERS:
         raise InputError(f"{where}: the decision is '{decision}', not right, wrong or skip")
     if ANSWERS[decision]:

@@ -10,35 +10,37 @@
 A table is a file, a glob of files of one kind, or a folder. Its rows are counted from 0 over all
 its files; a header is none. Columns go by name, whatever their order in a file.
 
-pyarrow.dataset reads columns: it brings the types of several files together. Text, JSON and tars
-are read by Python's own modules: a broken row must cost this row and not the file, and a row that
-is copied must stay as it was, byte for byte, which readers of typed columns (pyarrow.csv, duckdb)
-do not offer; webdataset reads tars as a stream, and images are needed twice.
+pyarrow.dataset reads columns, as it brings the types of several files together. Text, JSON and tars
+are read by Python's own modules, since a broken row must cost this row and be listed by its number.
+Tried with such files: duckdb and pyarrow.csv take an unclosed quote for text, or swallow what
+follows it, and tell broken rows without their place among the others; for Hugging Face's datasets,
+pyarrow.json and duckdb a broken line of JSON is the end of the file; webdataset reads a tar once,
+as a stream, but images are needed twice.
 """
 
 import contextlib
 import csv
 import fnmatch
 import glob
-import io
 import itertools
-import json
 import re
 import tarfile
-from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from utils.cleaning.captions import captions_in, without
+from utils.cleaning.captions import as_json, captions_in, from_json, without
 from utils.errors import InputError
 from utils.files import atomic_write, parsing, require_regular
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
-NO_HEADER = re.compile(rf"\ufeff?[^,\t;|]+\.(?:{'|'.join(IMAGES)})(?:#\d+)?([,\t;|])", re.I)
+IN_FOLDERS = (".tar.gz", ".tgz", ".tar", *(f".{ending}" for ending in IMAGES), ".parquet", ".arrow")
+NO_HEADER = re.compile(rf"[^,\t;|]+\.(?:{'|'.join(IMAGES)})(?:#\d+)?([,\t;|])", re.I)
+BARE = ["image", "number", "caption"]  # columns of a file without a header
+BYTE_ORDER_MARKS = b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff"  # of UTF-8 and of UTF-16
 NO_TABLES = {b"\xff\xff\xff\xff": "an Arrow stream, as save_to_disk of Hugging Face's datasets "
                                   "writes it; give what to_parquet('FILE.parquet') writes",
              b"PK\3\4": "a spreadsheet or another zip archive; save it as CSV, or unpack it",
-             b"\x1f\x8b": "compressed; unpack it with gunzip"}
+             b"\x1f\x8b": "compressed; unpack it, and all others beside it, with gunzip"}
 
 
 class Member(NamedTuple):
@@ -54,58 +56,41 @@ class Member(NamedTuple):
             return f.read(self.size)
 
 
-def read_rows(path, columns):
+def read_rows(path, columns, advice="give --image_column and --caption_column ('caption_*' for "
+                                    "several)"):
     """Rows of a table: yields a dict of the `columns`, or a str that says why a row has none.
 
     An image is what its column holds, a `Member` in shards. A column may be a pattern, as
-    "caption_*", and its cell is then a list. Raises InputError when the table cannot be read, or
-    its first row lacks a column.
+    "caption_*", and its cell is then a list. Raises InputError when the table cannot be read, or,
+    with `advice`, when its first row lacks a column.
     """
     first = True
-    for _, row in table_of(path).rows(columns):
+    for row in table_of(path).rows(columns):
         if isinstance(row, dict):
             absent = next((column for column in columns if not matching(row, column)), None)
             if first and absent:
-                raise InputError(f"{path} has no column '{absent}', only {', '.join(row)}; give "
-                                 "--image_column and --caption_column ('caption_*' for several)")
+                raise InputError(f"{path} has no column '{absent}', only {', '.join(row)}; "
+                                 f"{advice}")
             first = False
             row = f"no '{absent}'" if absent else {
                 column: cell(row, column) for column in columns}
         yield row
 
 
-def copy_rows(source, target, column, keep):
-    """Write rows of the table `source`, with all their columns, to the file `target`, in the format
-    of the source; of shards, a .csv of shard, key and caption. `copy_suffix` is how the name of
-    `target` must end.
-
-    keep: {number of a row: places of the captions in `column` that stay, as `captions_in` counts
-    them}. A row of text that keeps all it has stays as it is, byte for byte.
-    """
-    table_of(source).copy(target, column, keep)
-
-
-def copy_suffix(source):
-    """How the name of a copy of a table ends: ".csv", ".tsv", ".jsonl", ".parquet", ..."""
-    return table_of(source).suffix
-
-
 def table_of(path):
     """The table at a path: `Text`, `Json`, `Columns` or `Shards`."""
-    path, found = Path(path), []
+    path = Path(path)
+    found = [path] if path.exists() else sorted(map(Path, glob.glob(str(path), recursive=True)))
     if path.is_dir():
-        kinds = (".tar", *(f".{ending}" for ending in IMAGES), ".parquet", ".arrow")
         inside = sorted(file for file in path.rglob("*") if file.is_file())
-        there = {file.suffix.lower() for file in inside}
-        kind = next((kind for kind in kinds if kind in there), None)
-        if kind is None:
+        by_ending = ([file for file in inside if file.name.lower().endswith(ending)]
+                     for ending in IN_FOLDERS)
+        found = next(filter(None, by_ending), None)
+        if found is None:
             raise InputError(f"{path} holds no images, nor .tar, .parquet or .arrow files; "
                              "give a table of images and captions")
-        if kind[1:] in IMAGES:
+        if found[0].suffix[1:].lower() in IMAGES:
             return Shards(sorted({file.parent for file in inside}))
-        found = [file for file in inside if file.suffix.lower() == kind]
-    else:
-        found = [path] if path.exists() else sorted(map(Path, glob.glob(str(path), recursive=True)))
     for file in found or [path]:
         require_regular(file, "give a table of images and captions")
     kinds = {_kind(file) for file in found}
@@ -116,11 +101,10 @@ def table_of(path):
 
 def _kind(file):
     """The class that reads a file, by its content, where that tells, or else by its ending."""
-    start = _start(file)
+    start, ending = _start(file), file.suffix.lower()
     for magic, what in NO_TABLES.items():
         if start.startswith(magic):
             raise InputError(f"{file} is {what}")
-    ending = file.suffix.lower()
     if start.startswith((b"PAR1", b"ARROW1")) or ending in (".parquet", ".arrow", ".feather"):
         return Columns
     if start[257:262] == b"ustar" or ending == ".tar":
@@ -153,222 +137,164 @@ def edited(row, column, places):
     gone = {place for place, _ in captions_in(cell(row, column))}.difference(places)
     if column in row:
         return {**row, column: without(row[column], gone)} if gone else row
-    return row | {matching(row, column)[place]: "" for place in gone} if gone else row
+    return row | {matching(row, column)[place]: "" for place in gone}
 
 
-# ---- formats that are copied as text -------------------------------------------------------------
-
-
-class Lines:
-    """A table whose copy is text. `rows` yields (its text as in the file, or None; a dict, or what
-    is wrong with it) of each row, `line` makes text of a dict."""
-
-    head = between = tail = ""
+class Table:
+    """Files of one kind. `rows` yields a dict of each row, or what is wrong with it; `write` puts
+    rows into a file. suffix: how the name of a copy ends."""
 
     def __init__(self, parts):
         self.parts, self.suffix = parts, parts[0].suffix.lower()
 
     def copy(self, target, column, keep):
-        between = ""
+        """Write rows with all their columns to the file `target`, in this format; of shards, a .csv
+        of shard, key and caption. keep: {number of a row: places of the captions in `column` that
+        stay, as `captions_in` counts them}. Values stay as they are, their spelling (quotes, line
+        ends, white space in JSON) may not."""
         with atomic_write(target) as f:
-            for number, (text, row) in enumerate(self.rows()):
-                if number == 0:
-                    f.write(self.head)
-                if number not in keep:
-                    continue
-                new = edited(row, column, keep[number])
-                if text is None or new is not row:
-                    text = self.line(new, column)
-                f.write(between + (text if text.endswith(("\n", "\r")) else f"{text}\n"))
-                between = self.between
-            f.write(self.tail)
+            self.write(f, (edited(row, column, keep[number])
+                           for number, row in enumerate(self.rows()) if number in keep), column)
 
 
-class Text(Lines):
+class Text(Table):
     """Fields between commas, tabs, semicolons or bars."""
 
+    def __init__(self, parts):
+        super().__init__(parts)
+        with _opened(parts[0], "a text table") as f:
+            _, self.names, self.dialect = _header(parts[0], f)
+
     def rows(self, columns=()):
-        first = None
         for part in self.parts:
-            records = _records(part)
-            text, names, dialect = next(records, ("", [], {}))
-            if first is None:
-                first, self.head, self.names, self.dialect = part, text, names, dialect
-            if (sorted(names), dialect) != (sorted(self.names), self.dialect):
-                raise InputError(f"{part} has other columns than {first}, or other characters "
-                                 "between them; give tables of one form")
-            for text, fields, _ in records:
-                if len(fields) == len(names):
-                    yield (text if names == self.names else None,
-                           dict(zip(names, fields, strict=True)))
-                elif fields:  # not an empty line
-                    yield text, f"{len(fields)} fields, but the header has {len(names)}"
+            with _opened(part, f"a {part.suffix.lower()} table") as f:
+                table, names, dialect = _header(part, f)
+                if (sorted(names), dialect) != (sorted(self.names), self.dialect):
+                    raise InputError(f"{part} has other columns than {self.parts[0]}, or other "
+                                     "characters between them; give tables of one form")
+                try:
+                    begin = table.line_num + 1  # of the row at hand
+                    for fields in table:
+                        if names == BARE and fields:
+                            fields[:1] = re.fullmatch(r"(.*?)(#\d+)?", fields[0]).groups("")
+                        if len(fields) == len(names):
+                            yield dict(zip(names, fields, strict=True))
+                        elif fields:  # not an empty line
+                            yield f"{len(fields)} fields, but the header has {len(names)}"
+                        begin = table.line_num + 1
+                except csv.Error as error:
+                    quote = "; a quote that opens there is not closed" * (table.line_num > begin)
+                    raise ValueError(f"line {begin}: {error}{quote}") from None
 
-    def line(self, row, column):
-        return _csv_line([row[name] for name in self.names], **self.dialect)
-
-
-def _records(file):
-    """Records of a file: yields (text, fields, dialect), that of the header first; the text of one
-    that is not there is empty."""
-    tabs = file.suffix.lower() in (".tsv", ".tab")
-    with _opened(file, f"a {file.suffix.lower()} table", "put fields that hold the characters "
-                 "between fields, quotes or line ends in double quotes, and save it as UTF-8",
-                 "utf-8") as f:
-        raw, before = [], []  # lines of the record at hand, and up to the header
-
-        def lines():
-            for line in itertools.chain(before, f):
-                raw.append(line)
-                yield line.removeprefix("\ufeff")  # Excel's mark of UTF-8
-
-        while not "".join(before).strip() and (line := f.readline()):
-            before.append(line)
-        start = "".join(before)
-        bare = NO_HEADER.match(start)
-        delimiter = bare[1] if bare else max("\t,;|" if tabs else ",\t;|", key=start.count)
-        plain = delimiter == "\t" and file.suffix.lower() != ".csv"  # tabs stand without quotes
-        dialect = {"delimiter": delimiter, "strict": True,
-                   "quoting": csv.QUOTE_NONE if plain else csv.QUOTE_MINIMAL}
-        table, names = csv.reader(lines(), **dialect), None
-        try:
-            for fields in table:
-                text = "".join(raw)
-                raw.clear()
-                if names is None and fields:
-                    names = ["image", "caption"] if bare else [
-                        name.strip() if name not in fields[:i] else f"{name} {i}"
-                        for i, name in enumerate(fields)]
-                    yield "" if bare else text, names, dialect
-                    if not bare:
-                        continue
-                if fields and bare:
-                    fields[0] = re.sub(r"#\d+$", "", fields[0])
-                yield text, fields, dialect
-        except csv.Error as error:
-            line, opened = table.line_num - len(raw), None  # where the quote that is open began
-            for number, text in enumerate(raw, line + 1):
-                if text.count('"') % 2:
-                    opened = None if opened else number
-            said = f"; the quote that opens in line {opened} is not closed" if opened else ""
-            raise ValueError(f"line {opened or line + 1}: {error}{said}") from None
+    def write(self, f, rows, column):
+        table = csv.writer(f, lineterminator="\n", **self.dialect)
+        f.write("\ufeff" * _start(self.parts[0]).startswith(BYTE_ORDER_MARKS))  # for Excel
+        if self.names == BARE:
+            table.writerows([row["image"] + row["number"], row["caption"]] for row in rows)
+        else:
+            table.writerow(self.names)
+            table.writerows([row[name] for name in self.names] for row in rows)
 
 
-def _csv_line(fields, **dialect):
-    line = io.StringIO()
-    csv.writer(line, lineterminator="\n", **dialect).writerow(fields)
-    return line.getvalue()
+def _header(file, f):
+    """(csv.reader of the rows of a file, names of its columns, how fields are told apart)."""
+    start = next(filter(str.strip, f), "")
+    f.seek(0)
+    bare, ending = NO_HEADER.match(start), file.suffix.lower()
+    likely_first = "\t,;|" if ending in (".tsv", ".tab") else ",\t;|"
+    dialect = {"delimiter": bare[1] if bare else max(likely_first, key=start.count), "strict": True}
+    if dialect["delimiter"] == "\t" and ending != ".csv":  # quotes are text
+        dialect |= {"quoting": csv.QUOTE_NONE, "quotechar": None}
+    table = csv.reader(f, **dialect)
+    names = BARE if bare else next(filter(None, table), [])
+    return table, [name.strip() if name not in names[:i] else f"{name} {i}"
+                   for i, name in enumerate(names)], dialect
 
 
 @contextlib.contextmanager
-def _opened(file, what, advice, utf_8="utf-8-sig"):
+def _opened(file, what):
     """A text file, UTF-8 or with the mark of UTF-16."""
-    with parsing(file, what, advice):
-        wide = _start(file).startswith((b"\xff\xfe", b"\xfe\xff"))
-        with open(file, encoding="utf-16" if wide else utf_8, newline="") as f:
+    with parsing(file, what, "put fields that hold the characters between fields, quotes or line "
+                             "ends in double quotes, and save it as UTF-8"):
+        wide = _start(file).startswith(BYTE_ORDER_MARKS[1:])
+        with open(file, encoding="utf-16" if wide else "utf-8-sig", newline="") as f:
             yield f
 
 
-class Json(Lines):
+class Json(Table):
     """An object a line, or an array of objects."""
 
-    def __init__(self, parts):
-        super().__init__(parts)
+    def rows(self, columns=()):
+        for part in self.parts:
+            with _opened(part, "a JSON file") as f:
+                found = None
+                if self.suffix == ".json" or f.read(64).lstrip().startswith("["):
+                    f.seek(0)
+                    found = _the_list(part, from_json(f.read()))
+                f.seek(0)
+                for row in map(from_json, filter(str.strip, f)) if found is None else found:
+                    yield row if isinstance(row, dict) else "no JSON object"
+
+    def write(self, f, rows, column):
         if self.suffix == ".json":
-            self.head, self.between, self.tail = "[\n", ",", "]\n"
-
-    def rows(self, columns=()):
-        for part in self.parts:
-            with _opened(part, "UTF-8 text", "save it as UTF-8") as f:
-                found = _document(part, f)
-                for line in filter(str.strip, f) if found is None else found:
-                    row = _json(line) if isinstance(line, str) else line
-                    text = line if found is None else None
-                    yield text, row if isinstance(row, dict) else "no JSON object"
-
-    def line(self, row, column):
-        text = json.dumps(row, ensure_ascii=False)
-        return json.dumps(row) if re.search("[\ud800-\udfff]", text) else text
+            f.write("[\n" + ",\n".join(map(as_json, rows)) + "\n]\n")
+        else:
+            f.writelines(f"{as_json(row)}\n" for row in rows)
 
 
-def _document(file, f):
-    """The list that a file `f` is, or holds alone; None for one with an object a line."""
-    start = f.read(64).lstrip()
-    f.seek(0)
-    if not (start.startswith("[") or file.suffix.lower() == ".json"):
-        return None
-    content = _json(f.read())
-    f.seek(0)
-    if isinstance(content, dict):
-        lists = [name for name, value in content.items() if isinstance(value, list) and value]
-        if len(lists) > 1:
-            raise InputError(f"{file} is an object with the lists {', '.join(lists)}; make it an "
-                             "array of objects, each with an image and its captions")
-        content = content[lists[0]] if lists else [content]
-    return content
+def _the_list(file, content):
+    """The list that the content of a file is, or holds alone; None for no JSON."""
+    if not isinstance(content, dict):
+        return content
+    lists = [name for name, value in content.items() if isinstance(value, list) and value]
+    if len(lists) > 1:
+        raise InputError(f"{file} is an object with the lists {', '.join(lists)}; make it an array "
+                         "of objects, each with an image and its captions")
+    return content[lists[0]] if lists else [content]
 
 
-def _json(text):
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return None
+class Shards(Table):
+    """Tars, or folders of loose files. What stands before an ending that is known is the key."""
 
-
-# ---- shards --------------------------------------------------------------------------------------
-
-
-class Shards(Lines):
-    """Tars, or folders of loose files, by webdataset's rule: a key goes up to the first dot. Where
-    what follows is no ending that is known, up to the last one."""
-
-    head = "shard,key,caption\n"
+    suffix = ".csv"
 
     def __init__(self, parts):
-        super().__init__(parts)
-        self.suffix = ".csv"
+        self.parts = parts
 
     def rows(self, columns=()):
-        unknown, found = Counter(), False
+        unknown, found = set(), False
         for part in self.parts:
-            samples = {}  # key with its folders, and how often it was there: {ending: Member}
+            samples = {}  # key with its folders: its images, texts and JSON files, mostly one each
             for name, member in _loose(part) if part.is_dir() else _members(part):
-                folder, _, base = name.rpartition("/")
-                for key, _, ending in (base.partition("."), base.rpartition(".")):
-                    kind = "image" if ending.lower() in IMAGES else ending.lower()
-                    if key and kind in ("image", "txt", "json"):
-                        again = 0
-                        while kind in samples.setdefault((folder, key, again), {}):
-                            again += 1
-                        samples[folder, key, again][kind] = member
-                        break
+                key, _, ending = name.rpartition(".")
+                kind = "image" if ending.lower() in IMAGES else ending.lower()
+                if Path(key).name and kind in ("image", "txt", "json"):
+                    files = samples.setdefault(key, {"image": [], "txt": [], "json": []})
+                    files[kind].append(member)
                 else:
-                    unknown[ending] += 1
-            for (_, key, _), files in samples.items():
-                if part.is_dir() and "image" not in files and key.endswith("_stats"):
+                    unknown.add(ending)
+            for key, files in samples.items():
+                if part.is_dir() and not files["image"] and key.endswith("_stats"):
                     continue  # img2dataset's own notes
-                found = True
-                yield None, _sample(part.name, key, files)
+                for image, text, about in itertools.zip_longest(*files.values()):
+                    found = True
+                    about = from_json(about.read()) if about else None
+                    row = {"caption": None} | (about if isinstance(about, dict) else {})
+                    if text:
+                        row["caption"] = text.read().decode(errors="replace")
+                    yield row | {"key": Path(key).name, "image": image, "shard": part.name}
         if unknown and not found:
             raise InputError(f"{self.parts[0]} holds files that end in "
                              f"{', '.join(sorted(unknown))}; needed are KEY.jpg (or .png, .webp, "
                              "...) with KEY.txt or KEY.json")
 
-    def line(self, row, column):
-        caption = cell(row, column)
-        caption = caption if isinstance(caption, str) else json.dumps(caption, ensure_ascii=False)
-        return _csv_line([row["shard"], row["key"], caption])
-
-
-def _sample(shard, key, files):
-    row = {"key": key, "image": files.get("image"), "caption": None, "shard": shard}
-    if "json" in files:
-        about = _json(files["json"].read())
-        row = row | about | {"key": key, "image": row["image"], "shard": shard} if isinstance(
-            about, dict) else row
-    if "txt" in files:
-        row["caption"] = files["txt"].read().decode(errors="replace")
-    return row
+    def write(self, f, rows, column):
+        table = csv.writer(f, lineterminator="\n")
+        table.writerow(("shard", "key", "caption"))
+        for row in rows:
+            caption = cell(row, column)
+            table.writerow((row["shard"], row["key"],
+                            caption if isinstance(caption, str) else as_json(caption)))
 
 
 def _loose(folder):
@@ -387,9 +313,6 @@ def _members(path):
                 yield member.name, Member(str(path), member.offset_data, member.size)
 
 
-# ---- columns -------------------------------------------------------------------------------------
-
-
 class Columns:
     """Parquet or Arrow files, their types brought together; copied as one Parquet file."""
 
@@ -401,16 +324,15 @@ class Columns:
             from pyarrow import dataset
         except ImportError:
             raise InputError(f"{parts[0]} needs the package pyarrow: pip install pyarrow") from None
-        form, schemas = "ipc" if _start(parts[0]).startswith(b"ARROW1") else "parquet", []
+        arrow = _start(parts[0]).startswith(b"ARROW1")
+        what, form = ("an Arrow file", "ipc") if arrow else ("a Parquet file", "parquet")
+        self.schema = None
         for part in parts:
-            with parsing(part, f"a {'Parquet' if form == 'parquet' else 'Arrow'} file",
-                         "write it anew"):
-                schemas.append(dataset.dataset([part], format=form).schema)
-                try:
-                    self.schema = pa.unify_schemas(schemas, promote_options="permissive")
-                except pa.ArrowException as error:
-                    raise InputError(f"{part}: its columns do not fit those of {parts[0]} "
-                                     f"({error}); write them with the same types") from None
+            with parsing(part, what, "write it anew"):
+                own = dataset.dataset([part], format=form).schema
+                self.schema = pa.unify_schemas([self.schema or own, own],
+                                               promote_options="permissive")
+            what = f"a file with the same columns as {parts[0]}, of the same types,"
         self.data = dataset.dataset(parts, self.schema, form)
 
     def batches(self, columns=None, **size):
@@ -422,7 +344,7 @@ class Columns:
         names = [name for column in columns for name in matching(self.schema.names, column)]
         known = all(matching(self.schema.names, column) for column in columns)
         for batch in self.batches(names if known else None, batch_size=256):
-            yield from ((None, row) for row in batch.to_pylist())
+            yield from batch.to_pylist()
 
     def copy(self, target, column, keep):
         import pyarrow as pa
