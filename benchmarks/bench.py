@@ -566,7 +566,7 @@ def bench_save(options):
         path = run.folder / "step1.pt"
         contenders = {"written at once": lambda: checkpoints.save(path, saver.state(0, 1)),
                       "copied, written behind": lambda: saver.save(path.name, 0, 1)}
-        with saver.writer:
+        with saver.thread:
             results = compare(contenders, args.device, options.rounds, saver.wait)
         show(f"A checkpoint of {path.stat().st_size / 1e6:.0f} MB", results)
     return results

@@ -218,9 +218,9 @@ def leave_after_saving():
 
     leave = loop.end_interrupted
 
-    def check(run, where):
+    def check(run, saver, where):
         try:
-            leave(run, where)
+            leave(run, saver, where)
         finally:
             assert list(run.folder.glob("step*.pt"))
 

@@ -181,7 +181,7 @@ def test_run_killed_after_its_checkpoint(data, whole, tmp_path, function):
     argv = arguments(data, "npc", tmp_path, "--resume", "auto")
     run(NPC, argv, tmp_path / "first", -signal.SIGKILL, functools.partial(dies_at, function))
     assert [path.name for path in (tmp_path / "x").glob("*.pt")] == ["epoch1.pt"]
-    run(NPC, argv, tmp_path / "second", -signal.SIGKILL, signalled(9, signal.SIGKILL))
+    run(NPC, argv, tmp_path / "second", -signal.SIGKILL, dies_scoring_two_epochs)
     assert differences(read(tmp_path / "x" / "best.pt"), read(whole["npc"] / "epoch1.pt")) == []
     lines = [(folder / "log.jsonl").read_text().splitlines()
              for folder in (tmp_path / "x", whole["npc"])]
@@ -192,6 +192,14 @@ def dies_at(function):
     module, *inner, name = function.split(".")
     owner = functools.reduce(getattr, inner, globals()[module])
     setattr(owner, name, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def dies_scoring_two_epochs():
+    """Before the second copy of a checkpoint all that tells of the first epoch was written."""
+    evaluate, scored = loop.evaluate, []
+    loop.evaluate = lambda *arguments: (
+        os.kill(os.getpid(), signal.SIGKILL) if scored else scored.append(evaluate(*arguments)),
+        scored[0])[1]
 
 
 def test_scores_of_the_reference_tell_epochs_apart(whole):
@@ -289,12 +297,12 @@ def write_late():
 
     history.History.add, loop.evaluate = count(steps, add), count(scored, evaluate)
     checkpoints.save = late
-    loop.Saver.finish = lambda self: None  # what was written between epochs stays
+    loop.Saver.finish = lambda self: self.wait()  # what was written between epochs stays
 
 
 def write_at_once():
     """Hook: nothing goes on while a checkpoint is written."""
-    save, loop.Saver.finish = loop.Saver.save, lambda self: None
+    save, loop.Saver.finish = loop.Saver.save, lambda self: self.wait()
     loop.Saver.save = lambda self, *arguments: (save(self, *arguments), self.wait())
 
 
@@ -426,7 +434,7 @@ def saver(tmp_path):
     numbers = argparse.Namespace(check=lambda: None, state=dict)
     saver = loop.Saver(run, model, {"optimizer": torch.optim.AdamW(model.parameters())}, numbers,
                        "data")
-    with saver.writer:
+    with saver.thread:
         yield saver
 
 
@@ -447,7 +455,7 @@ def test_failed_write_is_told_once(saver, monkeypatch):
     monkeypatch.setattr(checkpoints, "save", lambda path, _: cannot_write(path.name))
     for meet in (saver.check, saver.wait, lambda: saver.save("step2.pt", 0, 2)):
         saver.save("step1.pt", 0, 1)
-        futures.wait([saver.writing])
+        futures.wait([saver.last])
         with pytest.raises(InputError, match="cannot write step1.pt"):
             meet()
         saver.wait()
@@ -562,7 +570,7 @@ def test_damaged_checkpoint_by_its_path_is_refused(data, copied):
 ])
 def test_options_that_make_it_another_run_are_refused(data, copied, change, word):
     folder = copied()
-    argv = arguments(data, "npc", folder.parent, "--resume", folder / "epoch1.pt", *change)
+    argv = arguments(data, "npc", folder.parent, "--resume", folder / "epoch3.pt", *change)
     said = run(NPC, argv, folder.parent / "out", 2).splitlines()
     changed = [line for line in said if line.startswith("options changed")]
     assert len(changed) == 1 and word in changed[0]
@@ -588,7 +596,7 @@ def test_other_pairs_or_memory_entries_are_refused(data, copied, tmp_path):
     captions = tmp_path / "data" / "annotations" / "scan_split" / "0.4_noise_train_caps.txt"
     original = captions.read_text()
     bank = bank_of(folder, tmp_path / "data")
-    argv = [*arguments(data, "npc", folder.parent, "--resume", folder / "epoch1.pt"),
+    argv = [*arguments(data, "npc", folder.parent, "--resume", folder / "epoch3.pt"),
             "--dataset_root", str(tmp_path / "data")]
     build = [*data.options, "--dataset_root", str(tmp_path / "data"), "--vision_model",
              str(data.model), "--context_length", "12", "--noise_ratio", "0.4", "--device", "cpu",
@@ -655,7 +663,7 @@ def test_tensorboard_keeps_what_was_before_a_resume(data, tmp_path):
 
 def test_a_resumed_run_does_not_build_a_bank(data, copied, tmp_path):
     shutil.copytree(data.root, tmp_path / "data", ignore=shutil.ignore_patterns("*mbank*"))
-    argv = arguments(data, "npc", tmp_path, "--resume", copied() / "epoch1.pt", "--dataset_root",
+    argv = arguments(data, "npc", tmp_path, "--resume", copied() / "epoch3.pt", "--dataset_root",
                      tmp_path / "data")
     said = run(NPC, argv, tmp_path / "out", 2).splitlines()[-1]
     assert said.startswith("error: ") and "only the initial model" in said

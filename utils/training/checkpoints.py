@@ -12,6 +12,7 @@ import math
 import os
 import shutil
 import zipfile
+from pathlib import Path
 
 import torch
 
@@ -63,17 +64,18 @@ def intact(path):
 def by_step(folder, kinds=("epoch", "step")):
     """[(steps, path)] of the checkpoints in a folder by the optimiser steps that their runs had
     made, most first. A damaged one counts as infinitely many."""
-    paths = [path for kind in kinds for path in folder.glob(f"{kind}*.pt") if not path.is_fifo()]
-    return sorted(((_step_of(path), path) for path in paths), reverse=True)
+    return sorted(((step_of(path), path) for kind in kinds for path in folder.glob(f"{kind}*.pt")),
+                  reverse=True)
 
 
-def _step_of(path):
+def step_of(path, damaged=math.inf):
+    """Optimiser steps that a checkpoint's run had made, or `damaged`."""
     if path.stem.removeprefix("step").isdigit():
         return int(path.stem.removeprefix("step"))
     try:  # of epoch{N}.pt the tensors, gigabytes, are left on disk
         return int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["step"])
     except Exception:  # whatever a damaged file provokes
-        return math.inf
+        return damaged
 
 
 def newest(folder, log):
@@ -85,15 +87,23 @@ def newest(folder, log):
     return None
 
 
-def require_free(folder, resume):
+def require_free(folder, resume, overwrite):
     """Raise InputError where a run, which continues the checkpoint `resume` or none, would write
-    over the checkpoints of another one."""
-    there = sorted(path.name for kind in ("epoch*.pt", "step*.pt", "best.pt")
-                   for path in folder.glob(kind))
-    if there and not is_in(folder, resume):
-        raise InputError(f"{folder} holds a run already ({', '.join(there)}): continue it with "
-                         "--resume auto, replace it with --overwrite, or give this one a new "
-                         "--experiments")
+    over the checkpoints of another one or over later ones."""
+    if is_in(folder, resume):
+        done = step_of(Path(resume), damaged=0)
+        later = [path.name for step, path in by_step(folder) if step > done and intact(path)]
+        if later:
+            raise InputError(f"{folder} holds later checkpoints than {resume} ({', '.join(later)});"
+                             " continue with --resume auto, give a new --experiments, or delete "
+                             "them")
+    elif not overwrite:
+        there = sorted(path.name for kind in ("epoch*.pt", "step*.pt", "best.pt")
+                       for path in folder.glob(kind))
+        if there:
+            raise InputError(f"{folder} holds a run already ({', '.join(there)}): continue it with "
+                             "--resume auto, replace it with --overwrite, or give this one a new "
+                             "--experiments")
 
 
 def is_in(folder, resume):

@@ -21,9 +21,9 @@ class History:
     def __init__(self, run, pairs, epoch_steps):
         self.run, self.pairs, self.epoch_steps = run, pairs, epoch_steps
         self.w = torch.full((run.args.epochs, len(pairs)), torch.nan, device=run.device)
-        self.lines, self.sums, self.steps = [], {}, 0  # sums over an epoch's steps, by name
+        self.lines, self.sums, self.steps = [], {}, 0  # sums over the epoch's steps, by name
         self.weighs = getattr(run.args, "weighting", "none") != "none"
-        self.pending = self.writer = None
+        self.last = self.writer = None  # last: step, its pairs and its numbers, not looked at yet
 
     def state(self):
         """Everything that a resumed run needs to go on as if it had not stopped."""
@@ -51,16 +51,22 @@ class History:
         if not resumed:
             self.sums, self.steps = {}, 0
         self.epoch = epoch
-        self.clock = self.waiting_since = time.perf_counter()
-        self.since, self.waited = 0, 0.0  # pairs and seconds since the last line of the log
-        self.shown = self.steps, self.sums  # by then
+        self._begin_line()
 
-    def data_arrived(self):
-        """Tell that the next batch is there."""
-        self.waited += time.perf_counter() - self.waiting_since
+    def _begin_line(self):
+        """Forget what the last line of the log told: numbers of its steps (k,), seconds waited."""
+        self.recent, self.waited, self.clock = [], 0.0, time.perf_counter()
+
+    def timed(self, batches):
+        """The same batches; the seconds that each takes to come are counted."""
+        since = time.perf_counter()
+        for batch in batches:
+            self.waited += time.perf_counter() - since
+            yield batch
+            since = time.perf_counter()
 
     def add(self, step, rate, batch, numbers):
-        """Take in the numbers of a step on a `Batch`, which lies on the device. They are looked at
+        """Take in the numbers of a step on a `Batch`, which lies on the device. They are checked
         one step later, so that a GPU is never waited for; w stays there until a checkpoint."""
         self.check()
         w = numbers.pop("w", None)
@@ -73,20 +79,17 @@ class History:
             numbers |= {"skipped": ~norm.isfinite(), "grad_norm": norm.nan_to_num(0, 0, 0)}
         numbers = {name: value.detach().float() for name, value in numbers.items()}
         self.sums = {name: self.sums.get(name, 0) + value for name, value in numbers.items()}
-        values = torch.stack([*numbers.values()])
-        self.pending = step, batch.indices, Later(values)
         self.steps += 1
-        self.since += len(batch.indices)
+        self.recent.append(torch.stack([*numbers.values()]))
+        self.last = step, batch.indices, Later(self.recent[-1])
         if step % self.run.args.display == 0 or step % self.epoch_steps == 0:
             self._show(step, rate, batch)
-        self.waiting_since = time.perf_counter()
 
     def check(self):
         """Look at the numbers of the last step. Raises InputError if they are not finite."""
-        if self.pending is None:
+        if self.last is None:
             return
-        step, indices, values = self.pending
-        self.pending = None
+        (step, indices, values), self.last = self.last, None
         numbers = dict(zip(self.sums, values.get().tolist(), strict=True))
         if not all(map(math.isfinite, numbers.values())):
             parts = ", ".join(f"{name} {value:.4g}" for name, value in numbers.items())
@@ -99,21 +102,18 @@ class History:
     def _show(self, step, rate, batch):
         """Means over the steps since the last line, in a line and in TensorBoard."""
         seconds = time.perf_counter() - self.clock
-        steps, before = self.shown
-        sums = torch.stack([total - before.get(name, 0) for name, total in self.sums.items()])
-        means = (sums / (self.steps - steps)).tolist()
+        speed = len(self.recent) * len(batch.indices) / seconds
+        means = torch.stack(self.recent).mean(dim=0).tolist()
         scalars = dict(zip(self.sums, means, strict=True))
         parts = ", ".join(f"{name} {value:.4f}" for name, value in scalars.items())
         self.run.log(f"epoch {self.epoch + 1}, step {self.steps}: {parts}, lr {rate:.3g}, "
-                     f"{self.since / seconds:.0f} pairs/s")
-        scalars |= {"lr": rate, "pairs_per_second": self.since / seconds,
-                    "data_wait_share": self.waited / seconds,
+                     f"{speed:.0f} pairs/s")
+        scalars |= {"lr": rate, "pairs_per_second": speed, "data_wait_share": self.waited / seconds,
                     **{f"distinct_{what}_per_pair": len(distinct.rows.unique()) / len(batch.indices)
                        for what, distinct in (("images", batch.images),
                                               ("captions", batch.texts))}}
         self._scalars("train", scalars, step)
-        self.clock, self.since, self.waited = time.perf_counter(), 0, 0.0
-        self.shown = self.steps, self.sums
+        self._begin_line()
 
     def _scalars(self, group, scalars, step):
         if self.writer:
@@ -125,19 +125,24 @@ class History:
         return {name: total.item() / (1 if name == "skipped" else self.steps)
                 for name, total in self.sums.items()}
 
-    def record(self, record, weights, done):
-        """Write the record of an epoch, which ended after `done` steps in all, to log.jsonl and
-        TensorBoard, and the weights w so far, (epochs, n)."""
+    def record(self, record, weights):
+        """Write the record of an epoch to the log, log.jsonl and TensorBoard, and the weights w so
+        far, (epochs, n)."""
+        epoch, scores = record["epoch"], record["dev"]
+        done = epoch * self.epoch_steps
+        self.run.log(f"epoch {epoch}: dev R@1 i2t {scores['i2t_R@1']:.2f}, t2i "
+                     f"{scores['t2i_R@1']:.2f}, mean {scores['mean_R1']:.2f}, rsum "
+                     f"{scores['rsum']:.2f}")
         self.lines.append(json.dumps(record))
         with atomic_write(self.run.folder / "log.jsonl") as f:
             f.writelines(f"{line}\n" for line in self.lines)
-        w = weights[record["epoch"] - 1]
+        w = weights[epoch - 1]
         if np.isfinite(w).any():
             write_weights(self.run.folder / "weights.npz", weights, self.pairs)
             from utils.scoring.diagnostics import show_weights  # seconds to import
 
             show_weights(self.writer, done, w, self.pairs)
-        self._scalars("dev", record["dev"], done)
+        self._scalars("dev", scores, done)
         self.writer.flush()
 
     def close(self):

@@ -52,8 +52,9 @@ def interruptions(device):
         restore()
 
 
-def end_interrupted(run, where):
-    """End the process after an interruption, once the main process has saved."""
+def end_interrupted(run, saver, where):
+    """End the process after an interruption, once all is saved."""
+    saver.wait()
     run.log(f"interrupted after {where}; a checkpoint is saved, --resume auto continues")
     leave_processes()
     sys.exit(INTERRUPTED)

@@ -23,61 +23,45 @@ def fit(run, model, dev, optimizers, loader, step):
     dev: the `Pairs` that choose the best epoch. optimizers: name in the checkpoint -> optimiser,
     all on one schedule. step(batch) makes one optimiser step on a `Batch` and returns its numbers:
     scalar tensors by name, `batch_loss` and `grad_norm` among them, and under "w" the weights (B,)
-    of its pairs if it has any. Checkpoints are written while training goes on; once that of an
-    epoch is whole come its lines in log.jsonl and TensorBoard, weights.npz and best.pt. SIGTERM,
-    SIGINT and SIGHUP save a checkpoint after the step at hand and exit with status `INTERRUPTED`.
-    Raises InputError when a loss or gradient is not finite, or a checkpoint cannot be written.
+    of its pairs if it has any.
+
+    An epoch ends in this order: its checkpoint is copied and begins to be written; dev is scored;
+    once the checkpoint is whole, while the next epoch trains, come its lines in log.txt, log.jsonl
+    and TensorBoard, weights.npz and best.pt. SIGTERM, SIGINT and SIGHUP save a checkpoint after the
+    step at hand and exit with status `INTERRUPTED`. Raises InputError when a loss or gradient is
+    not finite, or a checkpoint cannot be written.
     """
     args, pairs, epoch_steps = run.args, loader.dataset.pairs, len(loader)
     schedule = Schedule(args, run.recipe, epoch_steps, len(loader.sampler.chosen))
     history = History(run, pairs, epoch_steps)
     saver = Saver(run, model, optimizers, history, hash_of_data(loader))
     done = saver.restore()
-    if schedule.warmup >= args.epochs * epoch_steps:
-        run.log(f"warning: the warm-up of {schedule.warmup} steps is not shorter than the training "
-                f"of {args.epochs * epoch_steps}: the learning rate rises to {schedule.peak:.3g} "
-                "and never falls; give a shorter --warmup")
+    first_epoch, first_batch = divmod(done, epoch_steps)
     if replays(args):
         step = Replay(step, run.log)
     check_images(args, pairs.images, dev.images)
     run.write_options("options.json")
+    announce(run, loader, schedule, first_epoch)
 
-    def complete(epoch):
-        """Score an epoch (from 1) whose checkpoint is on disk or being written."""
+    def score(epoch):
+        """Score an epoch (from 1); what tells of it is written behind its checkpoint."""
         with as_it_is(args):
             scores = evaluate(model, dev, args, run.precision)
         record = {"epoch": epoch, **history.epoch_means(),
                   "lr": schedule(epoch - 1, epoch_steps - 1), "dev": scores}
-        weights = history.w.cpu().numpy()
+        saver.then(history.record, record, history.w.cpu().numpy())
+        saver.then(saver.scored, epoch, scores["mean_R1"])
 
-        def write():
-            run.log(f"epoch {epoch}: dev R@1 i2t {scores['i2t_R@1']:.2f}, t2i "
-                    f"{scores['t2i_R@1']:.2f}, mean {scores['mean_R1']:.2f}, rsum "
-                    f"{scores['rsum']:.2f}")
-            history.record(record, weights, epoch * epoch_steps)
-            saver.scored(epoch, scores["mean_R1"])
-
-        saver.then(write)
-
-    first_epoch, first_batch = divmod(done, epoch_steps)
     history.open(done)
-    with interruptions(run.device) as interrupted, saver.writer:
+    with interruptions(run.device) as interrupted, saver.thread:
         if done and not first_batch:  # a run may have ended before its last epoch was scored
-            complete(first_epoch)
-        if first_epoch >= args.epochs:
-            run.log(f"{args.resume} has done {first_epoch} epochs already: nothing left of "
-                    f"--epochs {args.epochs}")
-        else:
-            run.log(f"training: {describe(loader)}, batch size {args.batch_size}, {epoch_steps} "
-                    f"steps an epoch, epochs {first_epoch + 1} to {args.epochs}, lr up to "
-                    f"{schedule.peak:.3g} after {schedule.warmup} steps of warm-up, "
-                    f"{args.precision} on {run.device}")
+            score(first_epoch)
         for epoch in range(first_epoch, args.epochs):
             loader.sampler.epoch, loader.sampler.first = epoch, first_batch
             model.train(run.recipe.batch_norm_trains and args.freeze != "image")
             history.start_epoch(epoch, resumed=first_batch > 0)
-            for index, batch in enumerate(progress(loader, args, epoch, first_batch), first_batch):
-                history.data_arrived()
+            batches = history.timed(progress(loader, args, epoch, first_batch))
+            for index, batch in enumerate(batches, first_batch):
                 rate = schedule(epoch, index)
                 for optimizer in optimizers.values():
                     set_rate(optimizer, rate)
@@ -90,29 +74,38 @@ def fit(run, model, dev, optimizers, loader, step):
                 if (leaving or due) and index + 1 < epoch_steps:
                     saver.save(f"step{done}.pt", epoch, done)
                     if leaving:
-                        saver.wait()
-                        end_interrupted(run, f"step {done}")
+                        end_interrupted(run, saver, f"step {done}")
             first_batch = 0
             saver.save(f"epoch{epoch + 1}.pt", epoch + 1, done)
             if interrupted(now=True):
-                saver.wait()
-                end_interrupted(run, f"epoch {epoch + 1}")
-            complete(epoch + 1)
-        saver.wait()
-    saver.finish()
+                end_interrupted(run, saver, f"epoch {epoch + 1}")
+            score(epoch + 1)
+        saver.finish()
     history.close()
     leave_processes()
+
+
+def announce(run, loader, schedule, first_epoch):
+    """Tell what will be trained, and how."""
+    args, steps = run.args, len(loader)
+    if schedule.warmup >= args.epochs * steps:
+        run.log(f"warning: the warm-up of {schedule.warmup} steps is not shorter than the training "
+                f"of {args.epochs * steps}: the learning rate rises to {schedule.peak:.3g} and "
+                "never falls; give a shorter --warmup")
+    if first_epoch >= args.epochs:
+        run.log(f"{args.resume} has done {first_epoch} epochs already: nothing left of --epochs "
+                f"{args.epochs}")
+    else:
+        n, k = len(loader.dataset.pairs), len(loader.sampler.chosen)
+        pairs = f"{n} pairs" if k == n else f"{k} of {n} pairs ({k / n:.1%})"
+        run.log(f"training: {pairs}, batch size {args.batch_size}, {steps} steps an epoch, epochs "
+                f"{first_epoch + 1} to {args.epochs}, lr up to {schedule.peak:.3g} after "
+                f"{schedule.warmup} steps of warm-up, {args.precision} on {run.device}")
 
 
 def as_it_is(args):
     """Context in which a compiled model runs uncompiled: on shapes that hardly ever repeat."""
     return torch.compiler.set_stance("force_eager") if args.compile else nullcontext()
-
-
-def describe(loader):
-    """How many pairs are trained on, in words."""
-    n, k = len(loader.dataset.pairs), len(loader.sampler.chosen)
-    return f"{n} pairs" if k == n else f"{k} of {n} pairs ({k / n:.1%})"
 
 
 def progress(loader, args, epoch, first):

@@ -85,8 +85,8 @@ class Run:
                                  "score; give its path, or --experiments of a run that has one")
             args.resume = str(path) if path else None
             self.log(f"resuming from {path}" if path else "nothing to resume from: a fresh start")
-        if self.folder and not args.eval and not args.overwrite and distributed.is_main():
-            checkpoints.require_free(self.folder, args.resume)
+        if self.folder and not args.eval and distributed.is_main():
+            checkpoints.require_free(self.folder, args.resume, args.overwrite)
         if args.resume is None:
             args.vision_model = args.vision_model or DEFAULT_MODEL
             with distributed.main_first():  # one downloads, if need be

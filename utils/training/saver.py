@@ -15,41 +15,56 @@ from utils.training import checkpoints
 OF_A_RUN = ("epoch*.pt", "step*.pt", "best.pt", "log.jsonl", "weights.npz", "eval_test.json",
             "options_eval.json")  # what --overwrite deletes, beside log.txt up to then
 
+
 class Saver:
     """Writes and restores the checkpoints of a run; see utils.training.checkpoints for what they
-    hold. A thread of the main process writes them while training goes on."""
+    hold. In the main process a thread does what is to be written, one after the other, while
+    training goes on; after the first failure it does nothing more."""
 
     def __init__(self, run, model, optimizers, history, trained_on):
         self.run, self.model, self.optimizers, self.history = run, model, optimizers, history
         self.data, self.best, self.best_epoch = trained_on, 0.0, 0
-        self.writer, self.writing = ThreadPoolExecutor(1), None
+        self.thread, self.last = ThreadPoolExecutor(1), None  # last: the newest thing it has to do
+
+    # ---- at the start ----
 
     def restore(self):
-        """Take up the state of the checkpoint that the run continues; returns the steps done."""
-        state, args, steps = self.run.state, self.run.args, 0
-        if state:
-            if {name for name in state if name.endswith("optimizer")} != set(self.optimizers):
-                raise InputError(f"{args.resume} was trained by another script; start from its "
-                                 "weights with --vision_model instead")
-            if state["data"] != self.data and not args.force_resume:
-                raise InputError(f"{args.resume} was trained on other pairs or memory entries than "
-                                 "--dataset_root has now; start from its weights with "
-                                 "--vision_model, or insist with --force_resume")
-            try:
-                steps = self._take_up(state)
-            except Exception as error:  # a crafted file can provoke anything
-                reason = " ".join(f"{error or type(error).__name__}".split())[:200]
-                raise InputError(f"{args.resume} holds no usable training state ({reason}); take "
-                                 "another checkpoint, or start from its weights with "
-                                 "--vision_model") from error
-            self.run.state = {}  # frees the memory
+        """Take up the state of the checkpoint that the run continues, if it does, and remove from
+        its folder what is of no use; returns the steps done."""
+        run, args, steps = self.run, self.run.args, 0
+        if run.state:
+            steps = self._restore(run.state)
+            run.state = {}  # frees the memory
         if is_main():
-            for path in self.run.folder.glob(f".*{UNFINISHED}"):  # of a run that was killed
+            gone = [f".*{UNFINISHED}"]  # of a run that was killed
+            if not checkpoints.is_in(run.folder, args.resume):
+                gone += ["events.out.tfevents*", *(OF_A_RUN if args.overwrite else ())]
+                if args.overwrite and run.earlier_log:
+                    own = (run.folder / "log.txt").read_bytes()[run.earlier_log :]
+                    with atomic_write(run.folder / "log.txt", "wb") as f:
+                        f.write(own)
+            for path in [path for pattern in gone for path in run.folder.glob(pattern)]:
                 path.unlink()
-            self._own_the_folder(steps)
             if steps:
                 self._restore_best()
         return steps
+
+    def _restore(self, state):
+        args = self.run.args
+        if {name for name in state if name.endswith("optimizer")} != set(self.optimizers):
+            raise InputError(f"{args.resume} was trained by another script; start from its weights "
+                             "with --vision_model instead")
+        if state["data"] != self.data and not args.force_resume:
+            raise InputError(f"{args.resume} was trained on other pairs or memory entries than "
+                             "--dataset_root has now; start from its weights with --vision_model, "
+                             "or insist with --force_resume")
+        try:
+            return self._take_up(state)
+        except Exception as error:  # a crafted file can provoke anything
+            reason = " ".join(f"{error or type(error).__name__}".split())[:200]
+            raise InputError(f"{args.resume} holds no usable training state ({reason}); take "
+                             "another checkpoint, or start from its weights with "
+                             "--vision_model") from error
 
     def _take_up(self, state):
         for name, optimizer in self.optimizers.items():
@@ -67,26 +82,6 @@ class Saver:
                              f"{self.run.args.epochs} are done")
         return steps
 
-    def _own_the_folder(self, done):
-        """Remove what an earlier run has left, if this one, which has `done` steps, is not its
-        continuation. Raises InputError where it would go on from a checkpoint before others."""
-        folder, args = self.run.folder, self.run.args
-        if checkpoints.is_in(folder, args.resume):
-            later = [path.name for step, path in checkpoints.by_step(folder)
-                     if step > done and checkpoints.intact(path)]
-            if later:
-                raise InputError(f"{folder} holds later checkpoints than {args.resume} "
-                                 f"({', '.join(later)}); continue with --resume auto, give a new "
-                                 "--experiments, or delete them")
-            return
-        for pattern in ("events.out.tfevents*", *(OF_A_RUN if args.overwrite else ())):
-            for path in folder.glob(pattern):
-                path.unlink()
-        if args.overwrite and self.run.earlier_log:
-            own = (folder / "log.txt").read_bytes()[self.run.earlier_log :]
-            with atomic_write(folder / "log.txt", "wb") as f:
-                f.write(own)
-
     def _restore_best(self):
         """Make best.pt what it was when the checkpoint was saved: a run that was killed just then
         may not have come to it. Without that epoch's file best.pt stays, if there is one."""
@@ -96,6 +91,8 @@ class Saver:
             checkpoints.hard_link(best, target)
         elif not target.is_file():
             self.best = 0.0
+
+    # ---- while training goes on ----
 
     def save(self, name, epoch, step):
         """Copy the state after `step` steps and `epoch` epochs and begin to write it, once the
@@ -107,8 +104,7 @@ class Saver:
                              "or use --precision fp32; checkpoints before it are intact")
         if is_main():
             self.wait()
-            self.writing = self.writer.submit(
-                self._write, name, checkpoints.on_host(self.state(epoch, step)))
+            self.then(self._write, name, checkpoints.on_host(self.state(epoch, step)))
 
     def state(self, epoch, step):
         """The content of a checkpoint, which training goes on to change."""
@@ -128,28 +124,28 @@ class Saver:
         if name.startswith("step"):
             checkpoints.prune(self.run.folder, self.run.args.keep_checkpoints)
 
-    def then(self, function):
-        """Call a function in the writer's thread, once the checkpoint at hand is whole."""
-        before = self.writing
+    def then(self, function, *arguments):
+        """Call a function in the thread, once it has done all before."""
+        before = self.last
 
         def call():
             if before:
-                before.result()
-            function()
+                before.result()  # raises what has failed
+            function(*arguments)
 
         if is_main():
-            self.writing = self.writer.submit(call)
+            self.last = self.thread.submit(call)
 
     def check(self):
-        """Raise what ended the write at hand, if anything has."""
-        if self.writing and self.writing.done():
+        """Raise what the thread has failed in, if it has in anything."""
+        if self.last and self.last.done():
             self.wait()
 
     def wait(self):
-        """Wait until the checkpoint at hand is whole. Raises InputError if it cannot be written."""
-        writing, self.writing = self.writing, None
-        if writing:
-            writing.result()
+        """Wait until all is written. Raises InputError where that cannot be."""
+        last, self.last = self.last, None
+        if last:
+            last.result()
 
     def scored(self, epoch, score):
         """Take in the dev mean R@1 of an epoch whose checkpoint is whole: where none was better it
@@ -166,6 +162,7 @@ class Saver:
 
     def finish(self):
         """The run has ended with an epoch's checkpoint: those between epochs go."""
+        self.wait()
         if is_main():
             for path in self.run.folder.glob("step*.pt"):
                 path.unlink()
