@@ -53,7 +53,7 @@ class Baseline:
         """One AdamW step on the mean contrastive loss of a `Batch`; returns its numbers."""
         model, run = self.model, self.run
         passes = Passes(model, batch, run.precision, accum_steps=run.args.accum_steps)
-        loss = passes.batch().mean()
+        loss = passes.batch.mean()
         passes.backward(loss)
         norm = update(model, self.optimizer, run, self.max_norm)
         return {"batch_loss": loss, "grad_norm": norm, "exp_logit_scale": model.logit_scale.exp()}

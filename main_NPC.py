@@ -56,7 +56,8 @@ class NPC:
         self.A, self.siamese, self.run = A, None, run
         self.weighting, self.num_pairs = WEIGHTINGS[args.weighting], len(bank.caption_entry)
         self.of_bank = arrays_on(run.device, bank, self.weighting.of_bank)  # (n,) each
-        self.uses_memory = self.weighting.looks_ahead or args.memory_loss_weight > 0
+        self.trains_on_memory = run.recipe.trains_on_memory and args.memory_loss_weight > 0
+        self.uses_memory = self.weighting.looks_ahead or self.trains_on_memory
         prepare_training(A, args, run.recipe)
         self.optimizer = adamw(A, args)
         self.optimizers = {"optimizer": self.optimizer}
@@ -74,10 +75,9 @@ class NPC:
 
         if self.weighting.looks_ahead:
             copy_parameters(A, siamese)  # A' := A
-        passes = Passes(A, batch, run.precision, siamese, args.accum_steps,
-                        memory_gradient=recipe.trains_on_memory and args.memory_loss_weight > 0)
-        loss = passes.batch()                     # l(batch; A)           (B,)
-        memory_i, memory_t = passes.memory()      # l(M^I; A), l(M^T; A)  (B,), (B,)
+        passes = Passes(A, batch, run.precision, siamese, args.accum_steps, self.trains_on_memory)
+        loss = passes.batch                     # l(batch; A)           (B,)
+        memory_i, memory_t = passes.memory      # l(M^I; A), l(M^T; A)  (B,), (B,)
         known = {"batch": loss, "memory_i": memory_i, "memory_t": memory_t,
                  "indices": batch.indices, "step": steps_of(self.optimizer),
                  "num_pairs": self.num_pairs,
@@ -85,7 +85,7 @@ class NPC:
 
         # A' takes its AdamW step on mean l(batch; A'), and shows what that does to the memory
         if self.weighting.looks_ahead:
-            passes.siamese_backward(recipe.siamese_gradient * passes.siamese_batch().mean())
+            passes.siamese_backward(recipe.siamese_gradient * passes.siamese_batch.mean())
             run.precision.step(siamese, self.siamese_optimizer)
             known["after_i"], known["after_t"] = passes.memory_after()  # l(M^I; A'), l(M^T; A')
 

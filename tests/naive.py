@@ -31,23 +31,14 @@ class NaivePasses:
     pairs, bank = None, None
 
     def __init__(self, A, batch, precision, siamese=None, accum_steps=1, memory_gradient=True):
-        self.A, self.siamese, self.chosen = A, siamese, batch.indices.numpy()
-        self.memory_gradient = memory_gradient
-        self.entries = None
-        if self.bank is not None:
-            self.entries = (self.bank.image_entry[self.pairs.image_of[self.chosen]],
-                            self.bank.caption_entry[self.chosen])
-
-    def batch(self):
-        return losses(self.A, self.pairs, self.chosen)
-
-    def siamese_batch(self):
-        return losses(self.siamese, self.pairs, self.chosen)
-
-    def memory(self):
-        model = self.A if self.memory_gradient else self.siamese
-        with torch.set_grad_enabled(self.memory_gradient):
-            return tuple(losses(model, self.pairs, entries) for entries in self.entries)
+        chosen, self.siamese = batch.indices.numpy(), siamese
+        self.entries = (self.bank.image_entry[self.pairs.image_of[chosen]],
+                        self.bank.caption_entry[chosen])
+        self.batch = losses(A, self.pairs, chosen)
+        self.siamese_batch = losses(siamese, self.pairs, chosen)
+        with torch.set_grad_enabled(memory_gradient):
+            self.memory = tuple(losses(A if memory_gradient else siamese, self.pairs, entries)
+                                for entries in self.entries)
 
     @torch.no_grad()
     def memory_after(self):

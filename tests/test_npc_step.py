@@ -203,12 +203,43 @@ def test_any_two_fields_of_a_recipe_train_as_they_say_or_are_refused(monkeypatch
         compare(tower, recipe="own")
 
 
-def test_losses_after_the_step_of_the_siamese_hold_no_graph():
+def passes_of(A, siamese, **options):
     pairs, bank = make_data()
-    A = make_model("vit")
-    step = main_NPC.Passes(A, Batches(pairs, bank)[list(range(BATCH))],
-                         Precision("fp32", torch.device("cpu")), make_model("vit"))
-    assert not any(loss.requires_grad for loss in step.memory_after())
+    return main_NPC.Passes(A, Batches(pairs, bank)[list(range(BATCH))],
+                           Precision("fp32", torch.device("cpu")), siamese, **options)
+
+
+def test_losses_after_the_step_of_the_siamese_hold_no_graph():
+    passes = passes_of(make_model("vit"), make_model("vit"))
+    assert not any(loss.requires_grad for loss in passes.memory_after())
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_losses_before_the_step_of_the_siamese_may_be_read_behind_it(tower):
+    """Only memory_after speaks of A' as it is; batch statistics make A' compute all for itself."""
+    A, siamese = make_model(tower).train(), make_model(tower)
+    passes = passes_of(A, siamese, memory_gradient=False)
+    before = passes.memory_after()
+    with torch.no_grad():
+        for parameter in siamese.parameters():
+            parameter *= 1.01
+    pairs, _ = make_data()
+    expected = naive.losses(make_model(tower), pairs, np.arange(BATCH))
+    torch.testing.assert_close(passes.siamese_batch, expected, rtol=0, atol=1e-9)
+    for loss, same, other in zip(passes.memory, before, passes.memory_after(), strict=True):
+        torch.testing.assert_close(loss, same, rtol=0, atol=1e-9)
+        assert (loss - other).abs().max() > 1e-6
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_a_memory_that_nobody_reads_is_not_encoded(tower):
+    """The released recipe does not train on it, and fixed weights do not look at it."""
+    pairs, bank = make_data()
+    npc = NPC(make_model(tower), StubRun(options(recipe="released", weighting="none")), bank)
+    npc.A.train()
+    numbers = npc.step(Batches(pairs)[list(range(BATCH))])
+    assert not npc.uses_memory and numbers.keys() == {"batch_loss", "grad_norm", "exp_logit_scale",
+                                                      "w"}
 
 
 def test_memory_gradient_is_not_dropped_for_fixed_weights():

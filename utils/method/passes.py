@@ -44,9 +44,10 @@ def uses_batch_statistics(model):
 class Passes:
     """The losses (B,) of a step's pairs under A and its siamese A', and their gradients.
 
-    Losses are handed out as leaves of the graph: the method computes a total from them, `backward`
-    carries its gradient on to the parameters. `siamese` has the parameters of A until
-    `siamese_batch` and `memory` have been asked for; without it there is A's batch alone.
+    batch: l(batch; A). siamese_batch: l(batch; A'). memory: (l(M^I; A), l(M^T; A)), zeros where the
+    batch was read without a memory. All are computed here, where `siamese`, if there is one, has
+    the parameters of A. The method makes totals of them; `siamese_backward` and then `backward`
+    give the totals' gradients to the parameters of A' and of A.
 
     precision: a utils.training.precision.Precision, whose scaler scales both gradients.
     accum_steps: number of pieces in which items are encoded, each once more in the backward pass,
@@ -57,73 +58,43 @@ class Passes:
     def __init__(self, A, batch, precision, siamese=None, accum_steps=1, memory_gradient=True):
         self.A, self.siamese, self.items = A, siamese, (batch.images, batch.texts)
         self.precision, self.accum_steps = precision, accum_steps
-        self.memory_gradient = memory_gradient
-        self.model = siamese if uses_batch_statistics(A) else A  # that computes as A' at its start
-        self.features = None  # of the batch under self.model
-        self.losses, self.leaves = {}, {}  # by name: in the graph, and as handed out
-
-    def batch(self):
-        """l(batch; A), (B,)."""
-        if self.model is self.A:
-            return self.siamese_batch()
-        if "batch" not in self.leaves:
-            self._hand_out("batch", pair_losses(*self._encode_by_pair(), self.A.logit_scale))
-        return self.leaves["batch"]
-
-    def siamese_batch(self):
-        """l(batch; A') before the step of A', (B,)."""
-        if "siamese batch" not in self.leaves:
-            self.features = self._encode(self.model, "batch")
-            self._hand_out("siamese batch", self._losses(self.model, self.features, BATCH))
-        return self.leaves["siamese batch"]
-
-    def memory(self):
-        """l(M^I; A) and l(M^T; A), (B,) each; zeros where the batch was read without a memory."""
-        if len(self.items[0].rows) == 1:
-            nothing = torch.zeros_like(self.batch())
-            return nothing, nothing
-        if "M^I" not in self.leaves:
-            self.siamese_batch()
-            with torch.set_grad_enabled(self.memory_gradient):
-                beyond = self._encode(self.model, "beyond the batch")
-                features = [torch.cat(parts) for parts in zip(self.features, beyond, strict=True)]
-                for name, entries in (("M^I", MEMORY_I), ("M^T", MEMORY_T)):
-                    self._hand_out(name, self._losses(self.model, features, entries))
-        return self.leaves["M^I"], self.leaves["M^T"]
+        self.shared = not uses_batch_statistics(A)  # A's graph of the batch serves A' too
+        start = self.start = A if self.shared else siamese  # computes as A' does before its step
+        if start:
+            features = self._encode(start, "batch")
+            self.siamese_batch = self._losses(start, features, BATCH)
+        self.batch = self.siamese_batch if self.shared else self._losses_pair_by_pair()
+        self.memory = 2 * [torch.zeros_like(self.batch)]
+        if len(batch.images.rows) > 1:
+            with torch.set_grad_enabled(memory_gradient):
+                beyond = self._encode(start, "memory beyond the batch")
+                features = [torch.cat(parts) for parts in zip(features, beyond, strict=True)]
+                self.memory = [self._losses(start, features, entries)
+                               for entries in (MEMORY_I, MEMORY_T)]
 
     @torch.no_grad()
     def memory_after(self):
-        """l(M^I; A') and l(M^T; A') as A' is now, (B,) each."""
+        """[l(M^I; A'), l(M^T; A')] as A' is now, (B,) each."""
         features = self._encode(self.siamese, "memory")
-        return tuple(self._losses(self.siamese, features, entries, "memory")
-                     for entries in (MEMORY_I, MEMORY_T))
+        return [self._losses(self.siamese, features, entries, "memory")
+                for entries in (MEMORY_I, MEMORY_T)]
 
     def siamese_backward(self, total):
-        """Give the parameters of A' the gradient of `total`, made of `siamese_batch`."""
-        self._backward(total, self.model, self.siamese, retain=self.model is self.A)
+        """Give the parameters of A' the gradient of `total`, made of `siamese_batch`. A graph that
+        A shares is kept for `backward`."""
+        self._backward(total, self.start, self.siamese, retain_graph=self.shared)
 
     def backward(self, total):
         """Give the parameters of A the gradient of `total`, made of `batch` and `memory`."""
         self._backward(total, self.A, self.A)
 
-    def _backward(self, total, source, target, retain=False):
-        losses, seeds = self._seeds(self.precision.scaler.scale(total))
-        gradients = torch.autograd.grad(losses, trained(source), seeds, retain_graph=retain)
-        for parameter, gradient in zip(trained(target), gradients, strict=True):
+    def _backward(self, total, of, to, retain_graph=False):
+        """The gradient of `total` with respect to the parameters of one model becomes that of the
+        parameters of another."""
+        gradients = torch.autograd.grad(self.precision.scaler.scale(total), trained(of),
+                                        retain_graph=retain_graph)
+        for parameter, gradient in zip(trained(to), gradients, strict=True):
             parameter.grad = gradient
-
-    def _hand_out(self, name, loss):
-        self.losses[name] = loss
-        self.leaves[name] = loss.detach().requires_grad_(loss.requires_grad)
-
-    def _seeds(self, total):
-        """The losses that `total` is made of, and its gradients with respect to them."""
-        names = [name for name, leaf in self.leaves.items() if leaf.requires_grad]
-        seeds = torch.autograd.grad(total, [self.leaves[name] for name in names],
-                                    allow_unused=True)
-        used = [(self.losses[name], seed) for name, seed in zip(names, seeds, strict=True)
-                if seed is not None]
-        return tuple(zip(*used, strict=True))
 
     def _losses(self, model, features, entries, part="batch"):
         """Losses (B,) of the pairs of the batch, of M^I or of M^T among themselves, from features
@@ -131,6 +102,13 @@ class Passes:
         images, texts = (x[distinct.rows[entries] - span(distinct, part)[0]]
                          for x, distinct in zip(features, self.items, strict=True))
         return pair_losses(images, texts, model.logit_scale)
+
+    def _losses_pair_by_pair(self):
+        """l(batch; A), (B,), where it matters how often an image occurs."""
+        with self.precision.autocast():
+            features = [F.normalize(encoder(distinct.items[distinct.rows[BATCH]]), dim=1)
+                        for encoder, distinct in zip(encoders(self.A), self.items, strict=True)]
+        return pair_losses(*features, self.A.logit_scale)
 
     def _encode(self, model, part):
         """L2-normalised features [(u, D), (v, D)] of the distinct items of a part of the step."""
@@ -146,19 +124,12 @@ class Passes:
                 result.append(gather(features, start, end))
         return result
 
-    def _encode_by_pair(self):
-        """A's L2-normalised features [(B, D), (B, D)] of the batch, where it matters how often an
-        image occurs."""
-        with self.precision.autocast():
-            return [F.normalize(encoder(distinct.items[distinct.rows[BATCH]]), dim=1)
-                    for encoder, distinct in zip(encoders(self.A), self.items, strict=True)]
-
 
 def span(distinct, part):
-    """(first, last + 1) item of "batch", "memory", or "beyond the batch": the memory without it."""
+    """(first, last + 1) of the items that a part of the step has."""
     return {"batch": (0, distinct.num_batch),
             "memory": (distinct.memory_start, distinct.total),
-            "beyond the batch": (distinct.num_batch, distinct.total)}[part]
+            "memory beyond the batch": (distinct.num_batch, distinct.total)}[part]
 
 
 @torch.no_grad()

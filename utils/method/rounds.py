@@ -78,7 +78,7 @@ def teach(model, pairs, clean, rate, args, precision, number):
     for step, batch in zip(steps, endless(loader, number), strict=False):
         optimizer.param_groups[0]["lr"] = rate * min(1, (step + 1) / WARMUP)
         passes = Passes(taught, batch.to(args.device), precision, accum_steps=args.accum_steps)
-        passes.backward(passes.batch().mean())
+        passes.backward(passes.batch.mean())
         precision.step(taught, optimizer, args.clip_grad or math.inf)
         precision.scaler.update()
         with torch.no_grad():
