@@ -13,7 +13,6 @@ from params import parse_args
 from utils.errors import command
 from utils.method.batches import training_loader
 from utils.method.building import memory_bank
-from utils.method.memorybank import clean_pairs
 from utils.method.optimizer import adamw, prepare_training, update
 from utils.method.passes import Passes
 from utils.training.loop import fit
@@ -29,12 +28,9 @@ def main(argv=None):
         return run.evaluate_test(model, retrieval_split(args, "test", preprocess, run.log))
 
     pairs, dev = training_data(args, preprocess, run.log)
-    chosen = None
-    if args.train_on == "clean":
-        bank = memory_bank(model, pairs, args, run.precision, run.log,
-                           run.state.get("args"))
-        chosen = clean_pairs(bank)
-    loader = training_loader(args, pairs, chosen=chosen)
+    bank = memory_bank(model, pairs, run) if args.train_on == "clean" else None
+
+    loader = training_loader(args, pairs, bank, with_memory=False)
     baseline = Baseline(model, run)
     fit(run, model, dev, baseline.optimizers, loader, baseline.step)
 

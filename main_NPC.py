@@ -20,7 +20,7 @@ from params import parse_args
 from utils.errors import command
 from utils.method.batches import training_loader
 from utils.method.building import memory_bank
-from utils.method.memorybank import arrays_on, clean_pairs
+from utils.method.memorybank import arrays_on
 from utils.method.optimizer import adamw, prepare_training, steps_of, update
 from utils.method.passes import Passes, copy_parameters
 from utils.method.weightings import WEIGHTINGS
@@ -38,12 +38,10 @@ def main(argv=None):
 
     # The memory bank: clean pairs that resemble each training image and caption, found by A_0
     pairs, dev = training_data(args, preprocess, run.log)
-    bank = memory_bank(A, pairs, args, run.precision, run.log, run.state.get("args"))
+    bank = memory_bank(A, pairs, run)
 
     npc = NPC(A, run, bank)
-    loader = training_loader(args, pairs, bank if npc.uses_memory else None,
-                             clean_pairs(bank) if args.train_on == "clean" else None,
-                             args.memory == "random")
+    loader = training_loader(args, pairs, bank, with_memory=npc.uses_memory)
     fit(run, A, dev, npc.optimizers, loader, npc.step)
 
 

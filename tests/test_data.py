@@ -264,15 +264,20 @@ def test_sampler_of_chosen_indices(batch_size, more, others, seed, first):
 def test_what_is_trained_on_is_hashed(datasets):
     """The pairs, those that are chosen, the memory entries or where they are drawn from."""
     data = datasets["f30k"]
-    pairs, args = pairs_of(data), options(data, "--batch_size", 4)
+    pairs = pairs_of(data)
+    args, by_chance, clean = (options(data, *more) for more in (
+        (), ("--memory", "random"), ("--train_on", "clean")))
     banks = [random_bank(pairs, seed) for seed in (0, 1)]
     for k, bank in enumerate(banks):
         bank.clean = np.arange(len(pairs)) % (k + 2) == 0
-    hashes = {hash_of_data(training_loader(args, *how)) for how in (
-        [pairs], [pairs, None, np.arange(9)], [pairs, None, np.arange(1, 10)],
-        [pairs_of(data, "--noise_ratio", 0)],  # the same as the first
-        *([pairs, bank, None, by_chance] for bank in banks for by_chance in (False, True)))}
-    assert len(hashes) == 7
+    hashes = {hash_of_data(loader) for loader in (
+        training_loader(args, pairs),
+        training_loader(args, pairs_of(data, "--noise_ratio", 0)),  # the same
+        training_loader(args, pairs, banks[0], with_memory=False),  # the same again
+        *(training_loader(args, pairs, chosen=np.arange(k, 9 + k)) for k in (0, 1)),
+        *(training_loader(options, pairs, bank, memory) for bank in banks
+          for options, memory in ((args, True), (by_chance, True), (clean, False), (clean, True))))}
+    assert len(hashes) == 11
     everything = training_loader(args, pairs, chosen=np.arange(len(pairs)))
     assert hash_of_data(everything) in hashes
 

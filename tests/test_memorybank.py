@@ -6,6 +6,7 @@ import math
 import pickle
 import re
 import zipfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -48,6 +49,10 @@ NAME = "0.4_mbank_lookup_random_seed3_0123abcd.npz"
 
 def load(root, pairs, log=lambda _: None, **changes):
     return load_bank(NAME, pairs, options(dataset_root=root, **changes), log)
+
+
+def kept_bank(model, pairs, args, log):
+    return memory_bank(model, pairs, SimpleNamespace(args=args, precision=FP32, log=log, state={}))
 
 
 def example(noise=0.4, repeats=True, seed=0):
@@ -335,10 +340,10 @@ def test_there_may_be_no_bank(tmp_path, built):
 def test_memory_bank_is_built_once_and_kept(tmp_path):
     model, pairs = example()
     args, said = options(dataset_root=tmp_path), []
-    bank = memory_bank(model, pairs, args, FP32, said.append)
+    bank = kept_bank(model, pairs, args, said.append)
     assert "building" in said[0] and bank_path(tmp_path, args.bank).is_file()
     encoded = dict(model.encoded)
-    assert same(memory_bank(model, pairs, args, FP32, said.append), bank)
+    assert same(kept_bank(model, pairs, args, said.append), bank)
     assert model.encoded == encoded
     assert same(bank, build_bank(model, pairs, args, FP32, said.append))
 
@@ -349,14 +354,14 @@ def test_memory_bank_is_built_once_and_kept(tmp_path):
 def test_what_another_model_seed_judge_or_option_built_is_another_bank(tmp_path, change):
     model, pairs = example()
     args, said = options(dataset_root=tmp_path), []
-    memory_bank(model, pairs, args, FP32, lambda _: None)
+    kept_bank(model, pairs, args, lambda _: None)
     own = {key: value for key, value in change.items() if key not in ("weights", "captions")}
     if "weights" in change:
         model.images *= change["weights"]
     if "captions" in change:
         pairs.captions[change["captions"]] += "!"
     other = options(dataset_root=tmp_path, **own)
-    memory_bank(model, pairs, other, FP32, said.append)
+    kept_bank(model, pairs, other, said.append)
     assert ("building" in said[0]) == bool(change) == (other.bank != args.bank)
     assert {path.name for path in banks(tmp_path)} == {args.bank, other.bank}
 
@@ -381,19 +386,19 @@ def banks(root):
 def test_a_bank_of_the_older_name_is_used_where_it_fits(tmp_path, judge):
     model, pairs = example()
     args = options(dataset_root=tmp_path, **judge)
-    bank = memory_bank(model, pairs, args, FP32, lambda _: None)
+    bank = kept_bank(model, pairs, args, lambda _: None)
     older = tmp_path / "annotations" / "memory_bank" / (
         "0.40_mbank_neighbours3.npz" if judge else "0.40_mbank.npz")
     older.parent.mkdir()
     bank_path(tmp_path, args.bank).rename(older)
-    assert same(memory_bank(model, pairs, args, FP32, lambda _: None), bank)
+    assert same(kept_bank(model, pairs, args, lambda _: None), bank)
     assert args.bank == older.name and not list(banks(tmp_path))
     for change in ({"noise_seed": 4}, {"vision_model": "other"}, {"min_clean": 0.5}):
         other = options(dataset_root=tmp_path, **judge, **change)
-        memory_bank(model, pairs, other, FP32, lambda _: None)
+        kept_bank(model, pairs, other, lambda _: None)
         assert other.bank != older.name
     pairs.captions[3] += "!"
-    memory_bank(model, pairs, args, FP32, lambda _: None)
+    kept_bank(model, pairs, args, lambda _: None)
     assert args.bank != older.name
 
 

@@ -91,7 +91,7 @@ class Batches(Dataset):
         self.pairs, self.bank, self.seed, self.few_shapes = pairs, bank, seed, few_shapes
         device = pairs.images.device if in_memory(pairs.images) else torch.device("cpu")
         self.tokens = pairs.tokens.to(device)
-        self.clean_set = clean_pairs(bank) if random_memory and bank is not None else None
+        self.clean_set = clean_pairs(bank) if random_memory else None
         self.own = slice(rank(), None, world())
 
     def memory(self, indices):
@@ -144,12 +144,17 @@ def require_batch(args, num_pairs):
                          f"that are trained on; choose one up to {num_pairs}")
 
 
-def training_loader(args, pairs, bank=None, chosen=None, random_memory=False):
-    """DataLoader of `Batch`es, of all pairs or of the `chosen` ones (k,) int64, with their memory
-    entries in a `bank`; set `loader.sampler.epoch` (and `first`) before each epoch."""
-    chosen = np.arange(len(pairs)) if chosen is None else chosen
+def training_loader(args, pairs, bank=None, with_memory=True, chosen=None):
+    """DataLoader of `Batch`es of the `chosen` pairs (k,) int64, or else of those that `--train_on`
+    says, with their memory entries in the `bank` if there is one; set `loader.sampler.epoch` (and
+    `first`) before each epoch."""
+    if chosen is None:
+        only_clean = bank is not None and args.train_on == "clean"
+        chosen = clean_pairs(bank) if only_clean else np.arange(len(pairs))
     require_batch(args, len(chosen))
     sampler = EpochSampler(chosen, args.batch_size, args.seed)
-    batches = Batches(pairs, bank, random_memory, args.seed, few_shapes=replays(args))
+    with_memory = with_memory and bank is not None
+    batches = Batches(pairs, bank if with_memory else None, with_memory and args.memory == "random",
+                      args.seed, few_shapes=replays(args))
     workers = 0 if in_memory(pairs.images) else len(sampler)
     return loader(args, batches, workers, sampler=sampler, batch_size=None)

@@ -50,13 +50,14 @@ def bank_of(verdict, raw_images, raw_texts, pairs, args, info):
                       {**options, **info, "wrong_share": verdict.wrong_share})
 
 
-def memory_bank(model, pairs, args, precision, log=print, resumed=None):
+def memory_bank(model, pairs, run):
     """The bank of `pairs` from the data folder, or a new one, built by `model` and kept there. Its
-    file's name becomes args.bank.
+    file's name becomes args.bank of the `Run`.
 
-    resumed: the options (dict) that the checkpoint holds which this run continues, whose bank it
-    takes. Raises InputError when that is not there, as `model` is no initial one then.
+    A run that continues another takes that one's bank. Raises InputError when it is not there, as
+    `model` is no initial one then.
     """
+    args, log, resumed = run.args, run.log, run.state.get("args")
     name = resumed.get("bank") if resumed else bank_name(model, pairs, args)
     found = load_bank(name, pairs, args, log)
     if any_process(not found, args.device):
@@ -70,7 +71,7 @@ def memory_bank(model, pairs, args, precision, log=print, resumed=None):
                              "options first, or start from these weights with --vision_model")
         path = from_main(new_bank_path(args, name) if is_main() else None)
         log(f"No memory bank for noise ratio {ratio_name(args.noise_ratio)} yet: building {path}")
-        verdict, features, info = judge_pairs(model, pairs, args, precision, log)
+        verdict, features, info = judge_pairs(model, pairs, args, run.precision, log)
         with main_first():
             if is_main():
                 bank = bank_of(verdict, *features, pairs, args, info)
