@@ -1,11 +1,11 @@
 """`--precision`: what is stored in half, how AdamW steps there, and the benchmark of both."""
 
-import argparse
 import json
 import math
 
 import pytest
 import torch
+from conftest import parsed
 
 import clip
 import main_CLIP
@@ -16,7 +16,7 @@ from utils.method.losses import pair_losses
 from utils.method.optimizer import adamw
 from utils.training.precision import Precision, clip_gradients
 
-ADAMW = {"lr": 1e-5, "beta1": 0.9, "beta2": 0.98, "eps": 1e-6, "weight_decay": 0.2}
+ARGS = parsed("clip", lr=1e-5, device="cpu")
 HALF_TOO = {torch.float16, torch.float32}
 
 
@@ -138,7 +138,7 @@ def test_adamw_rounds_every_operation_to_half():
     w = half(0.02 * torch.randn(2000, generator=generator))
     gradients = [half(1e-3 * torch.randn(2000, generator=generator)) for _ in range(4)]
     model = Weights(w.half())
-    optimizer = adamw(model, argparse.Namespace(**ADAMW))
+    optimizer = adamw(model, ARGS)
     m, v = torch.zeros(2000), torch.zeros(2000)
     for t, g in enumerate(gradients, 1):
         model.values.grad = g.half()
@@ -156,13 +156,12 @@ def test_adamw_rounds_every_operation_to_half():
 
 
 def test_only_half_weights_give_up_the_fused_adamw():
-    args = argparse.Namespace(**ADAMW)
-    assert adamw(Weights(torch.zeros(3)), args).defaults["fused"]
-    assert not adamw(Weights(torch.zeros(3).half()), args).defaults["fused"]
+    assert adamw(Weights(torch.zeros(3)), ARGS).defaults["fused"]
+    assert not adamw(Weights(torch.zeros(3).half()), ARGS).defaults["fused"]
 
 
 def test_eps_that_is_zero_in_half_is_refused():
-    tiny_eps = argparse.Namespace(**{**ADAMW, "eps": 1e-8})
+    tiny_eps = parsed("clip", eps=1e-8, device="cpu")
     adamw(Weights(torch.zeros(3)), tiny_eps)
     with pytest.raises(InputError, match="eps"):
         adamw(Weights(torch.zeros(3).half()), tiny_eps)

@@ -1,12 +1,10 @@
 """Recall at K against a full sort, ties and a collapsed model included."""
 
-import argparse
-
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Lookup, pairs_for
+from conftest import Lookup, pairs_for, parsed
 
 import utils.scoring.retrieval
 from utils.errors import InputError
@@ -128,7 +126,7 @@ def test_folds_are_consecutive_images_with_their_captions(n, folds):
 # ---- with a model -------------------------------------------------------------------------------
 
 
-ARGS = argparse.Namespace(eval_batch_size=4, num_workers=0, device=torch.device("cpu"))
+ARGS = parsed("clip", eval_batch_size=4, num_workers=0, device="cpu")
 FP32 = Precision("fp32", torch.device("cpu"))
 
 
