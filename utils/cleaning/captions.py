@@ -10,11 +10,11 @@ import re
 def one_line(text):
     """One line of plain text: runs of white space, line ends and NUL become one blank each. Empty
     where CLIP's own cleaning leaves nothing that can be seen ("&nbsp;", control characters)."""
-    from clip.tokenizer import clean as as_clip_reads  # with torch, which a --help does without
+    from clip.tokenizer import clean_text  # with torch, which a --help does without
 
     text = text.encode("utf-8", "replace").decode("utf-8")  # JSON can hold halves of characters
     text = " ".join(text.replace("\0", " ").split())
-    return text if any(c.isprintable() and c != " " for c in as_clip_reads(text)) else ""
+    return text if any(c.isprintable() and c != " " for c in clean_text(text)) else ""
 
 
 def captions_in(value):
