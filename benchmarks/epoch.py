@@ -10,7 +10,6 @@ grows with their number is multiplied. Reading is measured on a few pictures.
 
 import argparse
 import json
-import platform
 import sys
 import tempfile
 import time
@@ -22,7 +21,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import clip
-from bench import CAPTIONS, clock, make_bank, make_pairs, new_model, write_jpegs
+from bench import CAPTIONS, clock, machine, make_bank, make_pairs, new_model, write_jpegs
 from main_NPC import NPC
 from params import parse_args
 from utils.errors import command
@@ -105,10 +104,8 @@ def main():
         seconds, steps = two_epochs(args, run, measured, options.num_dev)
     captions = CAPTIONS * options.num_images
     pictures, words = read(args, options.some)
-    machine = (torch.cuda.get_device_name() if args.device.type == "cuda"
-               else f"{platform.machine()} CPU, {torch.get_num_threads()} threads")
     print(f"\n### {options.num_images:,} images, {captions:,} captions, batch {args.batch_size}, "
-          f"{args.vision_model}, {args.precision}, {machine}, torch {torch.__version__}\n\n"
+          f"{args.vision_model}, {args.precision}, {machine(args.device)}\n\n"
           f"| {measured:,} images | s | times | s of {EPOCHS} epochs |\n|---|--:|--:|--:|")
     scale, total = options.num_images / measured, 0
     reading = {f"reading {options.some} {what}": (value, number / options.some)

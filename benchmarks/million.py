@@ -9,7 +9,6 @@ A data set of made-up pairs, five captions an image, and a folder of half-precis
 
 import argparse
 import os
-import platform
 import re
 import subprocess
 import sys
@@ -18,20 +17,18 @@ import time
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from bench import CAPTIONS, machine
 from data import training_pairs
 from params import parse_args
 from utils.errors import InputError, command
 from utils.method.features import write_items
 from utils.method.pairs import first_pairs
 from utils.reading.layout import split_folder, write_lines, write_split
-
-CAPTIONS = 5  # an image
 
 
 def make_features(root, n, ratio, seed):
@@ -100,9 +97,8 @@ def main():
         ratio = ["--noise_ratio", str(options.noise)]
         size = make_features(root, options.num_pairs, ratio, args.seed)
         print(f"### {options.num_pairs:,} pairs, {options.noise:.0%} noise, {size / 1e6:.0f} MB of "
-              f"features; {' '.join(words)}; {platform.machine()} CPU, {torch.get_num_threads()} "
-              f"threads, torch {torch.__version__}\n\n| | s | CPU s | peak MB: own, of files, "
-              "together |\n|---|--:|--:|--:|", flush=True)
+              f"features; {' '.join(words)}; {machine(args.device)}\n\n"
+              "| | s | CPU s | peak MB: own, of files, together |\n|---|--:|--:|--:|", flush=True)
         words += ["--dataset_root", place, *ratio, "--judge_features", str(root / "items")]
         for name, more in (("find_noise.py", ["--out", str(root / "out")]),
                            ("get_memorybank.py", [])):

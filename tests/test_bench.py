@@ -40,11 +40,9 @@ def test_the_step_of_every_contender_is_timed(tmp_path):
 @pytest.mark.slow
 def test_an_epoch_is_trained_and_taken_apart(tmp_path):
     said, found = bench("epoch.py", tmp_path, "--num_images", 4, "--num_dev", 5, "--some", 3)
-    once = sum(found[name] for name in ("bank: features and judge", "bank: entries",
-                                        "reading images", "reading captions"))
-    each = sum(found[name] for name in ("steps", "dev scores", "checkpoint, logs"))
-    assert abs(found["total"] - once - 5 * each) < 1e-6 and found["steps"] > 0
-    assert "20 captions" in said and "in 5 steps" in said
+    parts = [line.split("|")[4] for line in said.splitlines() if line.count("|") == 5][2:-1]
+    assert len(parts) == len(found) - 1 and abs(found["total"] - sum(map(float, parts))) < 0.05 * 9
+    assert found["steps"] > 0 and "20 captions" in said
 
 
 @pytest.mark.slow
