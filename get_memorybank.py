@@ -16,7 +16,7 @@ from params import parse_args
 from utils.distributed import is_main
 from utils.errors import command
 from utils.method.building import build_bank
-from utils.method.memorybank import bank_name, new_bank_path, save_bank
+from utils.method.memorybank import bank_name, bank_path, save_bank, writable
 from utils.method.released_bank import save_released
 from utils.reading.layout import BANK_FOLDERS
 from utils.training.run import Run
@@ -30,16 +30,15 @@ def main(argv=None):
     pairs = training_pairs(args, preprocess, run.log)
     released = args.format == "released"
     if is_main():
-        path = (new_bank_path(args, "", BANK_FOLDERS[1]) if released
-                else new_bank_path(args, bank_name(model, pairs, args)))
+        folder = writable(bank_path(args.dataset_root, folder=BANK_FOLDERS[released]))
     bank = build_bank(model, pairs, args, run.precision, run.log)
     if not is_main():
         return
     if released:
-        paths = save_released(bank, pairs, path, args.noise_ratio)
+        paths = save_released(bank, pairs, folder, args.noise_ratio)
     else:
-        paths = [path]
-        save_bank(bank, pairs, path)
+        paths = [folder / bank_name(model, pairs, args)]
+        save_bank(bank, pairs, paths[0])
     run.log(f"wrote {' and '.join(map(str, paths))}")
 
 

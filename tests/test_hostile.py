@@ -299,7 +299,8 @@ def nested(depth):
 
 @pytest.mark.parametrize("value", [
     "text", None, 0.5, True, 10**30, [1], (1,), b"\0" * 8, np.array(["a"]), np.float64(2),
-    np.array([1, 2]), np.array([1], dtype=object), nested(30), {"a": 1}, np.datetime64("2020-01-01")
+    np.array([1, 2]), np.array(["a"], dtype=object), nested(30), {"a": 1},
+    np.datetime64("2020-01-01")
 ], ids=lambda value: type(value).__name__)
 def test_authors_bank_with_a_wrong_value(authors, value):
     pairs, root = authors

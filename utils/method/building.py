@@ -10,9 +10,10 @@ from utils.method.memorybank import (
     MADE_WITH,
     MemoryBank,
     bank_name,
+    bank_path,
     load_bank,
-    new_bank_path,
     save_bank,
+    writable,
 )
 from utils.method.neighbours import Features, nearest, normalised, random_rows
 from utils.method.recipes import RECIPES
@@ -59,7 +60,7 @@ def memory_bank(model, pairs, run):
     """
     args, log, resumed = run.args, run.log, run.state.get("args")
     name = resumed.get("bank") if resumed else bank_name(model, pairs, args)
-    found = load_bank(name, pairs, args, log)
+    found = load_bank(name, pairs, args, log, run.folder)
     if any_process(not found, args.device):
         if not name:
             raise InputError(f"{args.resume} was trained by another script, or its memory bank is "
@@ -69,14 +70,15 @@ def memory_bank(model, pairs, run):
                              f"{args.dataset_root}, and only the initial model can build it, not "
                              f"{args.resume}: run get_memorybank.py with that model and the same "
                              "options first, or start from these weights with --vision_model")
-        path = from_main(new_bank_path(args, name) if is_main() else None)
+        path = from_main(writable(bank_path(args.dataset_root), run.folder) / name
+                         if is_main() else None)
         log(f"No memory bank for noise ratio {ratio_name(args.noise_ratio)} yet: building {path}")
         verdict, features, info = judge_pairs(model, pairs, args, run.precision, log)
         with main_first():
             if is_main():
                 bank = bank_of(verdict, *features, pairs, args, info)
                 save_bank(bank, pairs, path, replace=False)  # of two runs the first one's stays
-        found = load_bank(name, pairs, args, log)
+        found = load_bank(name, pairs, args, log, run.folder)
     else:
         log(f"memory bank: {found[1]}")
     args.bank = found[1].name

@@ -51,39 +51,38 @@ class MemoryBank:
     info: dict = field(default_factory=dict)
 
 
+def bank_name(model, pairs, args):
+    """What the bank is called that `model` (None where features alone judge) builds of `pairs`:
+
+        {ratio}_mbank_{model}_{judge}_{kind of noise}_seed{seed}_{hash}.npz
+
+    without the judge where it is the paper's, and without the kind where there is no noise. The
+    hash is that of all that the bank depends on.
+    """
+    made_with = {key: getattr(args, key) for key in MADE_WITH}
+    recipe = RECIPES[args.recipe]
+    made_with["recipe"] = recipe.random_bank_batches, recipe.cosine_bank  # all that it changes here
+    name = ""
+    if model is not None:
+        made_with |= {"model": weights_hash(model), "activation": args.activation}
+        known = args.vision_model in clip.available_models()
+        name = args.vision_model if known else Path(args.vision_model).name or "model"
+    text = json.dumps([made_with, fingerprint(pairs)], sort_keys=True, default=str)
+    parts = [ratio_name(args.noise_ratio), "mbank", name, judge_name(args),
+             args.noise_kind if args.noise_ratio else "", f"seed{args.noise_seed}",
+             hashlib.sha256(text.encode()).hexdigest()[:8]]
+    return re.sub(r"[^\w.-]", "-", "_".join(filter(None, parts))) + ".npz"
+
+
 def judge_name(args):
     """What a bank's file name says of its judge; empty for the paper's."""
-    if args.judge_features:
-        parts = ["features", Path(args.judge_features).stem]
-    else:
-        parts = [Path(args.judge).name or "model"] if args.judge else []
-    if args.judge_rounds:
-        parts += [f"rounds{args.judge_rounds}x{args.judge_steps}"]
+    parts = [f"features_{Path(args.judge_features).stem}" if args.judge_features
+             else (Path(args.judge).name or "model") if args.judge else "",
+             f"rounds{args.judge_rounds}x{args.judge_steps}" if args.judge_rounds else ""]
     if args.judge_neighbours:
-        parts += [f"neighbours{args.judge_neighbours}"]
-        parts += [f"among{args.search_among}"] if args.search_among else []
-    return re.sub(r"[^\w.-]", "-", "_".join(parts))
-
-
-def bank_name(model, pairs, args):
-    """What the bank that `model` builds of `pairs` under these options is called: its noise ratio,
-    model, judge, kind of noise and seed, and a hash of all that it depends on. `model` is None
-    where nothing but features judges."""
-    names = [] if model is None else [
-        args.vision_model if args.vision_model in clip.available_models()
-        else Path(args.vision_model).name or "model"]
-    names += [name for name in [judge_name(args)] if name]
-    names += [args.noise_kind] if args.noise_ratio else []
-    options = {key: getattr(args, key) for key in MADE_WITH}
-    recipe = RECIPES[args.recipe]
-    options["recipe"] = recipe.random_bank_batches, recipe.cosine_bank  # all that it changes here
-    if model is not None:
-        options |= {"model": weights_hash(model), "activation": args.activation}
-    text = json.dumps([options, fingerprint(pairs)], sort_keys=True, default=str)
-    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
-    name = "_".join([ratio_name(args.noise_ratio), "mbank", *names, f"seed{args.noise_seed}",
-                     digest])
-    return re.sub(r"[^\w.-]", "-", name) + ".npz"
+        parts += [f"neighbours{args.judge_neighbours}",
+                  f"among{args.search_among}" if args.search_among else ""]
+    return re.sub(r"[^\w.-]", "-", "_".join(filter(None, parts)))
 
 
 def weights_hash(model):
@@ -96,26 +95,20 @@ def weights_hash(model):
     return digest.hexdigest()
 
 
-def bank_path(dataset_root, name):
-    """Where the bank of a name is written."""
-    return Path(dataset_root) / "annotations" / BANK_FOLDERS[0] / name
+def bank_path(dataset_root, name="", folder=BANK_FOLDERS[0]):
+    """Where the bank of a name is written; without one, its folder."""
+    return Path(dataset_root) / "annotations" / folder / name
 
 
-def own_folder(args):
-    """[Folder of the run], which keeps the bank where the data folder is read-only; [] without."""
-    return [Path(args.checkpoint_path) / args.experiments] if "experiments" in args else []
-
-
-def new_bank_path(args, name, folder=BANK_FOLDERS[0]):
-    """Where a bank can be written, tried before the pairs are judged: in a folder of the data or
-    else in the run's. Raises InputError when there is no such place."""
-    wanted = Path(args.dataset_root) / "annotations" / folder
-    for folder in [wanted, *own_folder(args)]:
+def writable(*folders):
+    """The first of some folders that can be written, tried before pairs are judged. Raises
+    InputError when there is none."""
+    for folder in folders:
         with contextlib.suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()
-            return folder / name
-    raise InputError(f"cannot write {wanted}, where the memory bank belongs; training keeps "
+            return folder
+    raise InputError(f"cannot write {folders[0]}, where the memory bank belongs; training keeps "
                      "one in its own folder; or copy annotations/ and link images/ to a folder "
                      "that you may write to")
 
@@ -130,33 +123,34 @@ def save_bank(bank, pairs, path, replace=True):
                  info=np.frombuffer(info.encode(), np.uint8))
 
 
-def load_bank(name, pairs, args, log=print):
-    """(bank, path) of the bank of a name, else of another at hand that fits `pairs` and the
-    options: one of ours that has an older name, {ratio}_mbank.npz or {ratio}_mbank_{judge}.npz, or
-    any name if none is known (older checkpoints do not say); or the authors', which do not say what
-    they were made with, so that the log says that; else None.
+def load_bank(name, pairs, args, log=print, own_folder=None):
+    """(bank, path) of the bank of a name, from the data folder or that of the run, `own_folder`;
+    else of another at hand that fits `pairs` and the options: one of ours that has an older name,
+    {ratio}_mbank.npz or {ratio}_mbank_{judge}.npz, or any name if none is known (older checkpoints
+    do not say); or the authors', which do not say what they were made with, so that the log says
+    that; else None.
 
     Raises InputError when it is broken, belongs to other captions or points outside the data.
     """
-    folders = [Path(args.dataset_root) / "annotations" / folder for folder in BANK_FOLDERS]
-    for folder in [*folders, *own_folder(args)] if name else []:
+    folders = [bank_path(args.dataset_root, folder=folder) for folder in BANK_FOLDERS]
+    folders += [own_folder] if own_folder else []
+    for folder in folders if name else []:
         if (folder / name).exists():
             return read_bank(folder / name, pairs), folder / name
-    judge = judge_name(args)
+    ratio, judge = args.noise_ratio, judge_name(args)
     older = f"_mbank_{judge}.npz" if judge else "_mbank.npz"
-    paths = [find_by_ratio(folder, older, args.noise_ratio) for folder in folders]
+    paths = [find_by_ratio(folder, older, ratio) for folder in folders]
     if not name:
-        paths += sorted(folders[0].glob(f"{ratio_name(args.noise_ratio)}_mbank_*.npz"))
-    for path in paths:
-        if path is not None and fits(_read(path), pairs, args):
+        paths += sorted(folders[0].glob(f"{ratio_name(ratio)}_mbank_*.npz"))
+    for path in filter(None, paths):
+        if fits(_read(path), pairs, args):
             return read_bank(path, pairs), path
-    released = pairs.source.name.endswith(SUFFIX) or not args.noise_ratio
-    for folder in folders if released and not judge else []:
-        path = find_by_ratio(folder, IMAGES, args.noise_ratio)
-        if path is not None:
-            log(f"memory bank at hand: {path} does not say by which model and seed it was made; "
-                "get_memorybank.py makes one that does")
-            return read_bank(path, pairs), path
+    if judge or args.noise_ratio and not pairs.source.name.endswith(SUFFIX):
+        return None  # the authors judge as in the paper, and the noise of their own file
+    for path in filter(None, [find_by_ratio(folder, IMAGES, ratio) for folder in folders]):
+        log(f"memory bank at hand: {path} does not say by which model and seed it was made; "
+            "get_memorybank.py makes one that does")
+        return read_bank(path, pairs), path
     return None
 
 
@@ -200,11 +194,10 @@ def _check(bank, pairs, path):
     n, advice = len(pairs), "run get_memorybank.py again"
     for what, entry, length in (("images", bank.image_entry, len(pairs.image_ids)),
                                 ("captions", bank.caption_entry, n)):
-        if entry.shape != (length,):
-            raise InputError(f"{path} has entries of shape {entry.shape} for {what}, expected "
-                             f"({length},), one for each of the data set; {advice}")
-        if entry.dtype.kind != "i":
-            raise InputError(f"{path}: its entries for {what} are no whole numbers; {advice}")
+        if entry.shape != (length,) or entry.dtype.kind != "i":
+            raise InputError(f"{path} has entries of shape {entry.shape} and type {entry.dtype} "
+                             f"for {what}, expected {length} whole numbers, one for each of the "
+                             f"data set; {advice}")
         if length and not (0 <= entry.min() and entry.max() < n):
             outside = entry[(entry < 0) | (entry >= n)][0]
             raise InputError(f"{path} points at pair {outside}, but there are pairs 0 to {n - 1} "

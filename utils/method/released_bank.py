@@ -2,8 +2,6 @@
 and {ratio}_mbank_txt_idx.npy from str(caption index) to a pair, read without running a pickle's
 code."""
 
-import re
-
 import numpy as np
 
 from clip.formats import RestrictedUnpickler
@@ -47,52 +45,47 @@ def read_entries(path, keys):
     arrays of one number."""
     with (parsing(path, "a memory bank of the authors' format, which is two files", ADVICE),
           open(path, "rb") as f):
-        entries = {str(key): as_array(value) for key, value in load_dictionary(f).items()
+        entries = {str(key): value for key, value in load_dictionary(f).items()
                    if isinstance(key, str | int)}
     result = []
     for key in keys:
-        value = entries.get(key)
-        if value is None:
+        if key not in entries:
             raise InputError(f"{path} has no entry for '{key}'; it was built for another data set; "
                              f"{ADVICE}")
-        if value.size != 1 or value.dtype.kind not in "iu":
-            raise InputError(f"{path}: the entry of '{key}' is not one whole number")
-        result.append(int(value.reshape(())))
+        value = entries[key]
+        if isinstance(value, _Array) and len(value) == 1:
+            value = value[0]
+        whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+        if not whole or not 0 <= value < 2**63:
+            raise InputError(f"{path}: the entry of '{key}' is not one whole number from 0")
+        result.append(int(value))
     return np.array(result, np.int64)
 
 
-def as_array(value):
-    """A value of a pickled dictionary as an array."""
-    if isinstance(value, _Array):
-        value = value.value
-    return np.asarray(value) if isinstance(value, int | np.ndarray) else np.empty(0)
-
-
 class _DType:
-    """Stands for numpy.dtype in a pickle, whose own state could be forged to point anywhere."""
+    """Stands for numpy.dtype in a pickle, whose own state could claim that pointers are numbers:
+    here numpy reads `name` alone."""
 
-    def __init__(self, code, *_):
-        self.code, self.order = code, "="
+    def __init__(self, name, *_):
+        self.name = name
 
     def __setstate__(self, state):
-        self.order = state[1]
+        self.name = state[1] + self.name  # the order of bytes
 
-    def read(self, data):
-        """The numbers (k,) in `data`, bytes."""
-        if not re.fullmatch("[iuf][1248]", self.code):
-            raise ValueError(f"holds values of type {self.code}")
-        return np.frombuffer(data, np.dtype(self.code).newbyteorder(self.order))
+    def numbers(self, data):
+        """The numbers (k,) in `data`, bytes. Raises ValueError for objects."""
+        return np.frombuffer(data, self.name)
 
 
-class _Array:
-    """Stands for numpy.ndarray. value: its numbers, flat, or the list of its objects."""
+class _Array(list):
+    """Stands for numpy.ndarray: its elements, flat."""
 
     def __init__(self, *_):
-        self.value = None
+        super().__init__()
 
     def __setstate__(self, state):
         _, _, dtype, _, data = state
-        self.value = list(data) if dtype.code == "O8" else dtype.read(data)
+        self[:] = data if isinstance(data, list) else dtype.numbers(data)
 
 
 class _Unpickler(RestrictedUnpickler):
@@ -102,18 +95,14 @@ class _Unpickler(RestrictedUnpickler):
     NAMES = {"numpy.ndarray": _Array, "numpy.dtype": _DType}
     for core in ("core", "_core"):
         NAMES[f"numpy.{core}.multiarray._reconstruct"] = _Array
-        NAMES[f"numpy.{core}.multiarray.scalar"] = lambda dtype, data: dtype.read(data)
+        NAMES[f"numpy.{core}.multiarray.scalar"] = lambda dtype, data: dtype.numbers(data)[0]
 
 
 def load_dictionary(f):
     """The dictionary in a .npy file of one object, by the restricted unpickler."""
-    version = np.lib.format.read_magic(f)
-    read_header = {(1, 0): np.lib.format.read_array_header_1_0,
-                   (2, 0): np.lib.format.read_array_header_2_0}[version]
-    shape, _, dtype = read_header(f)
-    if shape != () or not dtype.hasobject:
-        raise ValueError(f"an array of {dtype} with shape {shape} instead of one dictionary")
-    (entries,) = _Unpickler(f).load().value
+    np.lib.format.read_magic(f)
+    np.lib.format.read_array_header_1_0(f)
+    (entries,) = _Unpickler(f).load()
     if not isinstance(entries, dict):
         raise ValueError(f"holds a {type(entries).__name__} instead of a dictionary")
     return entries
