@@ -27,7 +27,7 @@ from dataset import make_scenes
 from utils.errors import InputError
 from utils.files import lock
 from utils.reading.image_cache import ImageCache
-from utils.reading.images import Images, loader
+from utils.reading.images import Images, Loader
 
 PREPROCESS = clip.Preprocess(32)
 NUM = 12
@@ -267,7 +267,7 @@ class Mine(torch.utils.data.Dataset):
 
 def fetch(act):
     args = SimpleNamespace(num_workers=1, device=torch.device("cpu"))
-    return iter(loader(args, Mine(act), 2, batch_size=1))
+    return iter(Loader(args, Mine(act), 2, batch_size=1))
 
 
 def raise_mine():

@@ -11,7 +11,7 @@ from utils.devices import replays, ship
 from utils.distributed import rank, world
 from utils.errors import InputError
 from utils.method.memorybank import clean_pairs
-from utils.reading.images import in_memory, loader
+from utils.reading.images import Loader, in_memory
 
 BATCH, MEMORY_I, MEMORY_T = range(3)  # whose pairs: rows of `DistinctItems.rows`
 
@@ -157,4 +157,4 @@ def training_loader(args, pairs, bank=None, with_memory=True, chosen=None):
     batches = Batches(pairs, bank if with_memory else None, with_memory and args.memory == "random",
                       args.seed, few_shapes=replays(args))
     workers = 0 if in_memory(pairs.images) else len(sampler)
-    return loader(args, batches, workers, sampler=sampler, batch_size=None)
+    return Loader(args, batches, workers, sampler=sampler, batch_size=None)

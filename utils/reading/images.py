@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, PngImagePlugin
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
@@ -58,22 +59,24 @@ class Images(Dataset):
         return len(self.names)
 
     def __getitem__(self, k):
-        return self.__getitems__([k])[0]
-
-    def take(self, ks):
-        """Crops (k, 3, R, R) of the images `ks`, (k,) int64."""
-        size = 3, self.preprocess.resolution, self.preprocess.resolution
-        return torch.stack(self.__getitems__(ks.tolist())) if len(ks) else torch.empty(
-            0, *size, dtype=torch.uint8)
+        return self.take([k])[0]
 
     def __getitems__(self, ks):
-        """Images `ks` as a list. Those that the cache lacks are decoded and stored together."""
-        crops = {k: self.cache.get(k) for k in ks if self.cache and self.cache.has(k)}
-        decoded = {k: self.decode(k) for k in ks if k not in crops}
+        return list(self.take(ks))
+
+    def take(self, ks):
+        """Crops (k, 3, R, R) of the images `ks`. Those that the cache lacks are decoded and stored
+        together."""
+        size, decoded = self.preprocess.resolution, {}
+        crops = np.empty((len(ks), 3, size, size), np.uint8)
+        for row, k in enumerate(ks):
+            if self.cache and self.cache.has(k):
+                crops[row] = self.cache.get(k)
+            else:
+                crops[row] = decoded[k] = self.decode(k)
         if self.cache and decoded:
             self.cache.put(decoded)
-        crops |= decoded
-        return [torch.from_numpy(crops[k]) for k in ks]
+        return torch.from_numpy(crops)
 
     def decode(self, k):
         """Read and crop image k from its file: (3, R, R) uint8."""
@@ -106,27 +109,21 @@ def open_image(file):
 HELD = weakref.WeakSet()  # `ImagesInMemory` that `hold` has made
 
 
-class ImagesInMemory(Dataset):
-    """The crops of all `Images`, or a tensor of crops, on a device. They are read, each image once,
+class ImagesInMemory(Images):
+    """The same `images`, or the crops (n, 3, R, R) given, on a device. They are read, each once,
     when the first one is asked for; a step then ships row numbers alone."""
 
     def __init__(self, images, device, args=None):
+        if isinstance(images, torch.Tensor):
+            self.names, self.crops = range(len(images)), images.to(device)
+        else:
+            vars(self).update(vars(images))
         self.images, self.device, self.args = images, device, args
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getattr__(self, name):  # names, folder, cache
-        if name == "images":  # which a copy does not have yet
-            raise AttributeError(name)
-        return getattr(self.images, name)
 
     @functools.cached_property
     def crops(self):
         """(n, 3, R, R) uint8."""
-        if isinstance(self.images, torch.Tensor):
-            return self.images.to(self.device)
-        size = self.images.preprocess.resolution
+        size = self.preprocess.resolution
         try:
             crops = torch.empty(len(self), 3, size, size, dtype=torch.uint8, device=self.device)
         except RuntimeError as error:
@@ -141,14 +138,8 @@ class ImagesInMemory(Dataset):
         return crops
 
     def take(self, ks):
-        """Crops (k, 3, R, R) of the images `ks`, (k,) int64, where they are held."""
-        return self.crops[ship(torch.from_numpy(ks), self.device)]
-
-    def __getitem__(self, k):
-        return self.take(np.array([k]))[0]
-
-    def __getitems__(self, ks):
-        return list(self.take(np.array(ks)))
+        """Crops (k, 3, R, R) of the images `ks`, where they are held."""
+        return self.crops[ship(torch.as_tensor(ks), self.device)]
 
 
 def hold(args, images):
@@ -157,18 +148,13 @@ def hold(args, images):
     processes, as each process would hold all."""
     place = args.data_on
     if place == "auto":
-        size = sum(map(num_bytes, [images, *HELD]))
+        size = sum(len(x) * 3 * x.preprocess.resolution**2 for x in (images, *HELD))  # bytes
         place = "device" if 3 * size <= room(args.device) and world() == 1 else "workers"
     if place == "workers":
         return images
     held = ImagesInMemory(images, args.device, args)
     HELD.add(held)
     return held
-
-
-def num_bytes(images):
-    """Bytes of the crops of `Images`."""
-    return len(images) * 3 * images.preprocess.resolution**2
 
 
 def room(device):
@@ -227,7 +213,7 @@ def check_images(args, images, dev):
     """Open all `images`, decode those of `dev`. Raises InputError, with a count and the first
     three, when some cannot be read."""
     broken, checks = [], Headers([] if "crops" in vars(images) else images)
-    for said in tqdm(loader(args, checks, len(checks) // 1000, batch_size=None), desc="checking",
+    for said in tqdm(Loader(args, checks, len(checks) // 1000, batch_size=None), desc="checking",
                      unit="img", disable=None, leave=False):
         broken += [said] if said else []
     if broken:
@@ -240,26 +226,22 @@ def check_images(args, images, dev):
 def image_loader(args, images):
     """DataLoader of uint8 image batches (b, 3, R, R), each distinct image once, in order."""
     workers = 0 if in_memory(images) else len(images)
-    return loader(args, images, workers, batch_size=args.eval_batch_size)
-
-
-def loader(args, dataset, most_workers, **options):
-    """`Loader` with `--num_workers` processes, but no more than `most_workers`."""
-    workers = min(args.num_workers, most_workers)
-    if workers:
-        _end_workers()
-        options["worker_init_fn"] = _ignore_signals
-    return Loader(dataset, num_workers=workers, persistent_workers=workers > 0,
-                  pin_memory=workers > 0 and args.device.type == "cuda", **options)
+    return Loader(args, images, workers, batch_size=args.eval_batch_size)
 
 
 class Loader(DataLoader):
-    """Says in one line that a worker process has died or cannot hand over its batches, and only
-    where they are fetched: torch's handler of SIGCHLD would raise at any line."""
+    """DataLoader with `--num_workers` processes, but no more than `most_workers`. It says in one
+    line that one has died or cannot hand over its batches, and only where they are fetched: torch's
+    handler of SIGCHLD would raise at any line."""
 
-    def __init__(self, *args, **options):
-        super().__init__(*args, **options)
-        if self.num_workers:
+    def __init__(self, args, dataset, most_workers, **options):
+        workers = min(args.num_workers, most_workers)
+        if workers:
+            _end_workers()
+            options["worker_init_fn"] = _ignore_signals
+        super().__init__(dataset, num_workers=workers, persistent_workers=workers > 0,
+                         pin_memory=workers > 0 and args.device.type == "cuda", **options)
+        if workers:
             self.collate_fn = functools.partial(_shared, self.collate_fn)
 
     def __iter__(self):
@@ -282,21 +264,15 @@ def _shared(collate, items):
     later, would only print it, and the main process would wait for ever."""
     batch = collate(items)
     try:
-        _share(batch)
+        for value in tree_leaves(batch):
+            if isinstance(value, torch.Tensor):
+                value.share_memory_()
     except RuntimeError as error:
         raise InputError(
             f"a worker's batch does not fit the shared memory, /dev/shm ({error}): give a "
             "container more (docker run --shm-size 8g), or read in the main process "
             "(--num_workers 0)") from None
     return batch
-
-
-def _share(value):
-    if isinstance(value, torch.Tensor):
-        value.share_memory_()
-    elif isinstance(value, tuple | list):
-        for item in value:
-            _share(item)
 
 
 @contextmanager

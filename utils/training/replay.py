@@ -10,6 +10,7 @@ import contextlib
 import copy
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 
 class Replay:
@@ -64,16 +65,11 @@ def cudnn_attention():
         torch.backends.cuda.enable_cudnn_sdp(False)
 
 
-def leaves(batch):
-    """The tensors and numbers of a `Batch`."""
-    return [batch.indices, *batch.images, *batch.texts]
-
-
 def tensors(batch):
     """The tensors of a `Batch`."""
-    return [x for x in leaves(batch) if isinstance(x, torch.Tensor)]
+    return [x for x in tree_leaves(batch) if isinstance(x, torch.Tensor)]
 
 
 def shape_of(batch):
     """What a graph depends on: the shapes of a batch's tensors and its numbers of items."""
-    return tuple(x.shape if isinstance(x, torch.Tensor) else x for x in leaves(batch))
+    return tuple(x.shape if isinstance(x, torch.Tensor) else x for x in tree_leaves(batch))
