@@ -434,8 +434,6 @@ def fill_in(parser, command, args):
     """Options that depend on others or on the machine, where they are not given."""
     import torch
 
-    from utils.devices import replays
-
     def missing(name):
         return getattr(args, name, 0) is None
 
@@ -459,9 +457,12 @@ def fill_in(parser, command, args):
                          "devices here; --device cpu works everywhere")
     if missing("precision"):
         args.precision = "amp_bf16" if args.device.type == "cuda" else "fp32"
-    if getattr(args, "compile", False) and not replays(args):
-        parser.error("--compile is for steps that are replayed: on a GPU, in amp_bf16 or fp32, "
-                     "without --eager")
+    if getattr(args, "compile", False):
+        from utils.method.optimizer import replays
+
+        if not replays(args):
+            parser.error("--compile is for steps that are replayed: on a GPU, in amp_bf16 or fp32, "
+                         "without --eager")
     if missing("eval_batch_size"):
         args.eval_batch_size = 512 if args.device.type == "cuda" else 64
     if missing("batch_size"):

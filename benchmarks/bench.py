@@ -35,11 +35,11 @@ import clip
 from main_CLIP import Baseline
 from main_NPC import NPC
 from params import parse_args
-from utils.devices import replays
 from utils.errors import command
 from utils.method.batches import Batches
 from utils.method.building import build_bank
 from utils.method.memorybank import MemoryBank
+from utils.method.optimizer import replays
 from utils.method.pairs import Pairs
 from utils.reading.images import Images, ImagesInMemory
 from utils.scoring.retrieval import recalls

@@ -11,7 +11,7 @@ from main_CLIP import Baseline
 from main_NPC import NPC
 from utils import devices
 from utils.method.batches import Batches
-from utils.method.optimizer import adamw, set_rate
+from utils.method.optimizer import adamw, replays, set_rate
 from utils.method.weightings import WEIGHTINGS, Weighting
 from utils.reading.images import ImagesInMemory
 from utils.training import checkpoints
@@ -93,9 +93,9 @@ def test_shapes_are_few():
                                           ({"precision": "fp16"}, False)])
 def test_steps_are_replayed_on_a_gpu_by_default(changes, few):
     args = options(**{"precision": "amp_bf16", **changes})
-    assert not devices.replays(args)
+    assert not replays(args)
     args.device = GPU
-    assert devices.replays(args) == few
+    assert replays(args) == few
 
 
 def test_attention_plans_no_shape_outside_of_few(monkeypatch):

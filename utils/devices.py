@@ -3,16 +3,6 @@ waits."""
 
 import torch
 
-from utils.distributed import world
-
-REPLAYED = ("fp32", "amp_bf16")  # precisions in which AdamW asks the host for nothing
-
-
-def replays(args):
-    """Whether the options let steps be captured and replayed: on a GPU, by one process."""
-    return (args.device.type == "cuda" and not getattr(args, "eager", True)
-            and args.precision in REPLAYED and world() == 1)
-
 
 def choose_kernels(args):
     """Choose among PyTorch's kernels for a GPU, once for all models of this process.

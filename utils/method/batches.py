@@ -7,10 +7,11 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from utils.devices import replays, ship
+from utils.devices import ship
 from utils.distributed import rank, world
 from utils.errors import InputError
 from utils.method.memorybank import clean_pairs
+from utils.method.optimizer import replays
 from utils.reading.images import Loader, in_memory
 
 BATCH, MEMORY_I, MEMORY_T = range(3)  # whose pairs: rows of `DistinctItems.rows`

@@ -10,6 +10,7 @@ import clip.model
 from utils.distributed import world
 from utils.errors import InputError
 
+REPLAYED = ("fp32", "amp_bf16")  # precisions in which AdamW asks the host for nothing
 MOST_SHAPES = 64  # of code that --compile makes of a block: by tower, gradient, precision
 
 
@@ -35,6 +36,12 @@ def adamw(model, args):
         rate = torch.tensor(args.lr, device=parameters[0].device) if on_gpu else args.lr
     return torch.optim.AdamW(parameters, lr=rate, betas=(args.beta1, args.beta2), eps=args.eps,
                              weight_decay=args.weight_decay, **kind)
+
+
+def replays(args):
+    """Whether the options let steps be captured and replayed: on a GPU, by one process."""
+    return (args.device.type == "cuda" and not getattr(args, "eager", True)
+            and args.precision in REPLAYED and world() == 1)
 
 
 def set_rate(optimizer, rate):

@@ -1,5 +1,6 @@
 """The judge's rounds: it learns from what it finds clean, and judges again (`--judge_rounds`)."""
 
+import argparse
 import copy
 import itertools
 import math
@@ -17,12 +18,16 @@ from utils.method.neighbours import normalised
 from utils.method.optimizer import adamw
 from utils.method.pairs import for_model, take
 from utils.method.passes import Passes
-from utils.options import changed
 
 RATES = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3)  # learning rates that a judge chooses from
 WARMUP = 4  # steps of a round
 HELD_OUT, MOST_HELD_OUT = 0.2, 2000  # share of the images that it chooses by, and their number
 FEW, RATE_OF_FEW = 10, 1e-5  # so few images, or clean pairs of others, say nothing of a rate
+
+
+def changed(args, **values):
+    """A copy of the options with other values of some."""
+    return argparse.Namespace(**{**vars(args), **values})
 
 
 def judge_pairs(model, pairs, args, precision, log=print):

@@ -5,9 +5,8 @@ from contextlib import nullcontext
 import torch
 from tqdm import tqdm
 
-from utils.devices import replays
 from utils.distributed import is_main, leave_processes
-from utils.method.optimizer import set_rate
+from utils.method.optimizer import replays, set_rate
 from utils.reading.images import check_images
 from utils.scoring.retrieval import evaluate
 from utils.training.history import History
