@@ -1,4 +1,5 @@
-"""What the preparation commands share: images, and the files of a split.
+"""What the preparation commands share: images, the rows that cannot be used, and the files of a
+split.
 
 A split is (ids, captions): one id per image and, per image, its list of captions.
 """
@@ -9,6 +10,7 @@ import io
 import os
 import shutil
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 from utils.errors import InputError
@@ -16,6 +18,25 @@ from utils.files import atomic_write, new_folder
 from utils.reading.layout import SPLITS, split_folder, write_lines, write_split
 
 JPEG = ("JPEG", "MPO")  # an MPO is a JPEG with further pictures behind the first
+SPLIT_OF = {"train": "train", "training": "train", "restval": "train", "dev": "dev", "val": "dev",
+            "valid": "dev", "validation": "dev", "test": "test", "testing": "test"}
+
+
+class Unusable(Exception):
+    """Why a row or an image cannot be used: a reason, and perhaps the case's details."""
+
+
+def count_reasons(unusable):
+    """How often what is wrong, with an example of the most frequent, as text. unusable: a list of
+    (row, reason, detail)."""
+    counts = Counter(reason for _, reason, _ in unusable).most_common(5)
+    text = "; ".join(f"{count} rows: {reason}" for reason, count in counts)
+    examples = [f" (row {row}: {detail})" for row, reason, detail in unusable
+                if detail and reason == counts[0][0]]
+    return text + (examples or [""])[0]
+
+
+# ---- images --------------------------------------------------------------------------------------
 
 
 def inner_name(name):
@@ -39,17 +60,18 @@ def opened(source):
 
 def image_format(source):
     """Format ("JPEG", "PNG", ...) of an image, given as path or bytes, which is decoded in full, as
-    training will do. Raises ValueError, with the reason, when it cannot be used."""
-    if not isinstance(source, bytes) and not os.path.isfile(source):
-        raise ValueError("no regular file")  # a pipe would block
+    training will do. Raises `Unusable` when it cannot be."""
     try:
+        if not isinstance(source, bytes) and not os.path.isfile(source):
+            raise ValueError("no regular file")  # a pipe would block
         with opened(source) as image:
             image.convert("RGB")
             return image.format
     except Exception as error:  # whatever a decoder stumbles over, the image is no use
-        reason = " ".join(str(error).split())[:150]
-        raise ValueError("no image that Pillow knows" if "cannot identify" in reason
-                         else reason) from None
+        said = " ".join(str(error).split())[:150]
+        said = "no image that Pillow knows" if "cannot identify" in said else said
+        where = "" if isinstance(source, bytes) else f"{source}: "
+        raise Unusable("image cannot be read", where + said) from None
 
 
 def as_jpeg(source):
@@ -62,14 +84,7 @@ def as_jpeg(source):
     return buffer.getvalue()
 
 
-def same_content(source, target):
-    """Whether the file `target` holds what `source`, a path or bytes, holds."""
-    if isinstance(source, bytes):
-        return os.path.getsize(target) == len(source) and Path(target).read_bytes() == source
-    return os.path.samefile(source, target) or filecmp.cmp(source, target, shallow=False)
-
-
-def place(source, target, link="hard"):
+def put_image(source, target, link="hard"):
     """Put an image, a path or bytes, at `target`. Returns False when it is there already.
 
     link: "hard" (a copy where the file system refuses), "symlink" or "copy"; bytes are written.
@@ -77,26 +92,26 @@ def place(source, target, link="hard"):
     """
     target = Path(target)
     if os.path.lexists(target):
-        if target.is_file() and same_content(source, target):
+        if target.is_file() and (target.read_bytes() == source if isinstance(source, bytes)
+                                 else filecmp.cmp(source, target, shallow=False)):
             return False
         raise InputError(f"{target} exists and is not the same image; move it away or choose "
                          "another --root")
-    if isinstance(source, bytes):
-        with atomic_write(target, "wb") as f:
-            f.write(source)
-        return True
-    source = os.path.realpath(source)
     target.parent.mkdir(parents=True, exist_ok=True)
-    if link == "symlink":
-        os.symlink(source, target)
+    if link == "symlink" and not isinstance(source, bytes):
+        os.symlink(os.path.realpath(source), target)
         return True
-    if link == "hard":
+    if link == "hard" and not isinstance(source, bytes):
         with contextlib.suppress(OSError):  # another disk, or a file system without links
-            os.link(source, target)
+            os.link(os.path.realpath(source), target)
             return True
-    with open(source, "rb") as original, atomic_write(target, "wb") as f:
+    with (io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as original,
+          atomic_write(target, "wb") as f):
         shutil.copyfileobj(original, f)
     return True
+
+
+# ---- splits --------------------------------------------------------------------------------------
 
 
 def write_splits(folder, splits, names=None):
@@ -111,7 +126,7 @@ def write_splits(folder, splits, names=None):
 @contextlib.contextmanager
 def new_split(root, write):
     """Let the function `write` put the files of a data set into a folder, which takes its place
-    below `root` once the block, which places the images, is through.
+    below `root` once the block, which puts the images there, is through.
 
     Raises InputError when other files are there: noisy captions and memory banks belong to them.
     """
@@ -127,8 +142,8 @@ def new_split(root, write):
         yield
 
 
-def report(root, splits):
-    """Print what was written."""
+def print_sizes(root, splits):
+    """Say what was written."""
     for split in SPLITS:
         ids, captions = splits[split]
         print(f"{split:>5}: {len(ids):7d} images, {sum(map(len, captions)):7d} captions")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dataset.common import inner_name, new_split, report, write_splits
+from dataset.common import SPLIT_OF, inner_name, new_split, print_sizes, write_splits
 from params import Parser
 from utils.cleaning.captions import one_line
 from utils.errors import command
@@ -22,7 +22,6 @@ from utils.files import parsing
 from utils.reading.layout import SPLITS, few, image_names
 
 CAPTIONS = 5
-SPLIT_OF = {"train": "train", "restval": "train", "val": "dev", "test": "test"}
 DATASET_OF = {"coco": "coco", "flickr30k": "f30k"}  # the JSON's name for it: ours
 
 
@@ -73,7 +72,7 @@ def main(argv=None):
     files = names or image_names(args.root, dataset, [str(key) for key, *_ in images])
     with new_split(args.root, lambda folder: write_splits(folder, splits, names)):
         pass
-    report(args.root, splits)
+    print_sizes(args.root, splits)
     print(f"{sum(over for *_, over in images)} captions beyond the first {CAPTIONS} of an image "
           "were left out")
     missing = [name for name in files if not (args.root / "images" / name).is_file()]

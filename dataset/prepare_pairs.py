@@ -21,7 +21,7 @@ import random
 import shlex
 import sys
 import unicodedata
-from collections import Counter, defaultdict
+from collections import defaultdict
 from pathlib import Path
 
 from tqdm import tqdm
@@ -30,11 +30,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataset.common import (
     JPEG,
+    SPLIT_OF,
+    Unusable,
+    count_reasons,
     image_format,
     inner_name,
     new_split,
-    place,
-    report,
+    print_sizes,
+    put_image,
     write_splits,
 )
 from params import Parser
@@ -45,8 +48,6 @@ from utils.errors import InputError, command
 from utils.files import atomic_write
 from utils.reading.layout import SPLITS, write_lines
 
-SPLIT_OF = {"train": "train", "training": "train", "restval": "train", "dev": "dev", "val": "dev",
-            "valid": "dev", "validation": "dev", "test": "test", "testing": "test"}
 MOST_HELD_OUT = 5000  # images of dev and test unless asked for more; as many as MSCOCO has
 
 
@@ -59,10 +60,6 @@ def amount(text):
 
 
 amount.__name__ = "number or share below 1"  # argparse names the type in its message
-
-
-class Unusable(Exception):
-    """Why a row cannot be used: a reason, and perhaps the case's details."""
 
 
 class Usable:
@@ -79,46 +76,55 @@ class Usable:
         self.split, self.there = {}, None
         self.names = {}  # of images that were looked at, by name or by content, or what is wrong
         columns = args.image_column, args.caption_column
-        table = Digest(columns)
+        digest = Digest(columns)
         for number, row in enumerate(self.rows("reading")):
-            table.add(row)
+            digest.add(row)
             try:
-                if isinstance(row, str):
-                    raise Unusable(row)
-                captions = self.captions_in(row)
-                split = self.split_in(row)
-                name = self.image_in(number, row)
-                if self.split.setdefault(name, split) != split:
-                    raise Unusable("image is in two splits", f"{self.split[name]} and {split}")
-                self.captions[name] += [(number, *caption) for caption in captions]
+                self.add(number, row)
             except Unusable as why:
                 self.unusable.append((number, *why.args, "")[:3])
-        self.source = Source(os.path.abspath(args.pairs), *columns, table.rows,
-                             table.sha256.hexdigest())
+        self.source = Source(os.path.abspath(args.pairs), *columns, digest.rows,
+                             digest.sha256.hexdigest())
 
     def rows(self, what):
         columns = [self.args.image_column, self.args.caption_column, self.args.split_column]
         return tqdm(read_rows(self.args.pairs, list(filter(None, columns))), desc=what,
                     unit=" rows", disable=None)
 
-    def captions_in(self, row):
-        """[(place, caption)] of a row."""
+    def add(self, number, row):
+        """Note what row `number` holds. Raises `Unusable`."""
+        if isinstance(row, str):
+            raise Unusable(row)
         try:
             captions = captions_in(row[self.args.caption_column])
         except ValueError as error:
             raise Unusable("caption cannot be understood", str(error)) from None
         if not captions:
             raise Unusable("no caption")
-        return captions
-
-    def split_in(self, row):
-        """The split that a row says it is in; None without --split_column."""
-        if self.args.split_column is None:
-            return None
-        said = str(row[self.args.split_column]).strip().lower()
-        if said not in SPLIT_OF:
+        said = self.args.split_column and str(row[self.args.split_column]).strip().lower()
+        if said is not None and said not in SPLIT_OF:
             raise Unusable("split is none of train, dev, test", said)
-        return SPLIT_OF[said]
+        name, split = self.image_in(number, row), SPLIT_OF.get(said)
+        if self.split.setdefault(name, split) != split:
+            raise Unusable("image is in two splits", f"{self.split[name]} and {split}")
+        self.captions[name] += [(number, *caption) for caption in captions]
+
+    def image_in(self, number, row):
+        """Name of a row's image, which is looked at when it is a new one."""
+        name, image = self.image(row)
+        key = name or hashlib.sha256(image).digest()
+        if key not in self.names:
+            try:
+                if name and not os.path.isfile(image):
+                    raise Unusable("image does not exist", image + self.like(name))
+                kind = image_format(image)
+                extension = "jpg" if kind in JPEG else kind.lower()
+                self.names[key] = self.first[number] = name or f"{number:08d}.{extension}"
+            except Unusable as why:
+                self.names[key] = why
+        if isinstance(self.names[key], Unusable):
+            raise self.names[key]
+        return self.names[key]
 
     def image(self, row):
         """A row's image: its path below --images, or None, and where it is: a path or bytes."""
@@ -141,24 +147,6 @@ class Usable:
                            str(error)) from None
         return name, os.path.join(self.args.images, name)
 
-    def image_in(self, number, row):
-        """Name of a row's image, which is looked at when it is a new one."""
-        name, source = self.image(row)
-        key = hashlib.sha256(source).digest() if name is None else name
-        if key not in self.names:
-            if name and not os.path.isfile(source):
-                raise Unusable("image does not exist", source + self.like(name))
-            try:
-                kind = image_format(source)
-                extension = "jpg" if kind in JPEG else kind.lower()
-                self.names[key] = self.first[number] = name or f"{number:08d}.{extension}"
-            except ValueError as error:
-                self.names[key] = Unusable("image cannot be read",
-                                           f"{source}: {error}" if name else str(error))
-        if isinstance(self.names[key], Unusable):
-            raise self.names[key]
-        return self.names[key]
-
     def like(self, name):
         """What is there instead of an image that is not: a name with another slash, ending, case or
         Unicode form, or the file in another folder."""
@@ -169,26 +157,15 @@ class Usable:
                     path = os.path.relpath(os.path.join(folder, file), self.args.images)
                     self.there.setdefault(plain_name(path), path)
                     self.there.setdefault(plain_name(file), path)
-        found = self.there.get(plain_name(name)) or self.there.get(
-            plain_name(name).rpartition("/")[2])
+        name = plain_name(name)
+        found = self.there.get(name) or self.there.get(name.rpartition("/")[2])
         return f"; there is {os.path.join(self.args.images, found)}" if found else ""
 
-    def place(self):
+    def put_images(self):
         """Put the images into ROOT/images; returns how many were not there."""
-        placed = 0
-        for number, row in enumerate(self.rows("placing")):
-            if number in self.first:
-                placed += place(self.image(row)[1],
-                                self.args.root / "images" / self.first[number], self.args.link)
-        return placed
-
-    def reasons(self):
-        """How often what is wrong, with an example of the most frequent."""
-        counts = Counter(reason for _, reason, _ in self.unusable).most_common(5)
-        text = "; ".join(f"{count} rows: {reason}" for reason, count in counts)
-        examples = [f" (row {row}: {detail})" for row, reason, detail in self.unusable
-                    if detail and reason == counts[0][0]]
-        return text + (examples or [""])[0]
+        return sum(put_image(self.image(row)[1], self.args.root / "images" / self.first[number],
+                             self.args.link)
+                   for number, row in enumerate(self.rows("placing")) if number in self.first)
 
 
 def plain_name(name):
@@ -197,54 +174,48 @@ def plain_name(name):
     return os.path.splitext(name)[0]
 
 
-def draw(count, dev, test, seed):
+def draw_split(count, dev, test, seed):
     """Draw a split of `count` images: {split: sorted list of int}; shares are of `count`; None is a
     tenth, but `MOST_HELD_OUT` at most.
 
     Raises InputError when dev and test leave nothing to train on.
     """
-    tenth = min(MOST_HELD_OUT, max(1, round(count / 10)))
-    size = {split: tenth if part is None else part if isinstance(part, int)
-            else max(1, round(part * count)) for split, part in (("dev", dev), ("test", test))}
-    if sum(size.values()) >= count:
-        raise InputError(f"--dev and --test take {size['dev']} + {size['test']} images, but only "
-                         f"{count} can be used and training needs some; give smaller ones")
+    dev, test = (min(MOST_HELD_OUT, max(1, round(count / 10))) if part is None
+                 else part if isinstance(part, int) else max(1, round(part * count))
+                 for part in (dev, test))
+    if dev + test >= count:
+        raise InputError(f"--dev and --test take {dev} + {test} images, but only {count} can be "
+                         "used and training needs some; give smaller ones")
     order = list(range(count))
     random.Random(seed).shuffle(order)
-    held_out = size["dev"] + size["test"]
-    return {"dev": sorted(order[:size["dev"]]), "test": sorted(order[size["dev"]:held_out]),
-            "train": sorted(order[held_out:])}
+    return {"dev": sorted(order[:dev]), "test": sorted(order[dev : dev + test]),
+            "train": sorted(order[dev + test :])}
 
 
 @command
 def main(argv=None):
     parser = Parser(__doc__)
-    parser.add_argument("--pairs", required=True, metavar="TABLE",
-                        help="table of images and captions: a file, a glob in quotes, or a folder")
-    parser.add_argument("--images", type=Path, metavar="DIR",
-                        help="folder that the image paths start from; ROOT/images leaves the "
-                             "images where they are; without it the folder of the table")
-    parser.add_argument("--root", type=Path, required=True, metavar="DIR",
-                        help="folder of the data set to make")
-    for what in ("image", "caption"):
-        parser.add_argument(f"--{what}_column", default=what, metavar="NAME",
-                            help=f"column or key with the {what}"
-                                 + (", or a pattern of several, 'caption_*'" if what == "caption"
-                                    else ""))
-    parser.add_argument("--split_column", default=None, metavar="NAME",
-                        help="column that says train, dev (or val) or test; without it the split "
-                             "is drawn")
+    add = parser.add_argument
+    add("--pairs", required=True, metavar="TABLE",
+        help="table of images and captions: a file, a glob in quotes, or a folder")
+    add("--images", type=Path, metavar="DIR",
+        help="folder that the image paths start from; ROOT/images leaves the images where they "
+             "are; without it the folder of the table")
+    add("--root", type=Path, required=True, metavar="DIR", help="folder of the data set to make")
+    add("--image_column", default="image", metavar="NAME", help="column or key with the image")
+    add("--caption_column", default="caption", metavar="NAME",
+        help="column or key with the caption, or a pattern of several, 'caption_*'")
+    add("--split_column", metavar="NAME",
+        help="column that says train, dev (or val) or test; without it the split is drawn")
     for split in ("dev", "test"):
-        parser.add_argument(f"--{split}", type=amount, default=None, metavar="N",
-                            help=f"images of the {split} split, as number (1000) or share (0.1); "
-                                 f"without it a tenth, at most {MOST_HELD_OUT}, as every one is "
-                                 "compared with every other")
-    parser.add_argument("--seed", type=int, default=0,
-                        help="seed of the split; change it for another one")
-    parser.add_argument("--link", choices=("hard", "symlink", "copy"), default="hard",
-                        help="how images get into ROOT/images; hard takes no room and becomes a "
-                             "copy across disks; symlink takes none across disks but breaks when "
-                             "--images moves; copy for images that you edit")
+        add(f"--{split}", type=amount, metavar="N",
+            help=f"images of the {split} split, as number (1000) or share (0.1); without it a "
+                 f"tenth, at most {MOST_HELD_OUT}, as every one is compared with every other")
+    add("--seed", type=int, default=0, help="seed of the split; change it for another one")
+    add("--link", choices=("hard", "symlink", "copy"), default="hard",
+        help="how images get into ROOT/images; hard takes no room and becomes a copy across disks; "
+             "symlink takes none across disks but breaks when --images moves; copy for images that "
+             "you edit")
     args = parser.parse_args(argv)
     if args.images is None:
         args.images = Path(args.pairs).parent
@@ -255,12 +226,12 @@ def main(argv=None):
     usable = Usable(args)
     names = sorted(usable.captions)
     if not names:
-        raise InputError(f"no row of {args.pairs} can be used: "
-                         f"{usable.reasons() or 'it has none'}; image paths start from --images "
-                         f"{args.images}")
+        why = count_reasons(usable.unusable) or "it has none"
+        raise InputError(f"no row of {args.pairs} can be used: {why}; image paths start from "
+                         f"--images {args.images}")
     drawn = ({split: [i for i, name in enumerate(names) if usable.split[name] == split]
               for split in SPLITS} if args.split_column
-             else draw(len(names), args.dev, args.test, args.seed))
+             else draw_split(len(names), args.dev, args.test, args.seed))
     splits = {split: (ids, [[caption for *_, caption in usable.captions[names[i]]] for i in ids])
               for split, ids in drawn.items()}
 
@@ -277,12 +248,12 @@ def main(argv=None):
         save_source(usable.source, folder)
 
     with new_split(args.root, write):
-        placed = usable.place()
+        placed = usable.put_images()
     print(f"placed {placed} images in {args.root / 'images'}, {len(names) - placed} were there")
     if usable.unusable:
         print(f"left out {len(usable.unusable)} rows, listed in unusable_rows.csv: "
-              f"{usable.reasons()}")
-    report(args.root, splits)
+              f"{count_reasons(usable.unusable)}")
+    print_sizes(args.root, splits)
     print("train on it with:\n  python main_NPC.py --recipe robust --dataset_root "
           f"{shlex.quote(os.path.abspath(args.root))} --experiments mine")
 

@@ -99,41 +99,41 @@ def test_image_format(tmp_path, monkeypatch):
     cut = noise.getvalue()[:-500]
     assert Image.open(io.BytesIO(cut)).size == (64, 64)  # only decoding shows that it is cut short
     assert common.image_format(noise.getvalue()) == "JPEG"
-    with pytest.raises(ValueError, match="truncated"):
+    with pytest.raises(common.Unusable, match="truncated"):
         common.image_format(cut)
-    with pytest.raises(ValueError, match="^no image that Pillow knows$"):
+    with pytest.raises(common.Unusable, match="no image that Pillow knows"):
         common.image_format(b"<html>404</html>")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64 * 64 - 1)  # now a decompression bomb
-    with pytest.raises(ValueError, match="exceeds limit"):
+    with pytest.raises(common.Unusable, match="exceeds limit"):
         common.image_format(whole)
     assert common.image_format(jpeg(1)) == "JPEG"
 
 
 @pytest.mark.parametrize("link", ["hard", "symlink", "copy"])
-def test_place_never_overwrites(tmp_path, link):
+def test_an_image_is_never_overwrites(tmp_path, link):
     source, target = put(tmp_path / "s.jpg", jpeg(1)), tmp_path / "images/a/t.jpg"
-    assert common.place(source, target, link) is True
-    assert common.place(source, target, link) is False
+    assert common.put_image(source, target, link) is True
+    assert common.put_image(source, target, link) is False
     assert target.read_bytes() == jpeg(1)
     assert target.is_symlink() == (link == "symlink")
     assert os.path.samefile(source, target) == (link != "copy")
     with pytest.raises(InputError, match="not the same image"):
-        common.place(put(tmp_path / "other.jpg", jpeg(2)), target, link)
+        common.put_image(put(tmp_path / "other.jpg", jpeg(2)), target, link)
     with pytest.raises(InputError, match="not the same image"):
-        common.place(jpeg(2), target)
+        common.put_image(jpeg(2), target)
     assert target.read_bytes() == jpeg(1)
     source.unlink()
     if link == "symlink":  # a broken link is in the way, too
         with pytest.raises(InputError, match="exists"):
-            common.place(jpeg(1), target)
+            common.put_image(jpeg(1), target)
 
 
-def test_place_copies_where_links_are_refused(tmp_path, monkeypatch):
+def test_an_image_is_copied_where_links_are_refused(tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError(18, "Invalid cross-device link")
     monkeypatch.setattr(os, "link", refuse)
     source = put(tmp_path / "s.jpg", jpeg(1))
-    assert common.place(source, tmp_path / "t.jpg")
+    assert common.put_image(source, tmp_path / "t.jpg")
     assert (tmp_path / "t.jpg").read_bytes() == jpeg(1)
     assert not os.path.samefile(source, tmp_path / "t.jpg")
 
@@ -398,14 +398,13 @@ def test_cc_counts_what_it_leaves_out(tmp_path, ok, fails):
     source = as_folders(tmp_path / "source", files)
     error = fails(prepare_cc120k, "--shards", source, "--root", tmp_path / "r", *SIZES)
     assert "7 of 10 images can be used" in error and "ask for 8" in error
-    assert "2 images that cannot be read" in error and "1 images without a caption" in error
+    assert "(left out 2 rows: image cannot be read; 1 rows: no caption (row 00000000" in error
     assert not (tmp_path / "r").exists()
     fit = error.split("; ")[-1].removesuffix(" would fit\n").split()
     assert fit == "--train 5 --dev 1 --test 1".split()
     out = ok(prepare_cc120k, "--shards", source, "--root", tmp_path / "r", *fit)
     assert "looked at 10" in out
-    assert "left out: 2 images that cannot be read (" in out
-    assert "left out: 1 images without a caption (000000005)" in out
+    assert "left out 2 rows: image cannot be read; 1 rows: no caption (row 00000000" in out
 
 
 def test_cc_larger_train_keeps_dev_and_test(tmp_path, ok):
@@ -425,7 +424,7 @@ def test_cc_caption_from_json(tmp_path, ok):
              "--train", 1, "--dev", 1, "--test", 1)
     captions = [lines(tmp_path / "r", f"{s}_caps.txt")[0] for s in ("train", "dev", "test")]
     assert sorted(captions) == ["b", "c", "of json"]
-    assert "images without a caption" in out
+    assert "rows: no caption" in out
 
 
 def test_cc_refuses_bad_shards(tmp_path, fails):
@@ -715,16 +714,16 @@ def test_pairs_never_overwrites(tmp_path, ok, fails):
 def test_pairs_split_is_whole_or_absent_and_of_one_run(tmp_path, ok, monkeypatch):
     source = as_csv(tmp_path / "p.csv", photos(tmp_path / "photos", 4))
     args = ("--pairs", source, "--images", tmp_path / "photos", "--root", tmp_path / "r")
-    place, said = prepare_pairs.place, []
+    put_image, said = prepare_pairs.put_image, []
 
     def interrupted(*of_place):
         if said:
             raise KeyboardInterrupt
         said.append(run(prepare_pairs.main, list(map(str, args)), tmp_path / "out", 2))
-        return place(*of_place)
+        return put_image(*of_place)
 
     with monkeypatch.context() as patch:
-        patch.setattr(prepare_pairs, "place", interrupted)
+        patch.setattr(prepare_pairs, "put_image", interrupted)
         with pytest.raises(SystemExit):
             prepare_pairs.main(list(map(str, args)))
     assert "is being written by another process" in said[0]
