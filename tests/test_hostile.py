@@ -24,7 +24,7 @@ from processes import BANK, CLIP, NPC, SMALL, VIT, differences, run, save_small
 
 import clip
 from data import retrieval_split, training_pairs
-from dataset.common import image_format
+from dataset.common import Unusable, image_format
 from params import parse_args
 from utils.errors import InputError
 from utils.method.memorybank import MemoryBank, bank_path, load_bank, save_bank
@@ -513,7 +513,7 @@ def test_postscript_is_not_drawn(tmp_path, monkeypatch):
     Image.new("RGB", (9, 9)).save(path, "EPS")
     with pytest.raises(InputError, match=r"a\.jpg is not an image .*Ghostscript"):
         Images(tmp_path, ["a.jpg"], PREPROCESS)[0]
-    with pytest.raises(ValueError, match="Ghostscript"):
+    with pytest.raises(Unusable, match="Ghostscript"):
         image_format(path)
     assert not (tmp_path / "drawn").exists()
 
