@@ -530,7 +530,7 @@ def test_thin_images(tmp_path, size, good):
         assert image_format(path) == "PNG"
         assert len(images[0]) == 3
     else:
-        with pytest.raises(ValueError, match="too thin"):
+        with pytest.raises(Unusable, match="too thin"):
             image_format(path)
         with pytest.raises(InputError, match="too thin"):
             images[0]
