@@ -1,5 +1,6 @@
 """CLIP (Radford et al., 2021): the model, its tokenizer, its preprocessing and its weights."""
 
+# ruff: noqa: F401
 from .formats import (
     CheckpointError,
     from_hf,
@@ -13,26 +14,3 @@ from .model import CLIP, convert_weights_to_fp16, infer_config
 from .preprocess import Preprocess, normalize
 from .tokenizer import SimpleTokenizer, tokenize, tokenize_with_lengths
 from .weights import architecture, available_models, build, describe, load
-
-__all__ = [
-    "CLIP",
-    "CheckpointError",
-    "Preprocess",
-    "SimpleTokenizer",
-    "architecture",
-    "available_models",
-    "build",
-    "convert_weights_to_fp16",
-    "describe",
-    "from_hf",
-    "infer_config",
-    "load",
-    "normalize",
-    "read_checkpoint",
-    "save_hf",
-    "save_open_clip",
-    "state_dict_of",
-    "to_hf",
-    "tokenize",
-    "tokenize_with_lengths",
-]
