@@ -63,7 +63,7 @@ def test_losses_if_are_those_of_a_batch_with_one_caption_exchanged(example):
     rng, scale = np.random.default_rng(1), torch.tensor(2.0)
     other = text_of[torch.from_numpy(rng.permutation(N))]
     batches = draw_batches(N, 11, rng)
-    got = losses_if(images, texts, image_of, text_of, [text_of, other], scale, batches)
+    got = losses_if(images, texts, image_of, text_of, scale, batches, [text_of, other])
     own = losses_in_batches(images, texts, image_of, text_of, scale, batches)
     assert torch.allclose(got[0], own)
     for batch in batches:
@@ -464,7 +464,7 @@ def test_features_need_neither_model_nor_tokens(features, tmp_path, monkeypatch)
 
 def test_features_are_used_in_blocks(monkeypatch):
     """Judging and searching take a few rows at a time, however many pairs there are."""
-    for module, name, value in ((judge, "ROWS", 64), (judge, "BLOCK", 64 * 10 * 8),
+    for module, name, value in ((judge, "ROWS", 64), (judge, "BLOCK", 64 * 5 * 8),
                                 (neighbours, "QUERIES", 64), (neighbours, "KEYS", 50),
                                 (neighbours, "SMALL", 0)):
         monkeypatch.setattr(module, name, value)

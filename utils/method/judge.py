@@ -58,33 +58,31 @@ def verdict_on(images, texts, logit_scale, pairs, args, number=0):
     n, device = len(pairs), images.device
     if n < 2:
         raise InputError(f"{pairs.source} has {n} pair; a memory bank needs at least two")
-    as_paper = not (args.judge_rounds or args.judge_neighbours)
     image_of = torch.from_numpy(pairs.image_of).to(device)
     text_of = torch.from_numpy(pairs.text_of).to(device)
     logit_scale = logit_scale.detach().to(images.dtype)
+    data = images, texts, image_of, text_of, logit_scale
     rng = np.random.default_rng([args.seed, number] if number else args.seed)
+    as_paper = not (args.judge_rounds or args.judge_neighbours)
     components = mismatches = None
     if as_paper:
         in_order = not RECIPES[args.recipe].random_bank_batches
-        batches = draw_batches(n, args.batch_size, None if in_order else rng)
-        loss = score = losses_in_batches(images, texts, image_of, text_of, logit_scale, batches)
+        loss = losses_in_batches(*data, draw_batches(n, args.batch_size, None if in_order else rng))
+        score = loss
     else:
         others = [torch.from_numpy(mismatched(pairs.image_of, rng)) for _ in range(MISMATCHES)]
         other_texts = [text_of[other.to(device)] for other in others]
         draws = [draw_batches(n, args.batch_size, rng) for _ in range(DRAWS)]
-        loss = mean(losses_in_batches(images, texts, image_of, text_of, logit_scale, draw)
-                    for draw in draws)
-        mismatches = mean(losses_if(images, texts, image_of, text_of, other_texts, logit_scale,
-                                    draw) for draw in draws)
+        loss = mean(losses_in_batches(*data, draw) for draw in draws)
+        mismatches = mean(losses_if(*data, draw, other_texts) for draw in draws)
         score = loss
         if args.judge_neighbours and not number:
             agreements = Agreements(images, texts, pairs, args.judge_neighbours,
                                     args.search_among, args.seed)
-            own = agreements(text_of)
-            standard = [Standard(values) for values in (loss, *own)]
-            score = combined(standard, loss, own)
-            mismatches = [combined(standard, bad, agreements(other))
-                          for bad, other in zip(mismatches, other_texts, strict=True)]
+            own = loss, *agreements(text_of)
+            score = combined(own, own)
+            mismatches = [combined((other_loss, *agreements(other)), own)
+                          for other_loss, other in zip(mismatches, other_texts, strict=True)]
         mismatches = torch.cat(list(mismatches)).double().cpu().numpy()
     loss, score = loss.double().cpu().numpy(), score.double().cpu().numpy()
     if not np.isfinite(loss).all():
@@ -118,37 +116,31 @@ def draw_batches(n, batch_size, rng):
     return torch.from_numpy(rng.permutation(n)).tensor_split(-(-n // batch_size))
 
 
-def losses_in_batches(image_features, text_features, image_of, text_of, logit_scale, batches):
+def losses_in_batches(images, texts, image_of, text_of, logit_scale, batches):
     """Loss of each pair (n,) against the others of its batch. `batches`: int64 tensors of pairs
     that cover 0..n-1; features are L2-normalised, rows given by image_of and text_of (n,)."""
-    losses = empty(len(image_of), image_features)
+    losses = torch.empty(len(image_of), dtype=images.dtype, device=images.device)
     for batch in tqdm(batches, desc="losses", unit="batch", disable=None, leave=False):
         batch = batch.to(losses.device)
-        losses[batch] = pair_losses(image_features[image_of[batch]], text_features[text_of[batch]],
-                                    logit_scale)
+        losses[batch] = pair_losses(images[image_of[batch]], texts[text_of[batch]], logit_scale)
     return losses
 
 
-def losses_if(image_features, text_features, image_of, text_of, other_of, logit_scale, batches):
+def losses_if(images, texts, image_of, text_of, logit_scale, batches, other_of):
     """Loss (m, n) that each pair would have in its batch if its caption were one of the m other_of
     (n,) instead of text_of, with all other pairs as they are."""
-    losses = empty((len(other_of), len(image_of)), image_features)
+    losses = torch.empty(len(other_of), len(image_of), dtype=images.dtype, device=images.device)
     for batch in tqdm(batches, desc="losses of mismatches", unit="batch", disable=None,
                       leave=False):
         batch = batch.to(losses.device)
-        images = logit_scale.exp() * image_features[image_of[batch]]
-        logits = images @ text_features[text_of[batch]].T  # (b, b)
+        scaled = logit_scale.exp() * images[image_of[batch]]
+        logits = scaled @ texts[text_of[batch]].T  # (b, b)
         rest = logits.fill_diagonal_(-torch.inf).logsumexp(dim=1)
         for loss, other in zip(losses, other_of, strict=True):
-            if_other = images @ text_features[other[batch]].T
+            if_other = scaled @ texts[other[batch]].T
             own = if_other.diagonal()
             loss[batch] = (torch.logaddexp(rest, own) + if_other.logsumexp(dim=0)) / 2 - own
     return losses
-
-
-def empty(shape, features):
-    """An uninitialised tensor of the type and on the device of features."""
-    return torch.empty(shape, dtype=features.dtype, device=features.device)
 
 
 def mismatched(image_of, rng):
@@ -167,49 +159,63 @@ def mismatched(image_of, rng):
 
 class Agreements:
     """How well captions agree with the neighbours of their images, and images with those of their
-    captions: mean cosine, weighted by the neighbours' similarity. Features are centred before.
-    Neighbours that stand beside the very same caption (or image) are left out. The k neighbours of
-    an item are looked for among `most` random ones, drawn by `seed`, or among all."""
+    captions, by centred features. The k neighbours of an item are looked for among `most` random
+    ones, drawn by `seed`, or among all."""
 
     def __init__(self, images, texts, pairs, k, most=None, seed=0):
-        device = images.device
-        self.image_of = torch.from_numpy(pairs.image_of).to(device)
-        text_of = torch.from_numpy(pairs.text_of).to(device)
-        self.images, self.texts = centred(images, self.image_of), centred(texts, text_of)
-        self.some_images, self.some_texts = (
-            torch.from_numpy(random_rows(len(x), most, seed)).to(device) for x in (images, texts))
-        self.near_images = nearest_others(self.images, k, self.some_images, "image neighbours")
-        self.near_texts = nearest_others(self.texts, k, self.some_texts, "caption neighbours")
-        self.captions_of = partners(self.texts, self.image_of, text_of, self.some_images)
-        self.images_of = partners(self.images, text_of, self.image_of, self.some_texts)
-        # how often each image stands beside each caption
-        keys = self.image_of * len(texts) + text_of
-        self.keys, self.counts = keys.unique(return_counts=True)
+        self.image_of, text_of = (torch.from_numpy(x).to(images.device)
+                                  for x in (pairs.image_of, pairs.text_of))
+        images, texts = centred(images, self.image_of), centred(texts, text_of)
+        among = k, most, seed
+        self.by_image = Neighbours(images, texts, self.image_of, text_of, *among, "image")
+        self.by_text = Neighbours(texts, images, text_of, self.image_of, *among, "caption")
 
     def __call__(self, text_of):
         """(agreement of captions (n,), agreement of images (n,)) of the pairs' images with the
         captions text_of (n,); NaN where no neighbour is left."""
-        by_image, by_text = [], []
-        k = self.near_images[0].shape[1] + self.near_texts[0].shape[1]
-        width = self.texts.shape[1]
-        rows = torch.arange(len(text_of), device=text_of.device)
-        size = BLOCK // max(1, k * width) or 1
-        for block in tqdm(rows.split(size), desc="agreement", unit="block",
-                          disable=None, leave=False):
-            image, text = self.image_of[block], text_of[block]
-            near = [x[image] for x in self.near_images]
-            same = self.together(self.some_images[near[1]], text[:, None])
-            by_image.append(agreement(self.texts[text], *near, *self.captions_of, same))
-            near = [x[text] for x in self.near_texts]
-            same = self.together(image[:, None], self.some_texts[near[1]])
-            by_text.append(agreement(self.images[image], *near, *self.images_of, same))
-        return torch.cat(by_image), torch.cat(by_text)
+        return (self.by_image.agreement(self.image_of, text_of),
+                self.by_text.agreement(text_of, self.image_of))
 
-    def together(self, image, text):
-        """How often images stand beside captions, two int64 tensors that broadcast."""
-        key = image * len(self.texts) + text
-        at = torch.searchsorted(self.keys, key).clamp(max=len(self.keys) - 1)
-        return torch.where(self.keys[at] == key, self.counts[at], 0)
+
+class Neighbours:
+    """The k nearest neighbours of each item (image or caption) among some of the others, and with
+    what these are paired. item_of, partner_of: (n,) int64, of each pair."""
+
+    def __init__(self, items, partners, item_of, partner_of, k, most, seed, title):
+        self.partners = partners
+        self.some = torch.from_numpy(random_rows(len(items), most, seed)).to(item_of.device)
+        self.cosine, self.near = nearest_others(items, k, self.some, f"{title} neighbours")
+        # of each of `some` the sum of the features of its partners, and their number
+        self.total = torch.zeros(len(self.some), partners.shape[1], dtype=partners.dtype,
+                                 device=item_of.device)
+        self.count = torch.zeros_like(self.some)
+        for item, partner in zip(item_of.split(ROWS), partner_of.split(ROWS), strict=True):
+            at, here = position_among(self.some, item)
+            self.total.index_add_(0, at[here], partners[partner[here]])
+            self.count.index_add_(0, at[here], torch.ones_like(at[here]))
+        # how often each item stands beside each partner
+        self.keys, self.times = (item_of * len(partners) + partner_of).unique(return_counts=True)
+
+    def agreement(self, item_of, partner_of):
+        """Mean cosine (n,) of partners with the partners of their items' neighbours, weighted by
+        the neighbours' similarity. Partners that are the very same do not count."""
+        found = []
+        size = BLOCK // max(1, self.near.shape[1] * self.partners.shape[1]) or 1
+        blocks = zip(item_of.split(size), partner_of.split(size), strict=True)
+        for item, partner in tqdm(blocks, desc="agreement", total=-(-len(item_of) // size),
+                                  unit="block", disable=None, leave=False):
+            near = self.near[item]  # (b, k)
+            same = self.together(self.some[near], partner[:, None])
+            left = self.count[near] - same
+            dots = torch.einsum("bd,bkd->bk", self.partners[partner], self.total[near]) - same
+            weight = self.cosine[item].clamp(min=0) * (left > 0)
+            found.append((weight * dots / left.clamp(min=1)).sum(dim=1) / weight.sum(dim=1))
+        return torch.cat(found)
+
+    def together(self, item, partner):
+        """How often items stand beside partners, two int64 tensors that broadcast."""
+        at, here = position_among(self.keys, item * len(self.partners) + partner)
+        return torch.where(here, self.times[at], 0)
 
 
 def centred(features, item_of):
@@ -219,20 +225,9 @@ def centred(features, item_of):
     return Features(features, centre=total / len(item_of), normalise=True)
 
 
-def partners(features, item_of, partner_of, items):
-    """Of each of the items (m,), ascending, the sum of the features of its partners (m, D), and
-    their number (m,). item_of, partner_of: (n,) int64, of each pair."""
-    total = torch.zeros(len(items), features.shape[1], dtype=features.dtype, device=items.device)
-    count = torch.zeros_like(items)
-    for item, partner in zip(item_of.split(ROWS), partner_of.split(ROWS), strict=True):
-        at, here = position_among(items, item)
-        total.index_add_(0, at[here], features[partner[here]])
-        count.index_add_(0, at[here], torch.ones_like(at[here]))
-    return total, count
-
-
 def position_among(items, wanted):
-    """(place (b,) of wanted items (b,) among items (m,), ascending, whether they are there)."""
+    """(place of the wanted items among items (m,), ascending, whether they are there): int64 and
+    bool, of the shape of `wanted`."""
     at = torch.searchsorted(items, wanted).clamp(max=len(items) - 1)
     return at, items[at] == wanted
 
@@ -246,34 +241,20 @@ def nearest_others(features, k, items, title):
     return cosine, found.int()
 
 
-def agreement(own, cosine, near, total, count, same):
-    """Weighted mean cosine (b,) of features own (b, D) with the partners of their neighbours near
-    (b, k), of which `same` (b, k) are the item itself and do not count."""
-    left = count[near] - same
-    dots = torch.einsum("bd,bkd->bk", own, total[near]) - same
-    weight = cosine.clamp(min=0) * (left > 0)
-    return (weight * dots / left.clamp(min=1)).sum(dim=1) / weight.sum(dim=1)
+def combined(values, of):
+    """Score (n,) from the loss and both agreements that are `values`, each as standard scores by
+    mean and deviation of those `of` the pairs."""
+    loss, *agreements = map(standard_scores, values, of)
+    return loss - AGREEMENT * sum(agreements)
 
 
-class Standard:
-    """Standard scores by the mean and standard deviation of values (n,), NaN left out; of fewer
-    than two there are none."""
-
-    def __init__(self, values):
-        known = values[~values.isnan()]
-        self.mean, self.deviation = torch.nan, 1
-        if len(known) > 1:
-            self.mean, self.deviation = known.mean(), known.std().clamp(min=1e-12)
-
-    def __call__(self, values):
-        return ((values - self.mean) / self.deviation).nan_to_num(0.0)
-
-
-def combined(standard, loss, agreements):
-    """Score (n,) of pairs from their loss and agreements, by three `Standard`s."""
-    of_loss, *of_agreements = standard
-    return of_loss(loss) - AGREEMENT * sum(of(value) for of, value in
-                                           zip(of_agreements, agreements, strict=True))
+def standard_scores(values, of):
+    """How many standard deviations of `of` (m,) each of the values (n,) is from its mean; 0 for NaN
+    and where `of` has fewer than two numbers beside NaN."""
+    known = of[~of.isnan()]
+    if len(known) < 2:
+        return torch.zeros_like(values)
+    return ((values - known.mean()) / known.std().clamp(min=1e-12)).nan_to_num(0.0)
 
 
 # ---- the posterior and the strict clean set ------------------------------------------------------
