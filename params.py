@@ -434,44 +434,39 @@ def fill_in(parser, command, args):
     """Options that depend on others or on the machine, where they are not given."""
     import torch
 
-    def missing(name):
-        return getattr(args, name, 0) is None
+    def of_recipe(name):
+        return lambda: getattr(RECIPES[args.recipe], name)
+
+    if command == "cache":
+        args.device = torch.device("cpu")
+    defaults = {  # in this order, as some depend on others
+        "dataset": lambda: "pairs" if has_image_names(args.dataset_root) else "coco",
+        "num_anns": lambda: DATASETS[args.dataset],
+        "split": lambda: "all" if args.dataset == "pairs" else "test",
+        "noise_seed": lambda: args.seed,
+        "device": lambda: torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+        "precision": lambda: "amp_bf16" if args.device.type == "cuda" else "fp32",
+        "eval_batch_size": lambda: 512 if args.device.type == "cuda" else 64,
+        "batch_size": lambda: min(256, max(8, number_of_pairs(args.dataset_root) // 16)),
+        "lr": lambda: HALF_LR[command] if args.precision == "fp16" else 1e-5,
+        **{name: of_recipe(name) for name in ("weighting", "memory_loss_weight", "train_on",
+                                              "judge_rounds")}}
+    for name, default in defaults.items():
+        if getattr(args, name, 0) is None:
+            setattr(args, name, default())
 
     if getattr(args, "resume", None) == "":
         parser.error("--resume '' names no checkpoint")
-    if missing("dataset"):
-        named = (split_folder(args.dataset_root) / "image_name.txt").exists()
-        args.dataset = "pairs" if named else "coco"
-    if missing("num_anns"):
-        args.num_anns = DATASETS[args.dataset]
-    if missing("split"):
-        args.split = "all" if args.dataset == "pairs" else "test"
-    if missing("noise_seed"):
-        args.noise_seed = args.seed
-    if missing("device") or command == "cache":
-        some = command != "cache" and torch.cuda.is_available()
-        args.device = torch.device("cuda" if some else "cpu")
     if "precision" in args and args.device.type == "cuda":
         if (args.device.index or 0) >= torch.cuda.device_count():
             parser.error(f"--device {args.device}: torch sees {torch.cuda.device_count()} CUDA "
                          "devices here; --device cpu works everywhere")
-    if missing("precision"):
-        args.precision = "amp_bf16" if args.device.type == "cuda" else "fp32"
     if getattr(args, "compile", False):
         from utils.method.optimizer import replays
 
         if not replays(args):
             parser.error("--compile is for steps that are replayed: on a GPU, in amp_bf16 or fp32, "
                          "without --eager")
-    if missing("eval_batch_size"):
-        args.eval_batch_size = 512 if args.device.type == "cuda" else 64
-    if missing("batch_size"):
-        args.batch_size = min(256, max(8, number_of_pairs(args.dataset_root) // 16))
-    for name in ("weighting", "memory_loss_weight", "train_on", "judge_rounds"):
-        if missing(name):
-            setattr(args, name, getattr(RECIPES[args.recipe], name))
-    if command in HALF_LR and args.lr is None:
-        args.lr = HALF_LR[command] if args.precision == "fp16" else 1e-5
     if command == "cache" and (args.image_cache == "off") == (args.list_items is None):
         parser.error("give one of --cache DIR and --list_items DIR")
     if command == "find_noise" and (args.score == "npc") != (args.weights is not None):
@@ -495,6 +490,11 @@ def fill_in_judge(parser, command, args):
     if args.clean_threshold is None:
         own = args.judge_rounds or args.judge_neighbours
         args.clean_threshold = CLEAN_THRESHOLD if own else PAPER_CLEAN_THRESHOLD
+
+
+def has_image_names(dataset_root):
+    """Whether an image_name.txt says what the images are called."""
+    return (split_folder(dataset_root) / "image_name.txt").exists()
 
 
 def number_of_pairs(dataset_root):

@@ -146,11 +146,9 @@ def hold(args, images):
     """`images`, in the device's memory if `--data_on` wants them there or, by auto, if they and
     what is held already fill a third of it at most. Under torchrun, auto leaves them to worker
     processes, as each process would hold all."""
-    place = args.data_on
-    if place == "auto":
-        size = sum(len(x) * 3 * x.preprocess.resolution**2 for x in (images, *HELD))  # bytes
-        place = "device" if 3 * size <= room(args.device) and world() == 1 else "workers"
-    if place == "workers":
+    size = sum(len(x) * 3 * x.preprocess.resolution**2 for x in (images, *HELD))  # bytes
+    fits = 3 * size <= room(args.device) and world() == 1
+    if args.data_on == "workers" or args.data_on == "auto" and not fits:
         return images
     held = ImagesInMemory(images, args.device, args)
     HELD.add(held)

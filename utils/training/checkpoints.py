@@ -15,6 +15,7 @@ import zipfile
 from pathlib import Path
 
 import torch
+from torch.utils._pytree import tree_map_only
 
 from utils.errors import InputError
 from utils.files import UNFINISHED, atomic_write
@@ -90,20 +91,17 @@ def newest(folder, log):
 def require_free(folder, resume, overwrite):
     """Raise InputError where a run, which continues the checkpoint `resume` or none, would write
     over the checkpoints of another one or over later ones."""
+    there, what = [*folder.glob("best.pt"), *(path for _, path in by_step(folder))], "a run"
     if is_in(folder, resume):
-        done = step_of(Path(resume), damaged=0)
-        later = [path.name for step, path in by_step(folder) if step > done and intact(path)]
-        if later:
-            raise InputError(f"{folder} holds later checkpoints than {resume} ({', '.join(later)});"
-                             " continue with --resume auto, give a new --experiments, or delete "
-                             "them")
-    elif not overwrite:
-        there = sorted(path.name for kind in ("epoch*.pt", "step*.pt", "best.pt")
-                       for path in folder.glob(kind))
-        if there:
-            raise InputError(f"{folder} holds a run already ({', '.join(there)}): continue it with "
-                             "--resume auto, replace it with --overwrite, or give this one a new "
-                             "--experiments")
+        done, what = step_of(Path(resume), damaged=0), "later checkpoints"
+        there = [path for step, path in by_step(folder) if step > done and intact(path)]
+    elif overwrite:
+        return
+    if there:
+        raise InputError(f"{folder} holds {what} already "
+                         f"({', '.join(sorted(path.name for path in there))}): continue it with "
+                         "--resume auto, replace it with --overwrite, or give this one a new "
+                         "--experiments")
 
 
 def is_in(folder, resume):
@@ -127,20 +125,11 @@ def prune(folder, keep):
 def on_host(state):
     """A copy in host memory of nested dicts, lists and tuples with their tensors, which later
     changes do not reach. A GPU is waited for once."""
-    copy = _copied(state)
+    copy = tree_map_only(  # from a GPU into pinned memory, behind the work at hand
+        torch.Tensor, lambda x: x.detach().to("cpu", non_blocking=True, copy=True), state)
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     return copy
-
-
-def _copied(value):
-    if isinstance(value, torch.Tensor):  # from a GPU into pinned memory, behind the work at hand
-        return value.detach().to("cpu", non_blocking=True, copy=True)
-    if isinstance(value, dict):
-        return {k: _copied(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_copied(v) for v in value)
-    return value
 
 
 def load_optimizer(optimizer, saved):
@@ -158,17 +147,12 @@ def stored_options(args):
     return {k: v if isinstance(v, int | float | None) else str(v) for k, v in vars(args).items()}
 
 
-def changed_options(saved, args):
-    """{option: "--option old -> new"} of those that are not as in `saved`."""
-    now = stored_options(args)
-    return {k: f"--{k} {saved[k]} -> {now[k]}" for k in saved
-            if k in now and k not in NEVER_COMPARED and str(saved[k]) != str(now[k])}
-
-
 def compare_options(saved, args, log):
     """List the options that changed since a checkpoint was written, in one line. Raises InputError
     when one of them makes it another run, unless --force_resume insists."""
-    changed = changed_options(saved, args)
+    now = stored_options(args)
+    changed = {k: f"--{k} {saved[k]} -> {now[k]}" for k in saved
+               if k in now and k not in NEVER_COMPARED and str(saved[k]) != str(now[k])}
     if changed:
         log("options changed since the checkpoint: " + ", ".join(changed.values()))
     severe = [changed[k] for k in SAME_RUN if k in changed]

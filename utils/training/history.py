@@ -40,11 +40,7 @@ class History:
     def open(self, done):
         """Begin to write, after `done` steps in all."""
         if is_main():
-            try:
-                self.writer = SummaryWriter(self.run.folder, purge_step=done + 1 if done else None)
-            except UnicodeError as error:
-                raise InputError(f"{self.run.folder} is no UTF-8 text, which TensorBoard expects; "
-                                 "choose another --checkpoint_path") from error
+            self.writer = SummaryWriter(self.run.folder, purge_step=done + 1 if done else None)
 
     def start_epoch(self, epoch, resumed):
         """Begin an epoch (from 0), or go on within it if `resumed`."""
