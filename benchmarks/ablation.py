@@ -108,7 +108,11 @@ ROWS = {
     "CLIP, NPC's compute": METHODS["CLIP, NPC's compute"],
     f"CLIP on the paper's clean set, {PASSES} passes":
         Method("clip_clean", "main_CLIP.py", PASSES, ("--train_on", "clean")),
+    f"CLIP on the paper's clean set, {NPC_COMPUTE} passes":
+        Method("clip_clean_long", "main_CLIP.py", NPC_COMPUTE, ("--train_on", "clean")),
     BEST: METHODS["robust"],
+    f"CLIP on the judge's clean set, {NPC_COMPUTE} passes":
+        METHODS["robust"]._replace(folder="robust_long", epochs=NPC_COMPUTE),
     f"CLIP on the truly right pairs, {PASSES} passes":
         Method("oracle_pairs", "main_CLIP.py", PASSES, ("--train_on", "clean"), hook=oracle_pairs),
     "CLIP, mixture's posterior as weight, NPC's compute":
