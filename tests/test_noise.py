@@ -199,7 +199,7 @@ def literal_swaps(captions, image_of, positions):
 
 
 @pytest.mark.parametrize("ratio", [0.2, 0.6, 0.95])
-@pytest.mark.parametrize("block", [1, 300, 2**24])
+@pytest.mark.parametrize("block", [1, 3, 64])
 def test_similar_noise_exchanges_the_most_similar_captions(monkeypatch, ratio, block):
     monkeypatch.setattr(noise, "BLOCK", block)
     rng = np.random.default_rng(0)

@@ -83,6 +83,15 @@ class Images(Dataset):
         with self.opened(k) as image:
             return self.preprocess.crop(image)
 
+    def flaw(self, k):
+        """What is wrong with the header of image k, or None."""
+        try:
+            if not (self.cache and self.cache.has(k)):
+                with self.opened(k):
+                    pass
+        except InputError as error:
+            return str(error)
+
     @contextmanager
     def opened(self, k):
         """Image k as a PIL image, of which only the header is read yet."""
@@ -189,31 +198,13 @@ def in_memory(images):
 # ---- checks and loaders -------------------------------------------------------------------------
 
 
-class Headers(Dataset):
-    """Item k is what is wrong with the header of image k of `Images`, or None."""
-
-    def __init__(self, images):
-        self.images = images
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, k):
-        try:
-            if not (self.images.cache and self.images.cache.has(k)):
-                with self.images.opened(k):
-                    pass
-        except InputError as error:
-            return str(error)
-
-
 def check_images(args, images, dev):
     """Open all `images`, decode those of `dev`. Raises InputError, with a count and the first
     three, when some cannot be read."""
-    broken, checks = [], Headers([] if "crops" in vars(images) else images)
-    for said in tqdm(Loader(args, checks, len(checks) // 1000, batch_size=None), desc="checking",
-                     unit="img", disable=None, leave=False):
-        broken += [said] if said else []
+    rows = range(0 if "crops" in vars(images) else len(images))
+    checks = Loader(args, rows, len(rows) // 1000, batch_size=None, collate_fn=images.flaw)
+    broken = [flaw for flaw in tqdm(checks, desc="checking", unit="img", disable=None, leave=False)
+              if flaw]
     if broken:
         count = f"{len(broken)} images cannot be read: " if len(broken) > 1 else ""
         raise InputError(count + "; ".join(broken[:3]))

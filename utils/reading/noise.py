@@ -17,7 +17,7 @@ KINDS = ("random", "similar")
 SEED = 99
 SUFFIX = "_noise_train_caps.txt"
 TOO_COMMON = 0.5  # share of the captions above which a word says nothing
-BLOCK = 2**24  # similarities that are held at a time
+BLOCK = 64  # captions that are compared with all others at a time
 
 
 # ---- which captions change places ----------------------------------------------------------------
@@ -72,7 +72,6 @@ def similar_order(captions, image_of, noise_ratio, seed):
     vectors = words.fit_transform([captions[i] for i in positions])  # (m, words)
     counts = np.bincount(vectors.indices, minlength=vectors.shape[1])
     vectors = vectors[:, counts <= TOO_COMMON * m]
-    present = vectors.astype(bool)
 
     left, own_text, own_image = (np.full(size, value) for size, value in (
         (m, True), (len(images_of), False), (len(texts_of), False)))
@@ -90,9 +89,7 @@ def similar_order(captions, image_of, noise_ratio, seed):
     with tqdm(total=m, desc="similar captions", unit="caption", disable=None) as bar:
         while left.any():
             todo = np.flatnonzero(left)
-            own = present[todo]
-            sizes = np.cumsum(own @ np.asarray(own.sum(axis=0)).ravel())  # of the products below
-            rows = todo[: max(1, np.searchsorted(sizes, BLOCK))]
+            rows = todo[:BLOCK]
             similarity = vectors[rows] @ vectors[todo].T
             for p, low, high in zip(rows, similarity.indptr, similarity.indptr[1:], strict=False):
                 if not left[p]:
