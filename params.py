@@ -411,9 +411,7 @@ def help_first(command, name):
     """Answer `--help`, or no options at all, before the script called `name` imports what takes
     seconds, if it is the one that runs."""
     if name == "__main__" and ({"-h", "--help"} & {*sys.argv} or not sys.argv[1:]):
-        if command in FIRST_STEPS and not sys.argv[1:]:
-            sys.exit(FIRST_STEPS[command].rstrip())
-        parser_of(command).parse_args()
+        parse_args(command)
 
 
 def parser_of(command):
@@ -434,11 +432,16 @@ def fill_in(parser, command, args):
     """Options that depend on others or on the machine, where they are not given."""
     import torch
 
+    def given(name):
+        return getattr(args, name, None)
+
     def of_recipe(name):
         return lambda: getattr(RECIPES[args.recipe], name)
 
     if command == "cache":
         args.device = torch.device("cpu")
+    if given("judge_features"):
+        args.judge_rounds = 0
     defaults = {  # in this order, as some depend on others
         "dataset": lambda: "pairs" if has_image_names(args.dataset_root) else "coco",
         "num_anns": lambda: DATASETS[args.dataset],
@@ -450,18 +453,25 @@ def fill_in(parser, command, args):
         "batch_size": lambda: min(256, max(8, number_of_pairs(args.dataset_root) // 16)),
         "lr": lambda: HALF_LR[command] if args.precision == "fp16" else 1e-5,
         **{name: of_recipe(name) for name in ("weighting", "memory_loss_weight", "train_on",
-                                              "judge_rounds")}}
+                                              "judge_rounds")},
+        "judge_neighbours": lambda: (
+            NEIGHBOURS if args.judge_rounds or of_recipe("judge_rounds")() else 0),
+        "clean_threshold": lambda: (
+            CLEAN_THRESHOLD if args.judge_rounds or args.judge_neighbours
+            else PAPER_CLEAN_THRESHOLD)}
     for name, default in defaults.items():
         if getattr(args, name, 0) is None:
             setattr(args, name, default())
+    if "judge" in args and args.data_on == "auto" and command not in HALF_LR:
+        args.data_on = "auto" if args.judge_rounds else "workers"  # which suits a single pass
 
-    if getattr(args, "resume", None) == "":
+    if given("resume") == "":
         parser.error("--resume '' names no checkpoint")
     if "precision" in args and args.device.type == "cuda":
         if (args.device.index or 0) >= torch.cuda.device_count():
             parser.error(f"--device {args.device}: torch sees {torch.cuda.device_count()} CUDA "
                          "devices here; --device cpu works everywhere")
-    if getattr(args, "compile", False):
+    if given("compile"):
         from utils.method.optimizer import replays
 
         if not replays(args):
@@ -471,25 +481,10 @@ def fill_in(parser, command, args):
         parser.error("give one of --cache DIR and --list_items DIR")
     if command == "find_noise" and (args.score == "npc") != (args.weights is not None):
         parser.error("--score npc and --weights RUN/weights.npz go together")
-    if getattr(args, "overwrite", False) and args.resume == "auto":
+    if given("overwrite") and args.resume == "auto":
         parser.error("--overwrite deletes what --resume auto continues; give one of them")
-    if hasattr(args, "judge"):
-        fill_in_judge(parser, command, args)
-
-
-def fill_in_judge(parser, command, args):
-    if args.judge_features:
-        if args.judge:
-            parser.error("--judge and --judge_features name two judges; give one")
-        args.judge_rounds = 0
-    if args.judge_neighbours is None:
-        own = args.judge_rounds or RECIPES[args.recipe].judge_rounds
-        args.judge_neighbours = NEIGHBOURS if own else 0
-    if args.data_on == "auto" and command not in HALF_LR and not args.judge_rounds:
-        args.data_on = "workers"  # which suits a single pass
-    if args.clean_threshold is None:
-        own = args.judge_rounds or args.judge_neighbours
-        args.clean_threshold = CLEAN_THRESHOLD if own else PAPER_CLEAN_THRESHOLD
+    if given("judge_features") and args.judge:
+        parser.error("--judge and --judge_features name two judges; give one")
 
 
 def has_image_names(dataset_root):

@@ -61,11 +61,7 @@ class ImageCache:
 
     def _open(self):
         if self.opened is None:
-            try:
-                descriptor = os.open(self.path, os.O_RDWR)
-            except OSError as error:
-                raise InputError(f"cannot open the image cache {self.path}: {error.strerror}; "
-                                 "choose another --image_cache or off") from error
+            descriptor = os.open(self.path, os.O_RDWR)
             crops = np.memmap(self.path, np.uint8, "r", 0, self.shape)
             stored = np.memmap(self.path, bool, "r", len(self) * self.size, (len(self),))
             self.opened = descriptor, crops, stored
