@@ -3,7 +3,7 @@
 import pytest
 from conftest import make_dataset, write_lines
 
-from dataset.prepare_pairs import draw
+from dataset.prepare_pairs import draw_split
 from params import parse_args
 
 
@@ -27,5 +27,5 @@ def test_half_weights_take_the_authors_rates(command, precision, lr):
 
 @pytest.mark.parametrize("images, held_out", [(10, 1), (240, 24), (30_000, 3000), (500_000, 5000)])
 def test_a_tenth_of_the_images_is_held_out_up_to_mscoco_s_number(images, held_out):
-    assert {split: len(own) for split, own in draw(images, None, None, 0).items()} == {
+    assert {split: len(own) for split, own in draw_split(images, None, None, 0).items()} == {
         "dev": held_out, "test": held_out, "train": images - 2 * held_out}
