@@ -20,6 +20,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
 import clip
@@ -59,7 +60,8 @@ def main(argv=None):
             run.log(f"warning: the query has {lengths[0]} tokens and was cut after "
                     f"{args.context_length}")
         asked = {"tokens": tokens}
-    images, texts = embed_pairs(model, dataclasses.replace(pairs, **asked), args, run.precision)
+    features = embed_pairs(model, dataclasses.replace(pairs, **asked), args, run.precision)
+    images, texts = (F.normalize(x, dim=1) for x in features)
     query, gallery = (images, texts) if by_image else (texts, images)
     cosine = (gallery @ query[0]).cpu()
     best = cosine.argsort(descending=True, stable=True)[: args.top]

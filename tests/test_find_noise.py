@@ -39,7 +39,7 @@ def embedding(data, spread):
     rng = np.random.default_rng(0)
     place = {image_id: rng.normal(size=16) for image_id in data.ids["train"]}
 
-    def embed_pairs(model, pairs, args, precision, normalise):
+    def embed_pairs(model, pairs, args, precision):
         texts = dict(zip(pairs.text_of, pairs.captions, strict=True))
         images = [place[image_id] for image_id in pairs.image_ids]
         texts = [place[own[texts[k]]] + spread * rng.normal(size=16) for k in range(len(texts))]

@@ -144,10 +144,10 @@ def test_the_paper_s_judge_sees_one_draw_and_others_the_mean_of_several(monkeypa
     monkeypatch.setattr(judge, "losses_in_batches",
                         lambda *args: draws.append(args) or losses_in_batches(*args))
     args = parsed("memorybank", seed=0, batch_size=10, clean_threshold=0.8)
-    paper = verdict_on(images, texts, torch.tensor(2.0), pairs, args)
+    paper = verdict_on((images, texts), torch.tensor(2.0), pairs, args)
     assert len(draws) == 1 and paper.mismatches is None and len(paper.components) == 2
     args.judge_neighbours = 3
-    ours = verdict_on(images, texts, torch.tensor(2.0), pairs, args)
+    ours = verdict_on((images, texts), torch.tensor(2.0), pairs, args)
     assert len(draws) == 5 and ours.components is None
     image_of, text_of = torch.from_numpy(pairs.image_of), torch.from_numpy(pairs.text_of)
     losses = [losses_in_batches(images, texts, image_of, text_of, torch.tensor(2.0), call[-1])
@@ -473,7 +473,7 @@ def test_features_are_used_in_blocks(monkeypatch):
     images, texts = (Watched(torch.randn(m, 8, generator=rng).half()) for m in (n // 5, n))
     args = parse_args("memorybank", ["--judge_neighbours", "5", "--batch_size",
                                                     "50", "--device", "cpu"])
-    verdict = verdict_on(normalised(images), normalised(texts), torch.tensor(2.0), pairs, args)
+    verdict = verdict_on((images, texts), torch.tensor(2.0), pairs, args)
     bank_of(verdict, images, texts, pairs, args, {})
     assert images.most == texts.most == 64
 

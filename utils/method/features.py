@@ -26,12 +26,11 @@ ADVICE = "python data.py --list_items DIR writes what must be encoded, in which 
 
 
 @torch.inference_mode()
-def embed_pairs(model, pairs, args, precision, normalise=True):
+def embed_pairs(model, pairs, args, precision):
     """Features of the distinct images and captions of `Pairs`, on the device.
 
-    Returns (images (u, D), captions (v, D)), fp32 (float64 for a float64 model), L2-normalised
-    unless `normalise` is False. The model is left in eval mode. Raises InputError when a feature is
-    not finite.
+    Returns (images (u, D), captions (v, D)), fp32 (float64 for a float64 model), not normalised.
+    The model is left in eval mode. Raises InputError when a feature is not finite.
     """
     model.eval()
 
@@ -41,7 +40,7 @@ def embed_pairs(model, pairs, args, precision, normalise=True):
         if not features.isfinite().all():
             raise InputError(f"the model gives {what} features that are not finite; its weights "
                              "are broken or --precision is too low for them")
-        return F.normalize(features, dim=1) if normalise else features
+        return features
 
     encode_image, encode_text = encoders(model)
     lengths = pairs.tokens.argmax(dim=1)  # captions of like length share a batch

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from utils.errors import InputError
 from utils.method.losses import pair_losses
-from utils.method.neighbours import Features, nearest, random_rows
+from utils.method.neighbours import Features, nearest, normalised, random_rows
 from utils.method.recipes import RECIPES
 
 DRAWS = 4  # of random batches, over which a loss is averaged
@@ -51,10 +51,11 @@ class Verdict(NamedTuple):
     mismatches: np.ndarray | None = None
 
 
-def verdict_on(images, texts, logit_scale, pairs, args, number=0):
-    """`Verdict` on `pairs` from L2-normalised features, tensors or `Features`, of their distinct
-    images (u, D) and captions (v, D) and the log temperature, after round `number`. Without rounds
-    and neighbours it is the paper's. Raises InputError when losses are not finite."""
+def verdict_on(features, logit_scale, pairs, args, number=0):
+    """`Verdict` on `pairs` from the features, tensors or `Features`, of their distinct images (u,
+    D) and captions (v, D) and the log temperature, after round `number`. Without rounds and
+    neighbours it is the paper's. Raises InputError when losses are not finite."""
+    images, texts = map(normalised, features)
     n, device = len(pairs), images.device
     if n < 2:
         raise InputError(f"{pairs.source} has {n} pair; a memory bank needs at least two")

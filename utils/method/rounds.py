@@ -14,7 +14,6 @@ from utils.distributed import main_first
 from utils.method.batches import training_loader
 from utils.method.features import embed_pairs, mean_random_cosine, read_features
 from utils.method.judge import log_verdict, separation, verdict_on
-from utils.method.neighbours import normalised
 from utils.method.optimizer import adamw
 from utils.method.pairs import for_model, take
 from utils.method.passes import Passes
@@ -33,19 +32,18 @@ def changed(args, **values):
 def judge_pairs(model, pairs, args, precision, log=print):
     """What the judge that the options name, which is `model` unless they name another, finds.
 
-    Returns (`Verdict`, raw features (u, D) and (v, D) of the judge, tensors or `Features`, dict of
+    Returns (`Verdict`, features (u, D) and (v, D) of the judge, tensors or `Features`, dict of
     numbers about it). With `--judge_features` no model is asked.
     """
     args = changed(args, seed=args.noise_seed)
     if args.judge_features:
         features, scale = read_features(args.judge_features, pairs, args.device)
-        verdict = verdict_on(*map(normalised, features), scale, pairs, args)
+        verdict = verdict_on(features, scale, pairs, args)
         log_verdict(pairs, verdict, args, log)
         return verdict, features, {}
     if args.judge:
         model, pairs = other_judge(pairs, args, precision)
-    features = embed_pairs(model, pairs, args, precision, normalise=False)
-    verdict = verdict_on(*map(normalised, features), model.logit_scale, pairs, args)
+    verdict, features = judged_by(model, pairs, args, precision)
     info = {"beta": mean_random_cosine(model, args, precision)}
     cosine = verdict.cosine  # of the initial model
     for number in range(1, args.judge_rounds + 1):
@@ -55,10 +53,15 @@ def judge_pairs(model, pairs, args, precision, log=print):
         log(f"judge, round {number} of {args.judge_rounds}: {args.judge_steps} steps at "
             f"{rate:g} on {verdict.clean.sum()} pairs")
         taught = teach(model, pairs, verdict.clean, rate, args, precision, number)
-        features = embed_pairs(taught, pairs, args, precision, normalise=False)
-        verdict = verdict_on(*map(normalised, features), taught.logit_scale, pairs, args, number)
+        verdict, features = judged_by(taught, pairs, args, precision, number)
     log_verdict(pairs, verdict, args, log)
     return verdict._replace(cosine=cosine), features, info
+
+
+def judged_by(model, pairs, args, precision, number=0):
+    """(`Verdict` on `pairs` after round `number`, the features) of a model."""
+    features = embed_pairs(model, pairs, args, precision)
+    return verdict_on(features, model.logit_scale, pairs, args, number), features
 
 
 def other_judge(pairs, args, precision):
@@ -114,8 +117,7 @@ def best_rate(model, pairs, clean, args, precision, log):
     def best_of(rates):
         for rate in rates:
             taught = teach(model, pairs, lessons, rate, half, precision, 0)
-            features = map(normalised, embed_pairs(taught, few, args, precision, normalise=False))
-            found[rate] = separation(verdict_on(*features, taught.logit_scale, few, args, 1))
+            found[rate] = separation(judged_by(taught, few, args, precision, 1)[0])
         return RATES.index(max(found, key=found.get))
 
     decade = best_of(RATES[::2])

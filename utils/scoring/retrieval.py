@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from utils.errors import InputError
 from utils.method.features import embed_pairs
@@ -81,6 +82,6 @@ def evaluate_coco(model, pairs, args, precision):
 
 
 def _features(model, pairs, args, precision):
-    images, texts = embed_pairs(model, pairs, args, precision)
+    images, texts = (F.normalize(x, dim=1) for x in embed_pairs(model, pairs, args, precision))
     text_of = torch.from_numpy(pairs.text_of).to(texts.device)
     return images, texts[text_of], torch.from_numpy(pairs.image_of).to(texts.device)
