@@ -37,17 +37,21 @@ from utils.reading.layout import (
 from utils.reading.noise import training_captions
 
 
-def _pairs(args, split, ids, captions, source, preprocess, log):
+def make_pairs(args, split, ids, captions, source, preprocess, log):
+    """The `Pairs` of a split: n captions from the file `source` with the image ids of each, in
+    order. Raises InputError when an image is missing."""
     image_ids, image_of = first_seen(ids)
+    text_of = first_seen(captions)[1]
     names = image_names(args.dataset_root, args.dataset, image_ids)
     require_images(args.dataset_root, names)
-    pairs = Pairs(Images(args.dataset_root, names, None), image_ids, image_of, captions,
-                  first_seen(captions)[1], None, source)
-    if preprocess:  # the test split is read once
-        pairs = for_model(pairs, args, preprocess, split != "test", log)
+    images = Images(args.dataset_root, names, preprocess=None)
+    pairs = Pairs(images, image_ids, image_of, captions, text_of, tokens=None, source=source)
+    if preprocess:
+        keep = split != "test"  # which is read once
+        pairs = for_model(pairs, args, preprocess, keep, log)
     images = pairs.images
-    place = f"; images are kept in memory ({images.device})" if in_memory(images) else ""
-    log(f"{split}: {len(captions)} captions of {len(image_ids)} images from {source}{place}")
+    kept = f"; images are kept in memory ({images.device})" if in_memory(images) else ""
+    log(f"{split}: {len(captions)} captions of {len(image_ids)} images from {source}{kept}")
     return pairs
 
 
@@ -63,13 +67,13 @@ def wrong_pairs(clean_captions, captions, image_of):
 def training_pairs(args, preprocess, log=print):
     """The (noisy) training split as `Pairs`; makes the noisy caption file when it is missing.
     Without `preprocess` no model will see them: they have no tokens, and their images no cache."""
-    clean = split_folder(args.dataset_root) / "train_caps.txt"
-    clean_captions = read_captions(clean) if clean.exists() else []
+    clean_file = split_folder(args.dataset_root) / "train_caps.txt"
+    clean_captions = read_captions(clean_file) if clean_file.exists() else []
     if clean_captions:  # checked before a noisy file is made of them
-        read_ids(args.dataset_root, "train", len(clean_captions), args.num_anns, clean)
+        read_ids(args.dataset_root, "train", len(clean_captions), args.num_anns, clean_file)
     captions, path = training_captions(args, log)
     ids = read_ids(args.dataset_root, "train", len(captions), args.num_anns, path)
-    pairs = _pairs(args, "train", ids, captions, path, preprocess, log)
+    pairs = make_pairs(args, "train", ids, captions, path, preprocess, log)
     if args.noise_ratio and len(clean_captions) == len(captions):
         pairs.wrong = wrong_pairs(clean_captions, captions, pairs.image_of)
     return pairs
@@ -79,10 +83,9 @@ def retrieval_split(args, split, preprocess, log=print):
     """The dev or test split as `Pairs`; `--dev_length` keeps the first so many dev captions."""
     path = split_folder(args.dataset_root) / f"{split}_caps.txt"
     captions = read_captions(path)
-    ids = read_ids(args.dataset_root, split, len(captions), 1, path)
-    if split == "dev" and args.dev_length:
-        ids, captions = ids[: args.dev_length], captions[: args.dev_length]
-    return _pairs(args, split, ids, captions, path, preprocess, log)
+    ids = read_ids(args.dataset_root, split, len(captions), args.num_anns, path)
+    kept = args.dev_length if split == "dev" else None
+    return make_pairs(args, split, ids[:kept], captions[:kept], path, preprocess, log)
 
 
 def training_data(args, preprocess, log=print):
@@ -100,10 +103,9 @@ def all_pairs(args, preprocess, log=print):
     for split in SPLITS:
         path = folder / f"{split}_caps.txt"
         if own := read_lines(path) and read_captions(path):
-            ids += read_ids(args.dataset_root, split, len(own),
-                            args.num_anns if split == "train" else 1, path)
+            ids += read_ids(args.dataset_root, split, len(own), args.num_anns, path)
             captions += own
-    return _pairs(args, "all splits", ids, captions, folder, preprocess, log)
+    return make_pairs(args, "all splits", ids, captions, folder, preprocess, log)
 
 
 @command

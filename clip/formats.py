@@ -339,8 +339,8 @@ def _hf_settings(folder):
         "vision_heads": vision.get("num_attention_heads", 12),
         "transformer_heads": text.get("num_attention_heads", 8),
         "image_resolution": vision.get("image_size", 224),
-        "image_mean": preprocessing.get("image_mean", MEAN),
-        "image_std": preprocessing.get("image_std", STD),
+        "image_mean": tuple(preprocessing.get("image_mean", MEAN)),
+        "image_std": tuple(preprocessing.get("image_std", STD)),
         "image_resize": "squash" if isinstance(size, dict) and "height" in size else "shortest",
     }
 
@@ -431,8 +431,8 @@ def _open_clip_settings(folder):
         "vision_heads": width // vision.get("head_width", 64),
         "transformer_heads": text.get("heads", 8),
         "image_resolution": vision.get("image_size", 224),
-        "image_mean": images.get("mean", MEAN),
-        "image_std": images.get("std", STD),
+        "image_mean": tuple(images.get("mean", MEAN)),
+        "image_std": tuple(images.get("std", STD)),
         "image_resize": images.get("resize_mode", "shortest"),
     }
 

@@ -383,8 +383,8 @@ SETTINGS = ("activation", "vision_heads", "transformer_heads", "image_resolution
 
 def infer_config(state_dict, settings):
     """The `config` of the CLIP model that `state_dict` (with OpenAI's names) belongs to: from the
-    shapes of its tensors and, for what these do not tell, from those of `SETTINGS` that the dict
-    `settings` has.  Raises ValueError if these are not a CLIP model's."""
+    shapes of its tensors and, for what these do not tell, from `settings`, a dict of some of
+    `SETTINGS`.  Raises ValueError if these are not a CLIP model's."""
     shape = {key: tuple(value.shape) for key, value in state_dict.items()}
 
     def count(prefix):
@@ -420,10 +420,7 @@ def infer_config(state_dict, settings):
         raise ValueError(f"not the weights of a CLIP model: no {error}") from None
     except (IndexError, ValueError):
         raise ValueError("not the weights of a CLIP model: unexpected shapes") from None
-    for key in SETTINGS:
-        if key in settings:
-            value = settings[key]
-            config[key] = tuple(value) if isinstance(value, list) else value
+    config |= settings
     vision_width *= 1 if config["vision_patch_size"] else POOLING
     resolution = config["image_resolution"]
     fits = {
@@ -431,8 +428,6 @@ def infer_config(state_dict, settings):
         "vision_heads": _divides(config["vision_heads"], vision_width),
         "transformer_heads": _divides(config["transformer_heads"], width),
         "image_resolution": isinstance(resolution, int) and resolution // stride == side,
-        "image_mean": _three_above(-math.inf, config["image_mean"]),
-        "image_std": _three_above(0, config["image_std"]),
         "image_resize": str(config["image_resize"]) in RESIZES,
     }
     for key, good in fits.items():
@@ -445,8 +440,3 @@ def infer_config(state_dict, settings):
 
 def _divides(heads, width):
     return isinstance(heads, int) and heads > 0 and width % heads == 0
-
-
-def _three_above(low, value):
-    return (isinstance(value, tuple) and len(value) == 3
-            and all(isinstance(x, int | float) and low < x < math.inf for x in value))

@@ -267,7 +267,6 @@ def test_weights_that_are_not_clip(tmp_path, key, match):
 
 @pytest.mark.parametrize("key, value", [
     ("vision_heads", 3), ("vision_heads", 0), ("transformer_heads", "1"), ("image_resolution", 40),
-    ("image_mean", (0.5, 0.5)), ("image_std", (0.5, 0.0, 0.5)), ("image_std", 1),
     ("activation", "gelu_new"), ("activation", {}), ("image_resize", "longest")])
 def test_settings_that_do_not_fit(tmp_path, key, value):
     model = build("like OpenAI's")
