@@ -36,14 +36,13 @@ from utils.method.neighbours import Features, nearest, normalised, random_rows
 from utils.method.pairs import fingerprint, first_pairs
 from utils.method.rounds import judge_pairs
 from utils.reading.images import Images
-from utils.reading.layout import (
-    SPLITS,
-)
+from utils.reading.layout import SPLITS
 from utils.scoring.diagnostics import noise_measures
 from utils.training.pair_weights import mean_weights, read_weights
 from utils.training.run import Run
 
 THUMBNAIL = 160  # pixels
+TRAINING = ("train",)
 COLUMNS = ("rank", "pair", "row", "place", "score", "posterior", "image", "caption", "best_caption",
            "clean_pair", "clean_image", "clean_caption", "stratum", "stratum_size", "decision")
 
@@ -63,46 +62,24 @@ class Ranking(NamedTuple):
 @command
 def main(argv=None):
     args = parse_args("find_noise", argv)
-    run = Run(args)
-    if args.write_clean:
-        require_new("--write_clean", args.write_clean)
-    # The user's table, whose pairs are judged whatever their split; shuffled captions are not its
-    source = None if args.noise_ratio else source_of(args.dataset_root)
-    if source and args.write_clean:
-        require_unchanged(source)
-    whole = source and not args.judge_features and args.score != "npc"  # else: of training alone
-    splits = SPLITS if whole else ("train",)
+    run, out = Run(args), Path(args.out)
+    source, splits = what_to_judge(args)
     model, preprocess = (None, None) if args.judge_features else run.load_model()
-    pairs = (all_pairs if whole else training_pairs)(args, preprocess, run.log)
-    labels = read_labels(args.labels, pairs) if args.labels else no_labels(len(pairs))
-    rows = source and np.concatenate([rows_of(args.dataset_root, split) for split in splits])
+    pairs = (training_pairs if splits == TRAINING else all_pairs)(args, preprocess, run.log)
+    rows = source and rows_of(args.dataset_root, splits)
     if source and len(rows) != len(pairs):
         raise InputError(f"{pairs.source} has {len(pairs)} pairs, but {len(rows)} are known to be "
                          f"from {source.table}; prepare the data set again")
+    labels = read_labels(args.labels, pairs) if args.labels else no_labels(len(pairs))
 
-    # What the judge says, and the order of the pairs by --score
     verdict, features, _ = judge_pairs(model, pairs, args, run.precision, run.log)
     images, texts = map(normalised, features)
     score, suspicion = scores(args, verdict, pairs)
     order = np.lexsort((-verdict.loss, -suspicion))  # equal ones by loss; without a score: last
     scored = order[: np.isfinite(suspicion).sum()]
-
-    # What is known of all pairs
-    share = verdict.wrong_share
-    findings = [f"Estimated noise share: {share:.1%} of the pairs, the judge's guess; labels of "
-                "the random sample measure it (--labels)."]
-    if not whole:
+    findings, thresholds = what_is_known(args, pairs, labels, verdict, suspicion, scored)
+    if splits == TRAINING:
         findings.append("Only the training split is judged, neither dev nor test.")
-    if missing := len(order) - len(scored):
-        findings.append(f"{missing} of {len(pairs)} pairs have no weight in {args.weights}, as "
-                        "training never drew them; they come last.")
-    if pairs.wrong is not None:
-        findings.append(against_truth(suspicion[scored], pairs.wrong[scored], share))
-    thresholds = ""
-    if args.labels:
-        lines, thresholds = label_findings(labels, verdict.posterior, args.keep_above,
-                                           args.wanted_precision)
-        findings += lines
     run.log("\n".join([*findings, thresholds]).rstrip())
 
     # What a person has labelled is known: wrong ones come first, right ones last
@@ -112,19 +89,12 @@ def main(argv=None):
     ranking = Ranking(order, list(dict.fromkeys(worst)), score, labels.answer,
                       labels.sample or draw_sample(scored, args.seed))
 
-    out = Path(args.out)
-    nearest_pair = nearest_clean(images, pairs.image_of, verdict.clean,
-                                 most=args.search_among, seed=args.seed)[pairs.image_of]
-    nearest_pair[verdict.clean] = np.flatnonzero(verdict.clean)  # a clean pair is its own
-    some = random_rows(len(texts), args.search_among, args.seed)
-    keys = Features(texts, chosen=torch.from_numpy(some).to(texts.device))
-    best_text = nearest(images, keys, title="best captions")[1][:, 0].cpu().numpy()
-    best_text = some[best_text]  # of each image
+    best_text, nearest_pair = partners(args, pairs, verdict.clean, images, texts)
     with atomic_write(out / "suspicious_pairs.csv") as f:
         write_table(f, pairs, verdict, ranking, rows, best_text, nearest_pair)
-    about = (f"{len(pairs)} pairs by {args.score}, from {pairs.source}; "
-             + (f"features {args.judge_features}" if args.judge_features
-                else f"model {args.vision_model}"))
+    by = (f"features {args.judge_features}" if args.judge_features
+          else f"model {args.vision_model}")
+    about = f"{len(pairs)} pairs by {args.score}, from {pairs.source}; {by}"
     with atomic_write(out / "suspicious_pairs.html") as f:
         f.write(noise_page(suspects(args, pairs, verdict, ranking, images, texts, best_text),
                            args.score, about, findings, verdict, pairs.wrong, fingerprint(pairs)))
@@ -136,6 +106,18 @@ def main(argv=None):
         write_clean(args, pairs, keep, splits, rows, source, run.log)
 
 
+def what_to_judge(args):
+    """(`Source` of the data set, None without a table; the splits to judge). Pairs of a table are
+    judged whatever their split, where the judge knows more than the training pairs."""
+    source = None if args.noise_ratio else source_of(args.dataset_root)  # whose captions are its
+    if args.write_clean:
+        require_new("--write_clean", args.write_clean)
+        if source:
+            require_unchanged(source)
+    whole = source and not args.judge_features and args.score != "npc"
+    return source, SPLITS if whole else TRAINING
+
+
 def scores(args, verdict, pairs):
     """(score (n,), suspicion (n,)) of the pairs by `--score`. The suspicion is the score with the
     sign that makes a high one suspicious; NaN where there is none."""
@@ -145,6 +127,36 @@ def scores(args, verdict, pairs):
     score = (verdict.cosine if args.score == "cosine"
              else mean_weights(read_weights(args.weights, pairs)))
     return score, -score
+
+
+def what_is_known(args, pairs, labels, verdict, suspicion, scored):
+    """(lines of text, Markdown table or "") of what is known of all pairs. suspicion (n,); scored:
+    the pairs that have one, from most to least suspicious."""
+    share, n = verdict.wrong_share, len(pairs)
+    lines, thresholds = [f"Estimated noise share: {share:.1%} of the pairs, the judge's guess; "
+                         "labels of the random sample measure it (--labels)."], ""
+    if len(scored) < n:
+        lines.append(f"{n - len(scored)} of {n} pairs have no weight in {args.weights}, as "
+                     "training never drew them; they come last.")
+    if pairs.wrong is not None:
+        lines.append(against_truth(suspicion[scored], pairs.wrong[scored], share))
+    if args.labels:
+        more, thresholds = label_findings(labels, verdict.posterior, args.keep_above,
+                                          args.wanted_precision)
+        lines += more
+    return lines, thresholds
+
+
+def partners(args, pairs, clean, images, texts):
+    """(best caption (u,) of each image, nearest strict-clean pair (n,) of each pair's image) by the
+    judge's `Features`, among `--search_among`; clean (n,) bool. A clean pair is its own."""
+    nearest_pair = nearest_clean(images, pairs.image_of, clean, most=args.search_among,
+                                 seed=args.seed)[pairs.image_of]
+    nearest_pair[clean] = np.flatnonzero(clean)
+    some = random_rows(len(texts), args.search_among, args.seed)
+    keys = Features(texts, chosen=torch.from_numpy(some).to(texts.device))
+    best = nearest(images, keys, title="best captions")[1][:, 0].cpu().numpy()
+    return some[best], nearest_pair
 
 
 def against_truth(suspicion, wrong, share):

@@ -117,7 +117,7 @@ def test_every_format_is_prepared_with_the_rows_that_it_came_from(tmp_path, caps
     seen = []
     for split in ("train", "dev", "test"):
         captions = read_captions(root / f"annotations/scan_split/{split}_caps.txt")
-        source, (numbers, places) = source_of(root), rows_of(root, split).T
+        source, (numbers, places) = source_of(root), rows_of(root, [split]).T
         assert source[:4] == (str(table), "image", "caption", COUNT) and not places.any()
         assert captions == [CAPTIONS[i] for i in numbers]
         names = image_names(root, "pairs", read_ids(root, split, len(captions), 1, "caps"))
@@ -185,7 +185,7 @@ def test_columns_by_name_and_the_same_bytes_are_one_image(tmp_path, capsys):
         "00000000.png", *(f"{i:08d}.jpg" for i in range(1, 5))]
     assert lines(tmp_path / "r", "unusable_rows.csv")[1:] == [
         "6,image cannot be read,no image that Pillow knows", "7,no image,"]
-    rows = {s: rows_of(tmp_path / "r", s).tolist() for s in ("train", "dev", "test")}
+    rows = {s: rows_of(tmp_path / "r", [s]).tolist() for s in ("train", "dev", "test")}
     assert sorted(sum(rows.values(), [])) == [[i, place] for i in range(6) for place in (0, 2)]
     of_two = next(own for own in rows.values() if [2, 0] in own)
     assert [5, 0] in of_two  # both of its rows are in one split

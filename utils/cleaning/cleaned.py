@@ -37,12 +37,12 @@ def write_clean(args, pairs, keep, splits, rows, source, log):
         if [] in counts.values():
             raise InputError(f"{few}: a split would be left with none")
         if source:
-            captions, held = [pairs.captions[i] for i in np.flatnonzero(keep)], [rows[keep]]
+            captions = [pairs.captions[i] for i in np.flatnonzero(keep)]
             others = [split for split in SPLITS if split not in splits]  # are kept whole
             for split in others:
                 captions += read_captions(split_folder(args.dataset_root) / f"{split}_caps.txt")
-                held.append(rows_of(args.dataset_root, split))
-            name, number = write_table(source, folder, np.concatenate(held), captions)
+            held = np.concatenate([rows[keep], rows_of(args.dataset_root, others)])
+            name, number = write_table(source, folder, held, captions)
             said += (f"\nwrote {Path(args.write_clean) / name}: {number} of the {source.rows} rows "
                      f"of {source.table}, without wrong captions and what could not be used")
             if others:

@@ -63,12 +63,14 @@ def source_of(root):
         return Source(**json.loads(path.read_text(encoding="utf-8")))
 
 
-def rows_of(root, split):
-    """(n, 2) int64: row of the table and place of each caption of a split."""
-    path = split_folder(root) / f"{split}_rows.txt"
-    with parsing(path, "a list of rows and places", "prepare the data set again"):
-        return np.array([[*line.split(), 0][:2] for line in read_lines(path)],
-                        np.int64).reshape(-1, 2)
+def rows_of(root, splits):
+    """(n, 2) int64: row of the table and place of each caption of some splits."""
+    rows = []
+    for split in splits:
+        path = split_folder(root) / f"{split}_rows.txt"
+        with parsing(path, "a list of rows and places", "prepare the data set again"):
+            rows += [tuple(map(int, [*line.split(), 0][:2])) for line in read_lines(path)]
+    return np.array(rows, np.int64).reshape(-1, 2)
 
 
 def require_unchanged(source):
