@@ -20,11 +20,12 @@ from utils.cleaning.labels import COLUMNS
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 BINS = 60
-BUTTONS = "".join(f'<button value="{answer}">{answer}</button>'
-                  for answer in ("right", "wrong", "skip"))
-BUTTONS = f'<div class="answers">{BUTTONS}</div>'
 # Colours of the histogram, by the variable of the page's style that takes their place
 COLOURS = {"soft": "#647083", "clean": "#1f8a70", "noisy": "#d1495b", "bars": "#b9c2ce"}
+STYLE = {"svg.fonttype": "none", "svg.hashsalt": "", "axes.xmargin": 0, "legend.frameon": False,
+         **{f"axes.spines.{side}": False for side in ("left", "top", "right")},
+         **dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "xtick.color", "legend.labelcolor"),
+                         COLOURS["soft"])}
 
 
 class Suspect(NamedTuple):
@@ -106,7 +107,9 @@ def card(suspect):
 <q dir="auto">{escape(s.best_caption)}</q></div>
 <div>{picture(s.best_image)}<div class="words"><h2>best image for this caption</h2>
 <small class="file">{escape(s.best_file)}</small></div></div>
-</div></div>{BUTTONS}</article>"""
+</div></div>
+<div class="answers"><button value="right">right</button><button value="wrong">wrong</button>
+<button value="skip">skip</button></div></article>"""
 
 
 def picture(pixels):
@@ -117,6 +120,7 @@ def picture(pixels):
     return f'<img alt="" src="data:image/jpeg;base64,{data}">'
 
 
+@matplotlib.rc_context(STYLE)
 def histogram(verdict, wrong=None):
     """The scores of a `Verdict` as an <svg> histogram, with what the judge takes for the wrong
     pairs: the components of its mixture, or its mismatches, as high as the highest bar.
@@ -132,7 +136,7 @@ def histogram(verdict, wrong=None):
         counts, edges, _ = axes.hist(
             [scores[~wrong], scores[wrong]], BINS, stacked=True, rwidth=0.9, alpha=0.4,
             color=[COLOURS["clean"], COLOURS["noisy"]], label=["right pairs", "wrong pairs"])
-    grid = np.linspace(edges[0], edges[-1], 400)
+    grid, highest = np.linspace(edges[0], edges[-1], 400), np.max(counts)
     for (weight, center, variance), colour, side in zip(
             verdict.components or (), ("clean", "noisy"), ("low", "high"), strict=False):
         density = norm.pdf(grid, center, variance**0.5)
@@ -140,23 +144,16 @@ def histogram(verdict, wrong=None):
                   label=f"component of {side} loss")
     if verdict.mismatches is not None:
         heights = np.histogram(verdict.mismatches, edges)[0]
-        axes.stairs(heights * np.max(counts) / max(1, heights.max()), edges, lw=2,
-                    color=COLOURS["noisy"],
+        axes.stairs(heights * highest / max(1, heights.max()), edges, lw=2, color=COLOURS["noisy"],
                     label="mismatches made of these images and captions, at their own scale")
-    of = "loss" if measured_in(verdict) == "nats" else "loss less agreement with neighbours"
-    axes.set(ylim=(0, 1.12 * np.max(counts)), yticks=[], ylabel="pairs",
-             xlabel=f"score of the judge: {of} ({measured_in(verdict)})")
-    axes.xaxis.label.set_color(COLOURS["soft"])
-    axes.yaxis.label.set_color(COLOURS["soft"])
-    axes.margins(x=0)
-    axes.spines[["left", "top", "right"]].set_visible(False)
-    axes.spines["bottom"].set_color(COLOURS["soft"])
-    axes.tick_params(colors=COLOURS["soft"])
+    unit = measured_in(verdict)
+    of = "loss" if unit == "nats" else "loss less agreement with neighbours"
+    axes.set(ylim=(0, 1.12 * highest), yticks=[], ylabel="pairs",
+             xlabel=f"score of the judge: {of} ({unit})")
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False, labelcolor=COLOURS["soft"])
+        axes.legend()
     text = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": ""}):
-        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
+    figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
     svg = text.getvalue()[text.getvalue().index("<svg"):]
     for name, colour in COLOURS.items():
         svg = svg.replace(colour, f"var(--{name})")
