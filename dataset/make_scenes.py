@@ -47,9 +47,7 @@ DOMAINS = {
             "an image of {first} {relation} {second} on a {background} background",
             "the background is {background} and {first} is {relation} {second}",
             "a {background} background with {first} {relation} {second}",
-        ),
-        stripe_axis=0,
-    ),
+        ), stripe_axis=0),
     "target": Domain(
         templates=(
             "we can see {first} {relation} {second} over a {background} backdrop",
@@ -57,15 +55,8 @@ DOMAINS = {
             "this {background} picture shows {first} placed {relation} {second}",
             "somebody drew {first} {relation} {second} across a {background} page",
             "behind is a {background} surface where {first} lies {relation} {second}",
-        ),
-        stripe_axis=1,
-        wash=0.25,
-        noise=12.0,
-        synonym=0.4,
-        swap=0.5,
-        omit_size=0.3,
-        omit_color=0.15,
-    ),
+        ), stripe_axis=1, wash=0.25, noise=12.0, synonym=0.4, swap=0.5, omit_size=0.3,
+        omit_color=0.15),
 }
 TINT = (235, 205, 170)  # the warm colour to which a washed-out palette fades
 SYNONYMS = {
@@ -75,24 +66,14 @@ SYNONYMS = {
 }
 
 COLORS = {
-    "red": (225, 25, 25),
-    "green": (30, 170, 40),
-    "blue": (30, 60, 235),
-    "yellow": (250, 230, 30),
-    "purple": (145, 30, 190),
-    "orange": (255, 135, 0),
-    "cyan": (40, 225, 240),
-    "pink": (255, 140, 195),
-    "brown": (125, 70, 25),
-    "white": (255, 255, 255),
+    "red": (225, 25, 25), "green": (30, 170, 40), "blue": (30, 60, 235), "yellow": (250, 230, 30),
+    "purple": (145, 30, 190), "orange": (255, 135, 0), "cyan": (40, 225, 240),
+    "pink": (255, 140, 195), "brown": (125, 70, 25), "white": (255, 255, 255),
 }
 BACKGROUNDS = {  # the ground, and the shade of the pattern on it
-    "gray": ((120, 120, 120), (165, 165, 165)),
-    "beige": ((225, 205, 165), (190, 165, 120)),
-    "navy": ((10, 15, 80), (55, 65, 135)),
-    "olive": ((105, 110, 25), (145, 150, 70)),
-    "teal": ((0, 105, 110), (60, 150, 155)),
-    "maroon": ((90, 5, 30), (140, 55, 75)),
+    "gray": ((120, 120, 120), (165, 165, 165)), "beige": ((225, 205, 165), (190, 165, 120)),
+    "navy": ((10, 15, 80), (55, 65, 135)), "olive": ((105, 110, 25), (145, 150, 70)),
+    "teal": ((0, 105, 110), (60, 150, 155)), "maroon": ((90, 5, 30), (140, 55, 75)),
 }
 CONTRAST = 75  # least RGB distance from an object's colour to both shades of its background
 PATTERNS = ("plain", "striped", "dotted", "checkered")
@@ -112,7 +93,7 @@ CAPTIONS = 5  # per image
 MOST = 100_000  # images in a set; there are nearly a million distinct scenes
 
 
-def _arc(count: int, *radii: float) -> list[tuple[float, float]]:
+def _arc(count, *radii):
     """`count` points round the origin, clockwise from the top, which take turns with `radii`."""
     turns = [(2 * math.pi * i / count, radii[i % len(radii)]) for i in range(count)]
     return [(radius * math.sin(angle), -radius * math.cos(angle)) for angle, radius in turns]
@@ -151,24 +132,20 @@ class Scene(NamedTuple):
     background: str
     pattern: str
 
-    def swapped(self) -> "Scene":
+    def swapped(self):
         """The same scene, told from its second object."""
         opposite = RELATIONS[self.relation][1]
         return self._replace(first=self.second, second=self.first, relation=opposite)
 
 
 @cache
-def visible_colors(background: str) -> list[str]:
+def visible_colors(background):
     """The colours that stand out from both shades of `background`."""
-    shades = BACKGROUNDS[background]
-    return [
-        name
-        for name, color in COLORS.items()
-        if min(math.dist(color, shade) for shade in shades) >= CONTRAST
-    ]
+    return [name for name, color in COLORS.items()
+            if min(math.dist(color, shade) for shade in BACKGROUNDS[background]) >= CONTRAST]
 
 
-def sample_scenes(count: int, rng: random.Random) -> list[Scene]:
+def sample_scenes(count, rng):
     """`count` distinct scenes: no two of them show the same, also when told the other way round."""
     scenes, seen = [], set()
     while len(scenes) < count:
@@ -185,25 +162,22 @@ def sample_scenes(count: int, rng: random.Random) -> list[Scene]:
     return scenes
 
 
-def washed(color: tuple[int, int, int], wash: float) -> tuple[int, int, int]:
+def washed(color, wash):
     """`color`, moved to `TINT` by the fraction `wash`; RGB from 0 to 255."""
     return tuple(round(c + wash * (t - c)) for c, t in zip(color, TINT, strict=True))
 
 
 @cache
-def _pattern_mask(pattern: str, stripe_axis: int) -> Image.Image:
+def _pattern_mask(pattern, stripe_axis):
     """Where the second shade of a background goes: 255 there, else 0; "L", on the canvas."""
     y, x = grid = np.indices((CANVAS, CANVAS))
-    mask = {
-        "plain": np.zeros_like(x),
-        "striped": grid[stripe_axis] // 9 % 2,
-        "dotted": np.hypot(x % 16 - 7.5, y % 16 - 7.5) < 5,
-        "checkered": (x // 16 + y // 16) % 2,
-    }[pattern]
+    mask = {"plain": np.zeros_like(x), "striped": grid[stripe_axis] // 9 % 2,
+            "dotted": np.hypot(x % 16 - 7.5, y % 16 - 7.5) < 5,
+            "checkered": (x // 16 + y // 16) % 2}[pattern]
     return Image.fromarray(mask.astype(np.uint8) * 255)
 
 
-def draw(scene: Scene, domain: Domain, rng: random.Random) -> Image.Image:
+def paint(scene, domain, rng):
     """The image of `scene`, RGB, `PIXELS` x `PIXELS`; `rng` sets the exact places and the noise."""
     ground, shade = (washed(color, domain.wash) for color in BACKGROUNDS[scene.background])
     image = Image.new("RGB", (CANVAS, CANVAS), ground)
@@ -222,13 +196,13 @@ def draw(scene: Scene, domain: Domain, rng: random.Random) -> Image.Image:
     return Image.fromarray((pixels + noise).round().clip(0, 255).astype(np.uint8))
 
 
-def describe(scene: Scene, domain: Domain, rng: random.Random) -> list[str]:
+def describe(scene, domain, rng):
     """`CAPTIONS` captions of `scene`, all different, in the words of `domain`."""
 
-    def say(word: str) -> str:
+    def say(word):
         return SYNONYMS.get(word, word) if rng.random() < domain.synonym else word
 
-    def name(thing: Thing) -> str:
+    def name(thing):
         words = [say(thing.shape)]
         if rng.random() >= domain.omit_color:
             words.insert(0, say(thing.color))
@@ -239,18 +213,13 @@ def describe(scene: Scene, domain: Domain, rng: random.Random) -> list[str]:
     captions = []
     for template in rng.sample(domain.templates, CAPTIONS):
         told = scene.swapped() if rng.random() < domain.swap else scene
-        captions.append(
-            template.format(
-                first=name(told.first),
-                relation=RELATIONS[told.relation][0],
-                second=name(told.second),
-                background=f"{say(told.pattern)} {told.background}",
-            )
-        )
+        captions.append(template.format(
+            first=name(told.first), relation=RELATIONS[told.relation][0], second=name(told.second),
+            background=f"{say(told.pattern)} {told.background}"))
     return captions
 
 
-def make_scenes(out: str | Path, domain: str, train: int, dev: int, test: int, seed: int) -> None:
+def make_scenes(out, domain, train, dev, test, seed):
     """Draw a set of `train` + `dev` + `test` distinct scenes into the folder `out`.
 
     Writes `images/*.png` and `annotations/scan_split/`, over those of an earlier call. The ids of
@@ -271,7 +240,7 @@ def make_scenes(out: str | Path, domain: str, train: int, dev: int, test: int, s
     (out / "images").mkdir(exist_ok=True)
     captions = []
     for name, scene in zip(names, sample_scenes(total, rng), strict=True):
-        draw(scene, DOMAINS[domain], rng).save(out / "images" / name)
+        paint(scene, DOMAINS[domain], rng).save(out / "images" / name)
         captions.append(describe(scene, DOMAINS[domain], rng))
 
     shuffled = iter(rng.sample(range(total), total))
@@ -281,22 +250,19 @@ def make_scenes(out: str | Path, domain: str, train: int, dev: int, test: int, s
 
 
 @command
-def main(argv: list[str] | None = None) -> None:
-    """Read the command line, draw the set and say what was written."""
+def main(argv=None):
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--out", metavar="DIR", required=True, help="folder of the set")
     add("--domain", choices=DOMAINS, default="target", help="which palette and which words")
-    add("--train", metavar="N", type=positive_int, default=400, help="images for training")
-    add("--dev", metavar="N", type=positive_int, default=100, help="images for validation")
-    add("--test", metavar="N", type=positive_int, default=300, help="images for testing")
+    for split, count, use in (("train", 400, "training"), ("dev", 100, "validation"),
+                              ("test", 300, "testing")):
+        add(f"--{split}", metavar="N", type=positive_int, default=count, help=f"images for {use}")
     add("--seed", metavar="S", type=int, default=0, help="the same seed gives the same files")
     args = parser.parse_args(argv)
     make_scenes(**vars(args))
-    print(
-        f"{args.out}: {args.train} train, {args.dev} dev and {args.test} test images of the "
-        f"{args.domain} domain, {CAPTIONS} captions each"
-    )
+    print(f"{args.out}: {args.train} train, {args.dev} dev and {args.test} test images of the "
+          f"{args.domain} domain, {CAPTIONS} captions each")
 
 
 if __name__ == "__main__":

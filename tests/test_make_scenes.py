@@ -112,7 +112,7 @@ def test_shapes_fit_their_half():
     for i, relation in enumerate(["left", "right", "above", "below"] * 25):
         things = [ms.Thing(s, c, "large") for s, c in (("square", "red"), ("cross", "white"))]
         scene = ms.Scene(*things, relation, "navy", "plain")
-        pixels = np.asarray(ms.draw(scene, domain, random.Random(i)))
+        pixels = np.asarray(ms.paint(scene, domain, random.Random(i)))
         if relation in ("left", "right"):
             pixels = pixels.swapaxes(0, 1)
         halves = [pixels[:half], pixels[half:]]
