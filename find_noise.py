@@ -24,7 +24,7 @@ import clip
 from data import all_pairs, training_pairs
 from params import parse_args
 from utils.cleaning.cleaned import write_clean
-from utils.cleaning.labels import NAMES, cells, label_findings, no_labels, read_labels
+from utils.cleaning.labels import NAMES, cells, label_findings, read_labels
 from utils.cleaning.noise_page import Suspect, noise_page
 from utils.cleaning.source import require_unchanged, rows_of, source_of
 from utils.cleaning.survey import draw_sample
@@ -70,7 +70,7 @@ def main(argv=None):
     if source and len(rows) != len(pairs):
         raise InputError(f"{pairs.source} has {len(pairs)} pairs, but {len(rows)} are known to be "
                          f"from {source.table}; prepare the data set again")
-    labels = read_labels(args.labels, pairs) if args.labels else no_labels(len(pairs))
+    labels = read_labels(args.labels, pairs)
 
     verdict, features, _ = judge_pairs(model, pairs, args, run.precision, run.log)
     images, texts = map(normalised, features)

@@ -198,6 +198,18 @@ def tar(folder):
     return folder / "t.tar", ()
 
 
+def tar_of_halves(folder):
+    """With half a character, which no UTF-8 holds, in every JSON file."""
+    with tarfile.open(folder / "t.tar", "w") as f:
+        for i in range(COUNT):
+            note = {"caption": captions(i)[0] + "\ud83d"}
+            for ending, data in (("jpg", jpeg(i)), ("json", json.dumps(note).encode())):
+                info = tarfile.TarInfo(f"{i:03d}.{ending}")
+                info.size = len(data)
+                f.addfile(info, io.BytesIO(data))
+    return folder / "t.tar"
+
+
 FORMATS = [csv_json, csv_pandas, csv_columns, csv_lines, utf_16, token, jsonl, json_array, karpathy,
            parquet, parquet_structs, parquet_lists_beside, parquets, arrow, csvs, tar]
 
@@ -237,6 +249,14 @@ def test_every_table_comes_back_without_its_wrong_captions(tmp_path, judged, cap
         find(tmp_path / "clean", tmp_path / "out", "--write_clean", tmp_path / "again",
              "--keep_above", 0)
         assert pairs_of(tmp_path / "again" / cleaned.name, options) == expected
+
+
+def test_half_a_character_is_no_trap(tmp_path, judged):
+    prepare(tar_of_halves(tmp_path), tmp_path / "mine")
+    find(tmp_path / "mine", tmp_path / "out", "--write_clean", tmp_path / "clean",
+         "--keep_above", 0)
+    assert pairs_of(tmp_path / "clean/cleaned.csv", (), image="key") == [
+        (f"{i:03d}", f"{captions(i)[0]}?") for i in range(COUNT)]
 
 
 def test_the_place_in_the_list_is_said(tmp_path, judged):

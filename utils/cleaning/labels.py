@@ -33,16 +33,12 @@ def cells(pairs, i):
     return text_cell(pairs.images.names[pairs.image_of[i]]), text_cell(pairs.captions[i])
 
 
-def no_labels(n):
-    """`Labels` of n pairs of which nothing is known."""
-    return Labels(np.zeros(n, np.int8), {})
-
-
 def read_labels(path, pairs):
-    """`Labels` of a file. Raises InputError when it is broken or speaks of other pairs."""
-    labels = no_labels(len(pairs))
+    """`Labels` of a file, of nothing where `path` is None. Raises InputError when it is broken or
+    speaks of other pairs."""
+    labels = Labels(np.zeros(len(pairs), np.int8), {})
     advice = "give the decisions.csv that the page of suspicious pairs saves"
-    for line, row in enumerate(read_rows(path, COLUMNS, advice), 2):  # below the header
+    for line, row in enumerate(read_rows(path, COLUMNS, advice) if path else (), 2):
         where = f"{path}, line {line}"
         if isinstance(row, str):
             raise InputError(f"{where}: {row}; {advice}")

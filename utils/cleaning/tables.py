@@ -293,8 +293,8 @@ class Shards(Table):
         table.writerow(("shard", "key", "caption"))
         for row in rows:
             caption = cell(row, column)
-            table.writerow((row["shard"], row["key"],
-                            caption if isinstance(caption, str) else as_json(caption)))
+            caption = caption if isinstance(caption, str) else as_json(caption)
+            table.writerow((row["shard"], row["key"], caption.encode("utf-8", "replace").decode()))
 
 
 def _loose(folder):
