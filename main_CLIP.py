@@ -51,7 +51,8 @@ class Baseline:
         passes = Passes(model, batch, run.precision, accum_steps=run.args.accum_steps)
         loss = passes.batch.mean()
         passes.backward(loss)
-        norm = update(model, self.optimizer, run, self.max_norm)
+        norm = update(model, self.optimizer, run.precision, self.max_norm,
+                      run.recipe.max_logit_scale)
         return {"batch_loss": loss, "grad_norm": norm, "exp_logit_scale": model.logit_scale.exp()}
 
 

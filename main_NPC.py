@@ -95,7 +95,7 @@ class NPC:
         weighted = (w * loss).mean() if recipe.per_sample else w.mean() * loss.mean()
         total = weighted + args.memory_loss_weight * (memory_i.mean() + memory_t.mean())
         passes.backward(total)
-        norm = update(A, self.optimizer, run, args.clip_grad)
+        norm = update(A, self.optimizer, run.precision, args.clip_grad, recipe.max_logit_scale)
         numbers = {"batch_loss": loss.mean(), "grad_norm": norm,
                    "exp_logit_scale": A.logit_scale.exp(), "w": w}
         if self.uses_memory:

@@ -85,15 +85,14 @@ def compile_blocks(model):
             module.compile(dynamic=True)
 
 
-def update(model, optimizer, run, max_norm):
+@torch.no_grad()
+def update(model, optimizer, precision, max_norm, max_logit_scale):
     """A step of the optimiser of the model that is trained: the gradient is clipped to a norm of
-    `max_norm` (0: not), logit_scale kept at or below the recipe's limit. Returns the gradient's
-    norm before clipping (scalar tensor)."""
-    norm = run.precision.step(model, optimizer, max_norm or math.inf)
-    run.precision.scaler.update()
-    if math.isfinite(run.recipe.max_logit_scale):
-        with torch.no_grad():
-            model.logit_scale.clamp_(max=run.recipe.max_logit_scale)
+    `max_norm` (0: not), logit_scale kept at or below its limit. Returns the gradient's norm before
+    clipping (scalar tensor)."""
+    norm = precision.step(model, optimizer, max_norm or math.inf)
+    precision.scaler.update()
+    model.logit_scale.clamp_(max=max_logit_scale)
     return norm
 
 

@@ -80,9 +80,6 @@ class _DType:
 class _Array(list):
     """Stands for numpy.ndarray: its elements, flat."""
 
-    def __init__(self, *_):
-        super().__init__()
-
     def __setstate__(self, state):
         _, _, dtype, _, data = state
         self[:] = data if isinstance(data, list) else dtype.numbers(data)
@@ -94,7 +91,7 @@ class _Unpickler(RestrictedUnpickler):
 
     NAMES = {"numpy.ndarray": _Array, "numpy.dtype": _DType}
     for core in ("core", "_core"):
-        NAMES[f"numpy.{core}.multiarray._reconstruct"] = _Array
+        NAMES[f"numpy.{core}.multiarray._reconstruct"] = lambda *_: _Array()
         NAMES[f"numpy.{core}.multiarray.scalar"] = lambda dtype, data: dtype.numbers(data)[0]
 
 

@@ -6,7 +6,6 @@ import itertools
 import math
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 import clip
@@ -14,7 +13,7 @@ from utils.distributed import main_first
 from utils.method.batches import training_loader
 from utils.method.features import embed_pairs, mean_random_cosine, read_features
 from utils.method.judge import log_verdict, separation, verdict_on
-from utils.method.optimizer import adamw
+from utils.method.optimizer import adamw, update
 from utils.method.pairs import for_model, take
 from utils.method.passes import Passes
 
@@ -87,10 +86,7 @@ def teach(model, pairs, clean, rate, args, precision, number):
         optimizer.param_groups[0]["lr"] = rate * min(1, (step + 1) / WARMUP)
         passes = Passes(taught, batch.to(args.device), precision, accum_steps=args.accum_steps)
         passes.backward(passes.batch.mean())
-        precision.step(taught, optimizer, args.clip_grad or math.inf)
-        precision.scaler.update()
-        with torch.no_grad():
-            taught.logit_scale.clamp_(max=math.log(100))
+        update(taught, optimizer, precision, args.clip_grad, math.log(100))
     return taught
 
 
