@@ -172,7 +172,24 @@ def read_bank(path, pairs):
         if bank.info["fingerprint"] != fingerprint(pairs):
             raise InputError(f"{path} was built for other captions than {pairs.source}; delete it "
                              "or run get_memorybank.py again")
-    return _check(bank, pairs, path)
+    n = len(pairs)
+    with parsing(path, "a memory bank of these pairs", "run get_memorybank.py again"):
+        for what, entry, length in (("images", bank.image_entry, len(pairs.image_ids)),
+                                    ("captions", bank.caption_entry, n)):
+            if entry.shape != (length,) or entry.dtype.kind != "i":
+                raise ValueError(f"entries of shape {entry.shape} and type {entry.dtype} for "
+                                 f"{what}, expected {length} whole numbers")
+            if length and not (0 <= entry.min() and entry.max() < n):
+                outside = entry[(entry < 0) | (entry >= n)][0]
+                raise ValueError(f"points at pair {outside} of 0 to {n - 1}")
+        for name, low, high in (("clean", 0, 1), ("loss", 0, np.inf), ("posterior", 0, 1),
+                                ("cosine", -1.001, 1.001)):
+            value = getattr(bank, name)
+            if value is not None and (value.shape != (n,) or value.dtype.kind not in "bf"
+                                      or not np.isfinite(value).all()
+                                      or not (low <= value.min() and value.max() <= high)):
+                raise ValueError(f"'{name}' is not a number in its range for each pair")
+    return bank
 
 
 def _read(path):
@@ -186,30 +203,6 @@ def _read(path):
         info["fingerprint"]
         if "beta" in info:
             info["beta"] = float(info["beta"])
-    return bank
-
-
-def _check(bank, pairs, path):
-    """Raise InputError unless the arrays of a bank fit the pairs; returns the bank."""
-    n, advice = len(pairs), "run get_memorybank.py again"
-    for what, entry, length in (("images", bank.image_entry, len(pairs.image_ids)),
-                                ("captions", bank.caption_entry, n)):
-        if entry.shape != (length,) or entry.dtype.kind != "i":
-            raise InputError(f"{path} has entries of shape {entry.shape} and type {entry.dtype} "
-                             f"for {what}, expected {length} whole numbers, one for each of the "
-                             f"data set; {advice}")
-        if length and not (0 <= entry.min() and entry.max() < n):
-            outside = entry[(entry < 0) | (entry >= n)][0]
-            raise InputError(f"{path} points at pair {outside}, but there are pairs 0 to {n - 1} "
-                             f"only; {advice}")
-    for name, low, high in (("clean", 0, 1), ("loss", 0, np.inf), ("posterior", 0, 1),
-                            ("cosine", -1.001, 1.001)):
-        value = getattr(bank, name)
-        if value is not None and (value.shape != (n,) or value.dtype.kind not in "bf"
-                                  or not np.isfinite(value).all()
-                                  or not (low <= value.min() and value.max() <= high)):
-            raise InputError(f"{path}: its array '{name}' is not a number in its range for each "
-                             f"pair; {advice}")
     return bank
 
 
