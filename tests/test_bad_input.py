@@ -460,7 +460,7 @@ def test_process_with_workers_ends_with_a_status_and_one_line(dataset, tmp_path)
 def test_a_system_without_what_unix_alone_has(dataset, tmp_path):
     """What Windows lacks is taken away; nothing else of Windows is tried."""
     data = dataset("f30k")
-    code = ("import sys, os, signal; import torch; "
+    code = ("import sys, os, signal; sys.modules['fcntl'] = None; import torch; "
             "del os.sysconf, os.posix_fallocate, signal.SIGHUP, signal.SIGCHLD; "
             "sys.path.insert(0, sys.argv[1]); sys.argv = ['main_CLIP.py', *sys.argv[2:]]; "
             "import main_CLIP; main_CLIP.main()")

@@ -363,7 +363,7 @@ def test_workers_end_with_their_run(small, tmp_path):
         assert len(group) == 3 or number == signal.SIGKILL
         os.kill(started.pid, number)
         assert started.wait() == status, started.text()
-        lock(tmp_path / "x" / ".lock", "x").release()  # which workers do not hold
+        lock(tmp_path / "x" / ".lock", "x").close()  # which workers do not hold
         end = time.monotonic() + 15  # a worker looks for its parent every 5 seconds
         while any(os.path.exists(f"/proc/{pid}") for pid in group) and time.monotonic() < end:
             time.sleep(0.05)

@@ -7,9 +7,12 @@ import secrets
 import shutil
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from utils.errors import InputError
+
+try:
+    import fcntl
+except ImportError:  # Windows: nothing is locked there
+    fcntl = None
 
 UNFINISHED = ".unfinished"  # how the names of files and folders end until they are whole
 
@@ -66,19 +69,21 @@ def atomic_write(path, mode="w", replace=True):
 
 
 def lock(path, what):
-    """The lock of `what` by the file `path`, held until its last user releases it or this process
-    ends, however it ends. Raises InputError when another process has it."""
-    held = FileLock(path, timeout=0, is_singleton=True, fallback_to_soft=False)
+    """The open lock file `path` of `what`, which this process alone, not its workers, holds until
+    it is closed or the process ends, however it ends. Raises InputError when another process has
+    it. Systems without such locks let everyone in."""
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).touch()
+        held = open(path, "a")
     except OSError as error:
         raise InputError(f"cannot write {what}: {error.strerror}; choose a folder that you may "
                          "write to") from error
-    with contextlib.suppress(NotImplementedError, OSError):  # of file systems without locks
+    with contextlib.suppress(OSError):  # of file systems without locks
         try:
-            held.acquire()
-        except Timeout:
+            if fcntl:  # filelock's are inherited by workers before its version 3.32
+                fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            held.close()
             raise InputError(f"{what} is being written by another process; wait for it, or choose "
                              "another name") from None
     return held
@@ -104,8 +109,8 @@ def new_folder(option, target):
                          f"{option}") from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
-        Path(held.lock_file).unlink(missing_ok=True)
-        held.release()
+        Path(held.name).unlink(missing_ok=True)
+        held.close()
 
 
 def require_new(option, folder):
