@@ -68,8 +68,8 @@ class History:
         w = numbers.pop("w", None)
         if w is not None:
             self.w[self.epoch][batch.indices] = w.float()
-        if w is not None and self.weighs:
-            numbers = {**numbers, "w": w.mean(), "w<1": (w < 1).float().mean()}
+            if self.weighs:
+                numbers |= {"w": w.mean(), "w<1": (w < 1).float().mean()}
         if self.run.precision.scaler.is_enabled():  # which skips a step with infinite gradients
             norm = numbers["grad_norm"]
             numbers |= {"skipped": ~norm.isfinite(), "grad_norm": norm.nan_to_num(0, 0, 0)}
