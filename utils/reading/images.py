@@ -239,13 +239,7 @@ class Loader(DataLoader):
             if self.num_workers and hasattr(signal, "SIGCHLD") and (
                     threading.current_thread() is threading.main_thread()):
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        end = object()
-        while True:
-            with _explain_workers():
-                batch = next(batches, end)
-            if batch is end:
-                return
-            yield batch
+            yield from batches
 
 
 def _shared(collate, items):
