@@ -165,6 +165,14 @@ def test_undecodable_image_is_named(refused, dataset, command, how, workers):
     assert not left  # they would be killed, loudly, when the interpreter ends
 
 
+def test_broken_images_are_counted_before_training(refused, dataset):
+    data = dataset("f30k")
+    for k in (2, 5, 7, 9):
+        break_image(data.root / "images" / data.name(data.ids["train"][k]), "text")
+    line = refused("main_CLIP", data, words=["4 images cannot be read: "])
+    assert line.count("is not an image or is damaged") == 3
+
+
 @pytest.mark.parametrize("content, line, what", [
     (["a", "", "b"], 2, "empty"), (["a", "b", "  \t"], 3, "empty"),
     (["a", "\udcff"], 2, "UTF-8")])
