@@ -3,6 +3,7 @@
 import contextlib
 
 import torch
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 import clip
 from utils.distributed import reduce_gradients
@@ -51,14 +52,7 @@ def clip_gradients(model, max_norm):
     """Scale a model's gradients in place to a global norm of at most `max_norm`; returns the norm
     before that (scalar tensor). Norms of half gradients are fp32: in half they overflow at 65504,
     and what is divided by infinity is silently zero."""
-    groups = {}
-    for p in model.parameters():
-        if p.grad is not None:
-            groups.setdefault(p.grad.dtype, []).append(p.grad)
-    norms = [norm for dtype, gradients in groups.items() for norm in
-             torch._foreach_norm(gradients, 2, torch.promote_types(dtype, torch.float32))]
-    norm = torch.linalg.vector_norm(torch.stack(norms))
-    scale = (max_norm / (norm + 1e-6)).clamp(max=1)
-    for gradients in groups.values():
-        torch._foreach_mul_(gradients, scale)
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    norm = get_total_norm([g.to(torch.promote_types(g.dtype, torch.float32)) for g in gradients])
+    clip_grads_with_norm_(model.parameters(), max_norm, norm)
     return norm
