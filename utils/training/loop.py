@@ -59,8 +59,9 @@ def fit(run, model, dev, optimizers, loader, step):
             loader.sampler.epoch, loader.sampler.first = epoch, first_batch
             model.train(run.recipe.batch_norm_trains and args.freeze != "image")
             history.start_epoch(epoch, resumed=first_batch > 0)
-            batches = history.timed(progress(loader, args, epoch, first_batch))
-            for index, batch in enumerate(batches, first_batch):
+            bar = tqdm(loader, f"epoch {epoch + 1}/{args.epochs}", initial=first_batch, unit="pair",
+                       unit_scale=args.batch_size, disable=None if is_main() else True)
+            for index, batch in enumerate(history.timed(bar), first_batch):
                 rate = schedule(epoch, index)
                 for optimizer in optimizers.values():
                     set_rate(optimizer, rate)
@@ -105,14 +106,3 @@ def announce(run, loader, schedule, first_epoch):
 def as_it_is(args):
     """Context in which a compiled model runs uncompiled: on shapes that hardly ever repeat."""
     return torch.compiler.set_stance("force_eager") if args.compile else nullcontext()
-
-
-def progress(loader, args, epoch, first):
-    """The batches of an epoch, behind a bar of pairs."""
-    bar = tqdm(total=len(loader) * args.batch_size, initial=first * args.batch_size, unit="pair",
-               unit_scale=True, desc=f"epoch {epoch + 1}/{args.epochs}",
-               disable=None if is_main() else True)
-    with bar:
-        for batch in loader:
-            yield batch
-            bar.update(args.batch_size)
