@@ -8,6 +8,7 @@ machine left half-written counts as absent and is decoded again.
 """
 
 import contextlib
+import functools
 import hashlib
 import os
 from pathlib import Path
@@ -34,7 +35,6 @@ class ImageCache:
         self.path = Path(folder) / f"{digest.hexdigest()[:24]}.crops"
         self.shape = (len(paths), 3, resolution, resolution)
         self.size = 3 * resolution**2  # bytes of a crop
-        self.opened = None  # (descriptor, crops, stored), by each process at first use
         self._reserve()
 
     def _reserve(self):
@@ -57,27 +57,26 @@ class ImageCache:
         return self.shape[0]
 
     def __getstate__(self):
-        return {**self.__dict__, "opened": None}
+        return {name: value for name, value in vars(self).items() if name != "opened"}
 
-    def _open(self):
-        if self.opened is None:
-            descriptor = os.open(self.path, os.O_RDWR)
-            crops = np.memmap(self.path, np.uint8, "r", 0, self.shape)
-            stored = np.memmap(self.path, bool, "r", len(self) * self.size, (len(self),))
-            self.opened = descriptor, crops, stored
-        return self.opened
+    @functools.cached_property
+    def opened(self):
+        """(descriptor, crops, stored), by each process at first use."""
+        crops = np.memmap(self.path, np.uint8, "r", 0, self.shape)
+        stored = np.memmap(self.path, bool, "r", len(self) * self.size, (len(self),))
+        return os.open(self.path, os.O_RDWR), crops, stored
 
     def has(self, k):
         """Whether some run has stored crop k."""
-        return bool(self._open()[2][k])
+        return bool(self.opened[2][k])
 
     def get(self, k):
         """Crop k, if it is stored, as a new array (3, R, R)."""
-        return np.array(self._open()[1][k])
+        return np.array(self.opened[1][k])
 
     def put(self, crops):
         """Store crops: a dict from k to (3, R, R) uint8."""
-        descriptor = self._open()[0]
+        descriptor = self.opened[0]
         for k, crop in crops.items():
             os.pwrite(descriptor, crop.tobytes(), k * self.size)
         os.fsync(descriptor)  # a crash of the machine may keep later writes and lose earlier ones
