@@ -155,9 +155,10 @@ def hold(args, images):
     """`images`, in the device's memory if `--data_on` wants them there or, by auto, if they and
     what is held already fill a third of it at most. Under torchrun, auto leaves them to worker
     processes, as each process would hold all."""
+    if args.data_on == "workers":
+        return images
     size = sum(len(x) * 3 * x.preprocess.resolution**2 for x in (images, *HELD))  # bytes
-    fits = 3 * size <= room(args.device) and world() == 1
-    if args.data_on == "workers" or args.data_on == "auto" and not fits:
+    if args.data_on == "auto" and (3 * size > room(args.device) or world() > 1):
         return images
     held = ImagesInMemory(images, args.device, args)
     HELD.add(held)
