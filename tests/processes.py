@@ -37,26 +37,30 @@ def save_small(path, tower=VIT, seed=0):
     return path
 
 
-def small_tokens(texts, context_length=CONTEXT):
+def small_tokens(texts, context_length=CONTEXT, vocabulary=VOCABULARY):
     """Stands for clip.tokenize_with_lengths: a word is one of few tokens."""
-    rows = [[zlib.crc32(word.encode()) % (VOCABULARY - 3) + 1 for word in text.split()]
+    rows = [[zlib.crc32(word.encode()) % (vocabulary - 3) + 1 for word in text.split()]
             for text in texts]
     lengths = torch.tensor([len(row) + 2 for row in rows])
     tokens = torch.zeros(len(rows), context_length, dtype=torch.int32)
     for line, row in zip(tokens, rows, strict=True):
-        row = [VOCABULARY - 2, *row[: context_length - 2], VOCABULARY - 1]
+        row = [vocabulary - 2, *row[: context_length - 2], vocabulary - 1]
         line[: len(row)] = torch.tensor(row)
     return tokens, lengths
 
 
-def _run(function, argv, output, environment, hook):
+def go(function, argv, output, environment=(), hook=None):
+    """Do as a new process that is started in a terminal; does not return."""
     os.setsid()
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # as in a terminal, whatever runs this
+    for number in (signal.SIGHUP, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     multiprocessing.set_start_method(START_METHOD, force=True)  # this one's is forkserver
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
+    sys.stdout = open(1, "w", closefd=False)  # what it was before may not have been a pipe
+    sys.stderr = open(2, "w", buffering=1, closefd=False)
     os.environ.update(environment)
     torch.set_num_threads(1)
     clip.tokenize_with_lengths = small_tokens
@@ -89,7 +93,7 @@ class Started:
 
     def __init__(self, function, argv, output, environment=(), hook=None):
         self.output = Path(output)
-        self.process = SERVER.Process(target=_run, args=(
+        self.process = SERVER.Process(target=go, args=(
             function, argv, str(output), dict(environment), hook))
         self.process.start()
         self.pid = self.process.pid

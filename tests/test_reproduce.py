@@ -1,5 +1,6 @@
 """configs/, and benchmarks/reproduce.py on drawn data: from nothing, after kills, and twice."""
 
+import multiprocessing
 import os
 import re
 import shlex
@@ -9,9 +10,11 @@ import sys
 import time
 from pathlib import Path
 
+import processes
 import pytest
 from conftest import banks, make_dataset
-from test_docs import ROOT
+from processes import Started
+from test_docs import ROOT, run_script
 
 from benchmarks import reproduce
 from params import parse_args
@@ -83,31 +86,62 @@ def test_a_config_that_is_not_there_is_one_line(capsys):
 # ---- whole tables --------------------------------------------------------------------------------
 
 
+class Forked:
+    """Stands for subprocess.Popen: the command is a fork of this process, which has imported torch
+    already."""
+
+    def __init__(self, words, **_):
+        reading, writing = os.pipe()
+        self.process = multiprocessing.get_context("fork").Process(
+            target=processes.go, args=(run_script, words[1:], f"/dev/fd/{writing}"))
+        self.process.start()
+        os.close(writing)
+        self.stdout = open(reading)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.stdout.close()
+        self.process.join()
+
+    def send_signal(self, number):
+        os.kill(self.process.pid, number)
+
+    @property
+    def returncode(self):
+        return self.process.exitcode
+
+
+def fork_commands():
+    """Hook: what is started by this process is forked."""
+    subprocess.Popen = Forked
+
+
 def start(argv, output):
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "benchmarks" / "reproduce.py"), *argv], text=True,
-        stdout=open(output, "w"), stderr=subprocess.STDOUT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"})
+    output.unlink(missing_ok=True)
+    return Started(run_script, [str(ROOT / "benchmarks" / "reproduce.py"), *argv], output,
+                   hook=fork_commands)
 
 
 def finish(argv, output):
-    with start(argv, output) as process:
-        assert process.wait() == 0, output.read_text()
-    return output.read_text()
+    started = start(argv, output)
+    assert started.wait() == 0, started.text()
+    return started.text()
 
 
-def wait_for(path, process):
+def wait_for(path, started):
     while not path.exists():
-        assert process.poll() is None, f"ended without {path}"
+        assert started.process.is_alive(), f"ended without {path}: {started.text()}"
         time.sleep(0.01)
 
 
-def kill(process):
+def kill(started):
     """As a machine that fails: the command and the run that it has started end at once."""
-    run = int(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text())
-    process.kill()
+    run = int(Path(f"/proc/{started.pid}/task/{started.pid}/children").read_text())
+    os.kill(started.pid, signal.SIGKILL)
     os.kill(run, signal.SIGKILL)
-    process.wait()
+    started.wait()
 
 
 @pytest.mark.parametrize("layout, methods, noise", [
@@ -123,13 +157,13 @@ def test_a_table_from_nothing_after_kills_and_twice(tmp_path, layout, methods, n
         argv = arguments(data, out, methods, "--noise", noise)
         runs = [out / f"{layout}_{method}_{noise}_seed99" for method in methods]
         if name == "killed":
-            process = start(argv, output)
-            wait_for(runs[0] / "epoch1.pt", process)
-            kill(process)
-            process = start(argv, output)
-            wait_for(runs[-1] / "epoch2.pt", process)
-            process.terminate()
-            assert process.wait() == INTERRUPTED and "stopped" in output.read_text()
+            started = start(argv, output)
+            wait_for(runs[0] / "epoch1.pt", started)
+            kill(started)
+            started = start(argv, output)
+            wait_for(runs[-1] / "epoch2.pt", started)
+            os.kill(started.pid, signal.SIGTERM)
+            assert started.wait() == INTERRUPTED and "stopped" in started.text()
             assert not (runs[-1] / "epoch3.pt").exists()
         said = finish(argv, output)
         tables.append([(out / f"table_{layout}" / file).read_bytes()
