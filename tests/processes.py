@@ -112,8 +112,11 @@ class Started:
     def wait_for(self, words, seconds=60):
         """Wait until the output has `words`."""
         end = time.monotonic() + seconds
-        while words not in self.text():
-            assert time.monotonic() < end and self.process.is_alive(), self.text()
+        while True:
+            over = not self.process.is_alive() or time.monotonic() > end
+            if words in self.text():
+                return
+            assert not over, self.text()
             time.sleep(0.01)
 
 

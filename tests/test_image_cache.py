@@ -1,6 +1,7 @@
 """The cache of decoded images, and the processes that read images: what happens when they die, when
 files are damaged, when two runs share a data folder."""
 
+import contextlib
 import functools
 import json
 import multiprocessing
@@ -28,9 +29,11 @@ from utils.errors import InputError
 from utils.files import lock
 from utils.reading.image_cache import ImageCache
 from utils.reading.images import Images, Loader
+from utils.training import interruptions, loop
 
 PREPROCESS = clip.Preprocess(32)
 NUM = 12
+TorchIterator = torch.utils.data.dataloader._MultiProcessingDataLoaderIter
 
 
 def quiet(*_):
@@ -261,24 +264,34 @@ class Mine(torch.utils.data.Dataset):
         return torch.zeros(3) if k == 0 else self.act()
 
 
-def fetch(act):
-    args = SimpleNamespace(num_workers=1, device=torch.device("cpu"))
-    return iter(Loader(args, Mine(act), 2, batch_size=1))
+@pytest.fixture
+def fetch():
+    """Function: iterate over `Mine` with a worker process."""
+    others = multiprocessing.active_children()
+
+    def batches(act):
+        args = SimpleNamespace(num_workers=1, device=torch.device("cpu"))
+        return iter(Loader(args, Mine(act), 2, batch_size=1))
+
+    yield batches
+    for child in set(multiprocessing.active_children()).difference(others):
+        child.kill()  # garbage that pytest holds may keep it
 
 
 def raise_mine():
     raise RuntimeError("mine")
 
 
-def test_other_errors_pass_unchanged():
+def test_other_errors_pass_unchanged(fetch):
     batches = fetch(raise_mine)
     next(batches)
     with pytest.raises(RuntimeError, match="mine"):
         next(batches)
 
 
-def test_a_worker_that_dies_is_told_where_data_are_fetched_and_nowhere_else():
+def test_a_worker_that_dies_is_told_where_data_are_fetched_and_nowhere_else(fetch, monkeypatch):
     """Not at the line that happens to run, which may be in another error's handling."""
+    monkeypatch.setattr(TorchIterator._try_get_data, "__defaults__", (0.1,))
     others = multiprocessing.active_children()
     batches = fetch(lambda: time.sleep(1000))
     next(batches)
@@ -290,7 +303,7 @@ def test_a_worker_that_dies_is_told_where_data_are_fetched_and_nowhere_else():
         next(batches)
 
 
-def test_a_connection_that_is_lost_is_a_dead_worker(monkeypatch):
+def test_a_connection_that_is_lost_is_a_dead_worker(fetch, monkeypatch):
     """The worker is on its way out, and not gone yet, when what it has sent is unpacked."""
     for error in (FileNotFoundError(2, "No such file"), ConnectionResetError(), EOFError()):
         batches = fetch(lambda: torch.zeros(3))
@@ -299,8 +312,7 @@ def test_a_connection_that_is_lost_is_a_dead_worker(monkeypatch):
         def lost(_, error=error):
             raise error
 
-        monkeypatch.setattr(torch.utils.data.dataloader._MultiProcessingDataLoaderIter,
-                            "_next_data", lost)
+        monkeypatch.setattr(TorchIterator, "_next_data", lost)
         with pytest.raises(InputError, match="a worker process was killed: "):
             next(batches)
         monkeypatch.undo()
@@ -326,45 +338,78 @@ def test_shared_memory_that_is_too_small_is_one_line(tmp_path):
     assert "Traceback" not in done.stderr
 
 
+def look_often():
+    """Hook: torch's workers and their parent look whether the other lives every tenth of a second,
+    not every 5 seconds."""
+    utils = torch.utils.data._utils
+    utils.MP_STATUS_CHECK_INTERVAL = utils.worker.MP_STATUS_CHECK_INTERVAL = 0.1
+    TorchIterator._try_get_data.__defaults__ = (0.1,)
+
+
 def hang():
-    """Hook: no image is ever decoded once training has begun."""
-    from test_resume import after_step
-    decode = Images.decode
-    stuck = RawValue("b", False)
-    after_step(2, lambda: setattr(stuck, "value", True))
-    Images.decode = lambda self, k: time.sleep(1000) if stuck.value else decode(self, k)
+    """Hook: in training no image is ever decoded. That it has come to this is printed, and so is
+    each signal: the first comes at 0, the others at 0.9 and 1.1 seconds."""
+    look_often()
+    decode, history = Images.decode, loop.History
+    stuck, times = RawValue("b", False), iter((0, 0.9, 1.1))
+
+    def begin(*arguments):
+        stuck.value = True
+        return history(*arguments)
+
+    def stop(self, k):
+        if stuck.value:
+            os.write(1, b"stuck\n")
+            time.sleep(1000)
+        return decode(self, k)
+
+    def monotonic():
+        seconds = next(times)
+        os.write(1, f"signal at {seconds}\n".encode())
+        return seconds
+
+    loop.History, Images.decode = begin, stop
+    loop.check_images = lambda *_: None
+    interruptions.time = SimpleNamespace(monotonic=monotonic)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_second_signal_ends_a_run_that_cannot_go_on(small, tmp_path, workers):
-    for first, second, status in ((signal.SIGINT, signal.SIGINT, 130),
-                                  (signal.SIGTERM, signal.SIGTERM, -signal.SIGTERM)):
-        started = Started(CLIP, arguments(small, tmp_path, "--num_workers", workers, "--epochs",
-                                          "9", "--experiments", f"{workers}{status}"),
+    """Not the same one once more within a second, as a process group may get it."""
+    for number, status in ((signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)):
+        started = Started(CLIP, arguments(small, tmp_path, "--num_workers", workers,
+                                          "--experiments", f"{workers}{status}"),
                           tmp_path / f"out{status}", hook=hang)
-        started.wait_for("training: ")
-        time.sleep(1)
-        os.kill(started.pid, first)
-        os.kill(started.pid, first)  # the same once more, from a process group
-        started.process.join(1.5)
-        assert started.process.is_alive()
-        os.kill(started.pid, second)
-        assert started.wait(20) == status, started.text()
+        started.wait_for("stuck")
+        for seconds in (0, 0.9):
+            os.kill(started.pid, number)
+            started.wait_for(f"signal at {seconds}")
+        os.kill(started.pid, number)
+        assert started.wait() == status, started.text()
+        assert "signal at 1.1" in started.text()
+
+
+def session(leader):
+    """The processes of a session."""
+    found = []
+    for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
+        with contextlib.suppress(ProcessLookupError):  # others come and go
+            found += [pid] if os.getsid(pid) == leader else []
+    return found
 
 
 def test_workers_end_with_their_run(small, tmp_path):
     """Although they ignore the signals that reach the whole group, none is left behind."""
     argv = arguments(small, tmp_path, "--num_workers", 2, "--epochs", 500, "--overwrite")
     for number, status in ((signal.SIGTERM, 75), (signal.SIGKILL, -signal.SIGKILL)):
-        started = Started(CLIP, argv, tmp_path / f"out{number}")
+        started = Started(CLIP, argv, tmp_path / f"out{number}", hook=look_often)
         started.wait_for("epoch 1: dev")
-        group = [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc")))
-                 if os.path.exists(f"/proc/{pid}") and os.getsid(pid) == started.pid]
+        group = session(started.pid)
         assert len(group) == 3 or number == signal.SIGKILL
         os.kill(started.pid, number)
         assert started.wait() == status, started.text()
         lock(tmp_path / "x" / ".lock", "x").close()  # which workers do not hold
-        end = time.monotonic() + 15  # a worker looks for its parent every 5 seconds
+        end = time.monotonic() + 60
         while any(os.path.exists(f"/proc/{pid}") for pid in group) and time.monotonic() < end:
             time.sleep(0.05)
         assert not any(os.path.exists(f"/proc/{pid}") for pid in group)

@@ -78,12 +78,8 @@ def run(place, line):
     output.unlink(missing_ok=True)
     words = [found for word in shlex.split(line, comments=True)
              for found in sorted(glob.glob(word, root_dir=place)) or [word]]
-    import time, resource
-    t=time.time(); 
-    try:
-        return processes.run(run_script, words, output,
+    return processes.run(run_script, words, output,
                          hook=functools.partial(use, place / "model.pt", place))
-    finally: print("TIME", round(time.time()-t,1), line, output.read_text()[-300:])
 
 
 @pytest.fixture(scope="module")

@@ -91,6 +91,7 @@ class Forked:
     already."""
 
     def __init__(self, words, **_):
+        assert words[0] == sys.executable
         reading, writing = os.pipe()
         self.process = multiprocessing.get_context("fork").Process(
             target=processes.go, args=(run_script, words[1:], f"/dev/fd/{writing}"))
@@ -132,7 +133,7 @@ def finish(argv, output):
 
 def wait_for(path, started):
     while not path.exists():
-        assert started.process.is_alive(), f"ended without {path}: {started.text()}"
+        assert started.process.is_alive(), f"ended before {path}: {started.text()}"
         time.sleep(0.01)
 
 
