@@ -25,8 +25,8 @@ def trained(datasets, tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     torch.manual_seed(0)
     weights = clip.CLIP(**GELU).state_dict()
-    torch.save({"state_dict": weights, "config": {"image_mean": [0.5, 0.4, 0.3],
-                                                  "image_std": [0.3, 0.25, 0.2]}}, folder / "x.pt")
+    torch.save({"state_dict": weights, "config": {
+        name: GELU[name] for name in ("image_mean", "image_std")}}, folder / "x.pt")
     options = [*datasets["cc"].options, "--device", "cpu", "--num_workers", "0", "--batch_size",
                "6", "--lr", "1e-3", "--warmup", "1", "--checkpoint_path", str(folder)]
     main_CLIP.main([*options, "--vision_model", str(folder / "x.pt"), "--activation", "gelu",

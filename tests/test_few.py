@@ -14,7 +14,7 @@ import get_memorybank
 import main_CLIP
 import main_NPC
 import search
-from utils.method.judge import Standard
+from utils.method.judge import standard_scores
 
 COUNTS = [(1, 1), (1, 2), (1, 3), (2, 1), (2, 2), (3, 1), (3, 3)]
 
@@ -81,4 +81,4 @@ def test_bank_and_search(few, run, tmp_path):
 @pytest.mark.filterwarnings("error")
 def test_standard_scores_of_few_known_values(values, scores):
     known = torch.tensor([torch.nan, *values])
-    assert Standard(known)(torch.tensor([3.0])).tolist() == pytest.approx(scores)
+    assert standard_scores(torch.tensor([3.0]), known).tolist() == pytest.approx(scores)
