@@ -465,8 +465,7 @@ def test_features_need_neither_model_nor_tokens(features, tmp_path, monkeypatch)
 def test_features_are_used_in_blocks(monkeypatch):
     """Judging and searching take a few rows at a time, however many pairs there are."""
     for module, name, value in ((judge, "ROWS", 64), (judge, "BLOCK", 64 * 5 * 8),
-                                (neighbours, "QUERIES", 64), (neighbours, "KEYS", 50),
-                                (neighbours, "SMALL", 0)):
+                                (neighbours, "QUERIES", 64), (neighbours, "KEYS", 50)):
         monkeypatch.setattr(module, name, value)
     n, rng = 1500, torch.Generator().manual_seed(0)
     pairs = Pairs(None, None, np.arange(n) // 5, [""] * n, np.arange(n), None, "-")

@@ -15,7 +15,6 @@ def blocks(request, monkeypatch):
     queries, keys = request.param
     monkeypatch.setattr(neighbours, "QUERIES", queries)
     monkeypatch.setattr(neighbours, "KEYS", keys)
-    monkeypatch.setattr(neighbours, "SMALL", 0)
 
 
 # ---- the search ----------------------------------------------------------------------------------
@@ -80,17 +79,8 @@ def test_rows_are_those_of_the_whole(dtype):
 
 
 def test_the_search_never_holds_more_rows_than_a_block(monkeypatch):
-    for name, value in (("QUERIES", 16), ("KEYS", 8), ("SMALL", 0)):
+    for name, value in (("QUERIES", 16), ("KEYS", 8)):
         monkeypatch.setattr(neighbours, name, value)
     queries, keys = Watched(torch.randn(100, 4)), Watched(torch.randn(300, 4))
     nearest(normalised(queries), normalised(keys), 3)
     assert queries.most == 16 and keys.most == 8
-
-
-def test_few_keys_are_prepared_once(monkeypatch):
-    monkeypatch.setattr(neighbours, "QUERIES", 16)
-    keys = Watched(torch.randn(300, 4))
-    taken, take = [], keys.__getitem__
-    monkeypatch.setattr(Watched, "__getitem__", lambda self, index: taken.append(1) or take(index))
-    nearest(torch.randn(100, 4), normalised(keys), 3)
-    assert len(taken) == 1

@@ -6,7 +6,6 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 QUERIES, KEYS = 4096, 4096  # of a block of similarities: 64 MiB in fp32
-SMALL = 2**25  # numbers of keys that are prepared once and held, rather than for each query block
 
 
 class Features:
@@ -59,8 +58,6 @@ def nearest(queries, keys, k=1, without=None, title="nearest"):
     """
     device, total = queries.device, len(keys)
     k = min(k, total - (without is not None))
-    if total * keys.shape[1] <= SMALL:
-        keys = keys[:]
     similarity = torch.empty(len(queries), k, dtype=queries.dtype, device=device)
     found = torch.empty(len(queries), k, dtype=torch.int64, device=device)
     if k == 0:  # of one key, which the queries must not find
