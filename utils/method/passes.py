@@ -44,10 +44,10 @@ def uses_batch_statistics(model):
 class Passes:
     """The losses (B,) of a step's pairs under A and its siamese A', and their gradients.
 
-    batch: l(batch; A). siamese_batch: l(batch; A'). memory: (l(M^I; A), l(M^T; A)), zeros where the
-    batch was read without a memory. All are computed here, where `siamese`, if there is one, has
-    the parameters of A. The method makes totals of them; `siamese_backward` and then `backward`
-    give the totals' gradients to the parameters of A' and of A.
+    batch: l(batch; A). siamese_batch: l(batch; A'). memory: [l(M^I; A), l(M^T; A)], zeros where the
+    batch was read without a memory. All are computed at once, when `siamese`, if there is one, has
+    A's parameters. The method makes totals of them; `siamese_backward` and then `backward` give the
+    totals' gradients to the parameters of A' and of A.
 
     precision: a utils.training.precision.Precision, whose scaler scales both gradients.
     accum_steps: number of pieces in which items are encoded, each once more in the backward pass,
@@ -58,18 +58,18 @@ class Passes:
     def __init__(self, A, batch, precision, siamese=None, accum_steps=1, memory_gradient=True):
         self.A, self.siamese, self.items = A, siamese, (batch.images, batch.texts)
         self.precision, self.accum_steps = precision, accum_steps
-        self.shared = not uses_batch_statistics(A)  # A's graph of the batch serves A' too
-        start = self.start = A if self.shared else siamese  # computes as A' does before its step
-        if start:
-            features = self._encode(start, "batch")
-            self.siamese_batch = self._losses(start, features, BATCH)
+        self.shared = not uses_batch_statistics(A)  # so that A's pass is that of A' too
+        self.model = A if self.shared else siamese  # makes the passes of A' before its step
+        if self.model is not None:
+            features = self._encode(self.model, "batch")
+            self.siamese_batch = self._losses(self.model, features, BATCH)
         self.batch = self.siamese_batch if self.shared else self._losses_pair_by_pair()
         self.memory = 2 * [torch.zeros_like(self.batch)]
-        if len(batch.images.rows) > 1:
+        if len(batch.images.rows) > 1:  # those of M^I and M^T, too
             with torch.set_grad_enabled(memory_gradient):
-                beyond = self._encode(start, "memory beyond the batch")
+                beyond = self._encode(self.model, "memory beyond the batch")
                 features = [torch.cat(parts) for parts in zip(features, beyond, strict=True)]
-                self.memory = [self._losses(start, features, entries)
+                self.memory = [self._losses(self.model, features, entries)
                                for entries in (MEMORY_I, MEMORY_T)]
 
     @torch.no_grad()
@@ -80,9 +80,9 @@ class Passes:
                 for entries in (MEMORY_I, MEMORY_T)]
 
     def siamese_backward(self, total):
-        """Give the parameters of A' the gradient of `total`, made of `siamese_batch`. A graph that
-        A shares is kept for `backward`."""
-        self._backward(total, self.start, self.siamese, retain_graph=self.shared)
+        """Give the parameters of A' the gradient of `total`, made of `siamese_batch`. The graph is
+        kept where it is A's too."""
+        self._backward(total, self.model, self.siamese, retain_graph=self.shared)
 
     def backward(self, total):
         """Give the parameters of A the gradient of `total`, made of `batch` and `memory`."""
