@@ -30,7 +30,8 @@ def main(argv=None):
     pairs = training_pairs(args, preprocess, run.log)
     released = args.format == "released"
     if is_main():
-        folder = writable(bank_path(args.dataset_root, folder=BANK_FOLDERS[released]))
+        ours, theirs = BANK_FOLDERS
+        folder = writable(bank_path(args.dataset_root, folder=theirs if released else ours))
     bank = build_bank(model, pairs, args, run.precision, run.log)
     if not is_main():
         return

@@ -31,6 +31,7 @@ MADE_WITH = ("recipe", "clean_threshold", "min_clean", "batch_size", "context_le
              "judge_features", "judge_rounds", "judge_steps", "judge_neighbours", "search_among",
              "judge_lr")  # options that a bank depends on, beside its model and its seed
 
+
 @dataclass
 class MemoryBank:
     """For each training image and caption, a clean pair that resembles it.
@@ -147,11 +148,12 @@ def load_bank(name, pairs, args, log=print, own_folder=None):
             return read_bank(path, pairs), path
     if judge or args.noise_ratio and not pairs.source.name.endswith(SUFFIX):
         return None  # the authors judge as in the paper, and the noise of their own file
-    for path in filter(None, [find_by_ratio(folder, IMAGES, ratio) for folder in folders]):
-        log(f"memory bank at hand: {path} does not say by which model and seed it was made; "
-            "get_memorybank.py makes one that does")
-        return read_bank(path, pairs), path
-    return None
+    path = next(filter(None, (find_by_ratio(folder, IMAGES, ratio) for folder in folders)), None)
+    if path is None:
+        return None
+    log(f"memory bank at hand: {path} does not say by which model and seed it was made; "
+        "get_memorybank.py makes one that does")
+    return read_bank(path, pairs), path
 
 
 def fits(bank, pairs, args):
