@@ -22,11 +22,12 @@ def weighting(name, help, looks_ahead=False, of_bank=()):
     """Decorator that puts a function in the table.
 
     It gets as keywords, (B,) each: `batch`, l(batch; A); `memory_i` and `memory_t`, l(M^I; A) and
-    l(M^T; A); with looks_ahead `after_i` and `after_t`, the same under A'; `indices`, which of the
-    `num_pairs` training pairs these are; and the entries of the batch's pairs in the arrays
-    `of_bank`: posterior, cosine, loss or clean. `step`, a scalar tensor, is the number of steps
-    made so far. What lives on from step to step, as a history of each pair's loss, belongs into
-    tensors that are changed in place; a checkpoint does not hold them.
+    l(M^T; A), zeros where nobody looks ahead or trains on the memory; with looks_ahead `after_i`
+    and `after_t`, the same under A'; `indices`, which of the `num_pairs` training pairs these are;
+    and the entries of the batch's pairs in the arrays `of_bank`: posterior, cosine, loss or clean.
+    `step`, a scalar tensor, is the number of steps made so far. What lives on from step to step, as
+    a history of each pair's loss, belongs into tensors that are changed in place; a checkpoint does
+    not hold them.
     """
     def register(function):
         WEIGHTINGS[name] = Weighting(function, help, looks_ahead, of_bank)
