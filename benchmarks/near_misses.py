@@ -9,6 +9,7 @@ captions exchanged, and are fine-tuned on it with similar ones. Runs that are fi
 import re
 import sys
 from pathlib import Path
+from statistics import mean
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -74,6 +75,11 @@ class NearMisses(demo.Demo):
                  for seed in self.seeds]
         return [float(match[1]) for match in (re.search(pattern, text) for text in texts) if match]
 
+    def seconds(self, name):
+        """CPU seconds of a judge's run, mean over noise and seeds."""
+        return mean(demo.read_seconds(self.judged(seed, name, *noise))
+                    for seed in self.seeds for noise in NOISE)
+
     def report(self):
         """The tables as text."""
         percent = ["0%", *(f"{kind}, {ratio:.0%}" for kind, ratio in NOISE[1:])]
@@ -81,9 +87,9 @@ class NearMisses(demo.Demo):
             [name, *(spread(values, 1 if "%" in what else 3) if values else "–"
                      for values in (self.said(name, *noise, pattern) for noise in NOISE))]
             for name in JUDGES]) for what, pattern in SAID.items()]
-        tables += [markdown(["rate of each seed", *percent], [
+        tables += [markdown(["rate of each seed", *percent, "CPU seconds, mean"], [
             [name, *(", ".join(f"{rate:g}" for rate in self.said(name, *noise, RATE))
-                     for noise in NOISE)] for name in JUDGES if "searched" in name])]
+                     for noise in NOISE), f"{self.seconds(name):.0f}"] for name in JUDGES])]
         tables += [markdown(["mean R@1, near misses", *(f"{ratio:.0%}" for ratio in TRAINED)], [
             [name, *(spread([self.score(seed, self.trained(name, ratio)) for seed in self.seeds])
                      for ratio in TRAINED)] for name in METHODS])]
