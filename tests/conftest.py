@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from PIL import Image
 
 from clip.preprocess import MEAN, STD
@@ -15,6 +16,9 @@ from params import parse_args
 from utils.method.pairs import Pairs
 
 torch.set_num_threads(1)
+settings.register_profile("any machine, however busy", deadline=None, suppress_health_check=[
+    HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
+settings.load_profile("any machine, however busy")
 
 COLOURS = {"red": (200, 30, 30), "green": (30, 180, 40), "blue": (40, 50, 220),
            "yellow": (230, 220, 40), "white": (250, 250, 250), "brown": (120, 80, 40)}

@@ -202,7 +202,7 @@ def items(draw):
 
 
 @given(items())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_distinct_items_are_each_kept_once_batch_only_then_both_then_memory_only(items):
     distinct, rows, end, start = distinct_items(items)
     assert torch.equal(torch.from_numpy(distinct)[rows], torch.from_numpy(items))
@@ -242,7 +242,7 @@ def test_sampler_depends_on_seed_and_epoch_alone():
     assert order(4, 3) != first and order(5, 2) != first and order(2, 4) != first
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(batch_size=st.integers(2, 9), more=st.integers(0, 30), others=st.integers(0, 30),
        seed=st.integers(0, 9), first=st.integers(0, 3))
 def test_sampler_of_chosen_indices(batch_size, more, others, seed, first):

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_dataset, options, pairs_for, write_lines
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from processes import BANK, CLIP, NPC, SMALL, VIT, differences, run, save_small
@@ -343,8 +343,7 @@ def test_authors_bank_with_forged_pointers(authors, forged):
     refused_bank(pairs, root)
 
 
-@settings(max_examples=150, deadline=None,
-          suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150)
 @given(data=st.data())
 def test_authors_bank_with_random_damage(authors, data):
     pairs, root = authors
@@ -434,8 +433,7 @@ FILES = ["train_caps.txt", "train_ids.txt", "dev_caps.txt", "dev_ids.txt", "imag
          "0.4_noise_train_caps.txt"]
 
 
-@settings(max_examples=250, deadline=None,
-          suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=250)
 @given(file=st.sampled_from(FILES), content=contents, kind=st.sampled_from(["f30k", "cc", "coco"]))
 def test_random_bytes_in_any_text_file(copies, file, content, kind):
     """Either the split is read or an InputError of one line says why not."""

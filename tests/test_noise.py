@@ -74,7 +74,7 @@ def test_few_captions(n):
 
 
 @given(st.integers(1, 300), st.floats(0, 1, exclude_max=True), st.integers(0, 2**32 - 1))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_noise_permutes_at_most_its_share_of_the_captions(n, ratio, seed):
     order = random_order(n, ratio, seed)
     assert sorted(order) == list(range(n))
