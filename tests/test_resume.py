@@ -117,12 +117,24 @@ def after_step(step, action):
     history.History.add = add_and_act
 
 
+def when_written(step, action):
+    """The same, once all that the writer's thread was given is on disk."""
+    given, submit = [], futures.ThreadPoolExecutor.submit
+
+    def submit_and_note(*arguments):
+        given.append(submit(*arguments))
+        return given[-1]
+
+    futures.ThreadPoolExecutor.submit = submit_and_note
+    after_step(step, lambda: (futures.wait(given), action()))
+
+
 def signal_group(number):
     os.killpg(0, number)  # workers are in it too
 
 
 def signalled(step, number):
-    return functools.partial(after_step, step, functools.partial(signal_group, number))
+    return functools.partial(when_written, step, functools.partial(signal_group, number))
 
 
 # ---- exact resume -------------------------------------------------------------------------------
@@ -357,7 +369,7 @@ def test_sigterm_while_a_checkpoint_is_written(data, whole, tmp_path):
 def test_signal_on_a_full_disk(data, tmp_path, step):
     """Nobody is told that a checkpoint is saved that is not."""
     said = run(NPC, arguments(data, "npc", tmp_path), tmp_path / "out", 2,
-               functools.partial(after_step, step, full_and_terminated))
+               functools.partial(when_written, step, full_and_terminated))
     assert "a checkpoint is saved" not in said and "cannot write" in said.splitlines()[-1]
     assert {path.name for path in (tmp_path / "x").glob("*.pt")} == {"epoch1.pt", "best.pt"}
 
@@ -378,11 +390,8 @@ def test_failed_write_ends_the_run_within_the_epoch(data, tmp_path):
 
 
 def fail_at_step_10():
-    writes, submit = [], futures.ThreadPoolExecutor.submit
-    futures.ThreadPoolExecutor.submit = lambda *arguments: (
-        writes.append(submit(*arguments)), writes[-1])[1]
     before_writing(10, cannot_write)
-    after_step(11, lambda: futures.wait(writes))
+    when_written(11, lambda: None)
 
 
 def test_error_while_a_checkpoint_is_written(data, tmp_path):
@@ -878,7 +887,7 @@ def signalled_before_training():
 
 
 def limit_file_size(step, size):
-    after_step(step, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)))
+    when_written(step, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)))
 
 
 @pytest.mark.parametrize("size", [0, 1_000_000])  # a log line does not fit; a checkpoint does not
