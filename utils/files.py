@@ -80,7 +80,7 @@ def lock(path, what):
                          "write to") from error
     with contextlib.suppress(OSError):  # of file systems without locks
         try:
-            if fcntl:  # filelock's are inherited by workers before its version 3.32
+            if fcntl:  # filelock's are inherited by workers before its version 3.30
                 fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             held.close()
