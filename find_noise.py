@@ -38,7 +38,7 @@ from utils.method.rounds import judge_pairs
 from utils.reading.images import Images
 from utils.reading.layout import SPLITS
 from utils.scoring.diagnostics import noise_measures
-from utils.training.pair_weights import mean_weights, read_weights
+from utils.training.history import mean_weights, read_weights
 from utils.training.run import Run
 
 THUMBNAIL = 160  # pixels

@@ -4,16 +4,14 @@
     python main_CLIP.py --eval --resume CKPT --dataset coco --dataset_root PATH
 """
 
-from params import help_first
-
-help_first("clip", __name__)
+import torch
 
 from data import retrieval_split, training_data
 from params import parse_args
 from utils.errors import command
 from utils.method.batches import training_loader
 from utils.method.building import memory_bank
-from utils.method.optimizer import adamw, prepare_training, update
+from utils.method.optimizer import adamw, clip_gradients, prepare_training
 from utils.method.passes import Passes
 from utils.training.loop import fit
 from utils.training.run import Run
@@ -47,12 +45,18 @@ class Baseline:
 
     def step(self, batch):
         """One AdamW step on the mean contrastive loss of a `Batch`; returns its numbers."""
-        model, run = self.model, self.run
+        model, optimizer, run = self.model, self.optimizer, self.run
+        scaler = run.precision.scaler
         passes = Passes(model, batch, run.precision, accum_steps=run.args.accum_steps)
         loss = passes.batch.mean()
         passes.backward(loss)
-        norm = update(model, self.optimizer, run.precision, self.max_norm,
-                      run.recipe.max_logit_scale)
+        scaler.unscale_(optimizer)
+        norm = clip_gradients(model, self.max_norm)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            model.logit_scale.clamp_(max=run.recipe.max_logit_scale)
         return {"batch_loss": loss, "grad_norm": norm, "exp_logit_scale": model.logit_scale.exp()}
 
 

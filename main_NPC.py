@@ -7,10 +7,6 @@ A is the model that is trained, A' its siamese, which takes each step first to s
 would do to a memory bank of clean pairs.
 """
 
-from params import help_first
-
-help_first("npc", __name__)
-
 import copy
 
 import torch
@@ -21,7 +17,7 @@ from utils.errors import command
 from utils.method.batches import training_loader
 from utils.method.building import memory_bank
 from utils.method.memorybank import arrays_on
-from utils.method.optimizer import adamw, prepare_training, steps_of, update
+from utils.method.optimizer import adamw, clip_gradients, prepare_training, steps_of
 from utils.method.passes import Passes, copy_parameters
 from utils.method.weightings import WEIGHTINGS
 from utils.training.loop import fit
@@ -69,7 +65,7 @@ class NPC:
         """One step on a `Batch` of B pairs and their memory entries M^I (by image) and M^T (by
         caption). Returns its numbers: losses, gradient norm, and the weights w (B,)."""
         A, siamese, run = self.A, self.siamese, self.run
-        args, recipe = run.args, run.recipe
+        args, recipe, scaler = run.args, run.recipe, run.precision.scaler
 
         if self.weighting.looks_ahead:
             copy_parameters(A, siamese)  # A' := A
@@ -84,7 +80,8 @@ class NPC:
         # A' takes its AdamW step on mean l(batch; A'), and shows what that does to the memory
         if self.weighting.looks_ahead:
             passes.siamese_backward(recipe.siamese_gradient * passes.siamese_batch.mean())
-            run.precision.step(siamese, self.siamese_optimizer)
+            scaler.step(self.siamese_optimizer)
+            self.siamese_optimizer.zero_grad()
             known["after_i"], known["after_t"] = passes.memory_after()  # l(M^I; A'), l(M^T; A')
 
         # r = (l(M^I; A) / l(M^I; A') + l(M^T; A) / l(M^T; A')) / 2; w = 1 if r >= 1, else tanh(r)
@@ -95,7 +92,14 @@ class NPC:
         weighted = (w * loss).mean() if recipe.per_sample else w.mean() * loss.mean()
         total = weighted + args.memory_loss_weight * (memory_i.mean() + memory_t.mean())
         passes.backward(total)
-        norm = update(A, self.optimizer, run.precision, args.clip_grad, recipe.max_logit_scale)
+        scaler.unscale_(self.optimizer)
+        norm = clip_gradients(A, args.clip_grad)
+        scaler.step(self.optimizer)
+        scaler.update()
+        self.optimizer.zero_grad()
+        with torch.no_grad():
+            A.logit_scale.clamp_(max=recipe.max_logit_scale)
+
         numbers = {"batch_loss": loss.mean(), "grad_norm": norm,
                    "exp_logit_scale": A.logit_scale.exp(), "w": w}
         if self.uses_memory:

@@ -6,17 +6,22 @@ import os
 import re
 import shlex
 import sys
+from pathlib import Path
 
 from utils.method.recipes import RECIPES
 from utils.method.weightings import WEIGHTINGS
 from utils.reading.layout import DATASETS, SPLITS, split_folder
 from utils.reading.noise import KINDS, SEED
+from utils.training.checkpoints import options_of
 
 PRECISIONS = ("fp32", "amp_bf16", "amp_fp16", "fp16")
 ADAMW = {"beta1": 0.9, "beta2": 0.98, "eps": 1e-6, "weight_decay": 0.2}  # CLIP's
+DEFAULT_MODEL = "ViT-B/32"
 SCORES = ("judge", "loss", "cosine", "npc")
 NEIGHBOURS = 15  # of a judge that is not the paper's
 CLEAN_THRESHOLD, PAPER_CLEAN_THRESHOLD = 0.8, 0.9
+OF_THIS_COMMAND = ("resume", "force_resume", "overwrite", "eval", "device", "num_workers",
+                   "eval_batch_size")  # options that a checkpoint does not bring along
 HALF_LR = {"npc": 2e-7, "clip": 5e-7}  # of commands that train, for half weights: the authors'
 
 
@@ -289,9 +294,9 @@ option("--checkpoint_path", default="./logs", help="""
 option("--experiments", default="ex0", help="""
     name of this experiment's folder in it; a new one for each run""")
 option("--name", help="name that is stored in the checkpoints, and shown by benchmarks/table.py")
-option("--display", type=positive_int, default=20, help="""
-    steps between two lines of the log and points in TensorBoard, which an epoch's end also
-    gives""")
+option("--display", type=positive_int, help="""
+    steps between two points in TensorBoard and lines of the log; default: points every 20 steps and
+    a line every ten seconds at most""")
 option("--save_every", type=natural_int, default=0, metavar="STEPS", help="""
     save the training state every so many steps too, where an epoch is too long to lose; 0: at each
     epoch's end alone""")
@@ -403,8 +408,26 @@ def parse_args(command, argv=None):
         sys.exit(FIRST_STEPS[command].rstrip())
     parser = parser_of(command)
     args = parser.parse_args(argv)
+    if command in HALF_LR and args.resume:  # options that are not given are the checkpoint's
+        parser.set_defaults(**options_of_checkpoint(args))
+        args = parser.parse_args(argv)
     fill_in(parser, command, args)
     return args
+
+
+def options_of_checkpoint(args):
+    """Options of the run that wrote the checkpoint `--resume`, which lies in the run's folder; {}
+    where there is no training state."""
+    auto = args.resume == "auto"
+    folder = Path(args.checkpoint_path, args.experiments)
+    saved = options_of(args.resume, folder)
+    if saved and not auto:
+        folder = Path(args.resume).parent
+        if folder.name in ("", ".."):  # as typed where that says enough
+            folder = folder.resolve()
+        saved |= {"checkpoint_path": str(folder.parent), "experiments": folder.name}
+    return {name: value for name, value in saved.items()
+            if name in args and name not in OF_THIS_COMMAND}
 
 
 def help_first(command, name):
@@ -448,6 +471,7 @@ def fill_in(parser, command, args):
         "split": lambda: "all" if args.dataset == "pairs" else "test",
         "noise_seed": lambda: args.seed,
         "device": lambda: torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+        "vision_model": lambda: DEFAULT_MODEL if args.resume in (None, "auto") else args.resume,
         "precision": lambda: "amp_bf16" if args.device.type == "cuda" else "fp32",
         "eval_batch_size": lambda: 512 if args.device.type == "cuda" else 64,
         "batch_size": lambda: min(256, max(8, number_of_pairs(args.dataset_root) // 16)),
@@ -465,6 +489,8 @@ def fill_in(parser, command, args):
     if "judge" in args and args.data_on == "auto" and command not in HALF_LR:
         args.data_on = "auto" if args.judge_rounds else "workers"  # which suits a single pass
 
+    if "precision" in args and args.device.type == "cuda" and "LOCAL_RANK" in os.environ:
+        args.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     if given("resume") == "":
         parser.error("--resume '' names no checkpoint")
     if "precision" in args and args.device.type == "cuda":

@@ -28,7 +28,7 @@ from utils.errors import command
 from utils.method.memorybank import bank_path
 from utils.reading.layout import split_folder
 from utils.scoring.diagnostics import noise_measures
-from utils.training.pair_weights import mean_weights, read_weights
+from utils.training.history import mean_weights, read_weights
 
 RATES = (1e-4, 3e-4, 1e-3)
 GRID_SEED, GRID_RATIO = 0, 0.4

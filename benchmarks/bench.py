@@ -31,6 +31,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from utils.training.saver import Saver
+
 import clip
 from main_CLIP import Baseline
 from main_NPC import NPC
@@ -47,7 +49,6 @@ from utils.training import checkpoints
 from utils.training.history import History
 from utils.training.replay import Replay
 from utils.training.run import Run
-from utils.training.saver import Saver
 
 CAPTIONS = 5  # an image
 RECALL = 0.85  # assumed share of the right pairs in the strict clean set

@@ -17,7 +17,7 @@ from data import training_pairs
 from utils.errors import command
 from utils.files import atomic_write, parsing
 from utils.scoring.diagnostics import LOWEST, pairs_figure
-from utils.training.pair_weights import read_weights
+from utils.training.history import read_weights
 
 
 @command

@@ -30,7 +30,7 @@ from utils.cleaning.text import markdown
 from utils.errors import InputError, command
 from utils.files import atomic_write, parsing
 from utils.reading.layout import ratio_name
-from utils.training.pair_weights import read_weights
+from utils.training.history import read_weights
 
 PUBLISHED = Path(__file__).with_name("published.csv")
 METRICS = [f"{way}_R@{k}" for way in ("i2t", "t2i") for k in (1, 5, 10)]

@@ -22,7 +22,7 @@ from utils.method.pairs import take
 from utils.reading import images as images_module
 from utils.reading.images import Images, cgroup_limits, image_loader, in_memory
 from utils.reading.layout import image_names, read_captions, read_ids, read_lines
-from utils.training.saver import hash_of_data
+from utils.training.checkpoints import hash_of_data
 
 PREPROCESS = clip.Preprocess(32)
 LAYOUTS = list(NUM_ANNS)

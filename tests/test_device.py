@@ -56,7 +56,7 @@ def leaves(args):
 
 
 class Unread:
-    """In the place of `Later`: what the device knows, without its values."""
+    """In the place of `HostCopy`: what the device knows, without its values."""
 
     def __init__(self, tensor):
         self.shape = tensor.shape
@@ -73,7 +73,7 @@ def meta(monkeypatch):
 
     monkeypatch.setattr(main_NPC, "adamw", adamw)
     monkeypatch.setattr(main_CLIP, "adamw", adamw)
-    monkeypatch.setattr(history, "Later", Unread)
+    monkeypatch.setattr(history, "HostCopy", Unread)
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
     return torch.device("meta")
 
@@ -92,7 +92,9 @@ def train(script, device, steps=4, **changes):
     log.start_epoch(0, resumed=False)
     for step in range(1, steps + 1):
         batch = batches[list(range(step, step + BATCH))].to(device)
-        log.add(step, 1e-3, batch, trainer.step(batch))
+        numbers = trainer.step(batch)
+        log.require_finite()
+        log.add(step, 1e-3, batch, numbers)
         yield
 
 
@@ -112,11 +114,11 @@ def test_nothing_between_two_logged_steps_waits_for_the_device(meta, script, cha
 
 
 def looking(look):
-    """`update` that looks at the norm which it returns."""
-    update = main_NPC.update
+    """`clip_gradients` that looks at the norm which it returns."""
+    clip_gradients = main_NPC.clip_gradients
 
     def looks(*args):
-        norm = update(*args)
+        norm = clip_gradients(*args)
         look(norm)
         return norm
     return looks
@@ -124,7 +126,7 @@ def looking(look):
 
 @pytest.mark.parametrize("look", [torch.Tensor.item, bool, lambda norm: norm[norm > 0]])
 def test_a_look_at_the_device_is_seen(meta, monkeypatch, look):
-    monkeypatch.setattr(main_NPC, "update", looking(look))
+    monkeypatch.setattr(main_NPC, "clip_gradients", looking(look))
     with pytest.raises(RuntimeError, match="meta"):
         watch("npc", meta)
 

@@ -13,8 +13,8 @@ import main_NPC
 from params import PRECISIONS
 from utils.errors import InputError
 from utils.method.losses import pair_losses
-from utils.method.optimizer import adamw
-from utils.training.precision import Precision, clip_gradients
+from utils.method.optimizer import adamw, clip_gradients
+from utils.training.precision import Precision
 
 ARGS = parsed("clip", lr=1e-5, device="cpu")
 HALF_TOO = {torch.float16, torch.float32}
@@ -165,14 +165,6 @@ def test_eps_that_is_zero_in_half_is_refused():
     adamw(Weights(torch.zeros(3)), tiny_eps)
     with pytest.raises(InputError, match="eps"):
         adamw(Weights(torch.zeros(3).half()), tiny_eps)
-
-
-def test_scaled_gradients_are_unscaled_before_they_are_clipped():
-    precision, model = Precision("amp_fp16", torch.device("cpu")), Weights(torch.zeros(3))
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    precision.scaler.scale(model.values @ torch.tensor([3.0, 0.0, 4.0])).backward()
-    assert precision.step(model, optimizer, 1.0).item() == pytest.approx(5)
-    assert model.values.tolist() == pytest.approx([-0.6, 0, -0.8], abs=1e-5)
 
 
 def test_loss_of_half_features_is_fp32():

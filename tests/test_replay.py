@@ -103,9 +103,10 @@ def test_attention_plans_no_shape_outside_of_few(monkeypatch):
     now = []
     monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", now.append)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     args = options(precision="amp_bf16")
     args.device = GPU
-    devices.choose_kernels(args)
+    devices.use_device(args)
     assert now == [False]
     pairs, bank = make_data()
     batch = Batches(pairs, bank, few_shapes=True)[list(range(BATCH))]
@@ -116,9 +117,10 @@ def test_attention_plans_no_shape_outside_of_few(monkeypatch):
 def test_fp32_is_fp32(monkeypatch, precision):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", precision == "fp32")
     monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", lambda on: None)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     args = options(precision=precision)
     args.device = GPU
-    devices.choose_kernels(args)
+    devices.use_device(args)
     assert torch.backends.cudnn.allow_tf32 == (precision != "fp32")
 
 
@@ -187,7 +189,7 @@ def test_a_step_that_looks_at_a_value_is_not_replayed(monkeypatch):
 def test_fp32_on_a_gpu_is_that_of_a_cpu(tower):
     args = options(precision="fp32")
     args.device = GPU
-    devices.choose_kernels(args)
+    devices.use_device(args)
     start = [p.detach().clone() for p in make_model(tower).parameters()]
     host, gpu = (Trainer("npc", tower, device, torch.float32) for device in (CPU, GPU))
     for on_host, on_gpu in zip(host(range(5)), gpu(range(5)), strict=True):

@@ -1,12 +1,9 @@
 """Runs that are interrupted, killed, resumed: the end is that of a run that was left alone."""
 
-import argparse
 import errno
 import functools
-import gc
 import json
 import math
-import multiprocessing
 import os
 import random
 import re
@@ -15,10 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
-import time
 import zipfile
-from concurrent import futures
 
 import numpy as np
 import pytest
@@ -30,7 +24,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import clip
 from params import parse_args
 from utils.errors import InputError
-from utils.files import atomic_write
+from utils.method import passes
 from utils.method.memorybank import bank_path
 from utils.training import checkpoints, history, loop
 from utils.training.interruptions import INTERRUPTED
@@ -117,24 +111,12 @@ def after_step(step, action):
     history.History.add = add_and_act
 
 
-def when_written(step, action):
-    """The same, once all that the writer's thread was given is on disk."""
-    given, submit = [], futures.ThreadPoolExecutor.submit
-
-    def submit_and_note(*arguments):
-        given.append(submit(*arguments))
-        return given[-1]
-
-    futures.ThreadPoolExecutor.submit = submit_and_note
-    after_step(step, lambda: (futures.wait(given), action()))
-
-
 def signal_group(number):
     os.killpg(0, number)  # workers are in it too
 
 
 def signalled(step, number):
-    return functools.partial(when_written, step, functools.partial(signal_group, number))
+    return functools.partial(after_step, step, functools.partial(signal_group, number))
 
 
 # ---- exact resume -------------------------------------------------------------------------------
@@ -177,41 +159,79 @@ def test_resume_by_path_continues_in_another_folder(data, whole, tmp_path):
         assert_same(logs / "x", whole["npc"], ["epoch3.pt", "best.pt"])
 
 
-def test_best_of_an_earlier_epoch_comes_along(data, copied, tmp_path):
+def better(path, epoch, score):
+    """Make the dev score of an epoch in a checkpoint's history a better one."""
+    content = clip.read_checkpoint(path)
+    lines = [json.loads(line) for line in content["history"]["lines"]]
+    lines[epoch - 1]["dev"]["mean_R1"] = score
+    content["history"]["lines"] = [json.dumps(line) for line in lines]
+    torch.save(content, path)
+
+
+@pytest.mark.parametrize("gone", [[], ["epoch1.pt"], ["epoch1.pt", "best.pt"]])
+def test_best_of_an_earlier_epoch_comes_along(data, copied, tmp_path, gone):
+    """best.pt is the best epoch's in another folder too, if a file there still holds that epoch;
+    if none does, the log says among which epochs best.pt is chosen."""
     folder = copied("clip")
-    content = clip.read_checkpoint(folder / "epoch2.pt")
-    torch.save({**content, "best_score": 99.0, "best_epoch": 1}, folder / "epoch2.pt")
+    better(folder / "epoch2.pt", 1, 99.0)
+    checkpoints.hard_link(folder / "epoch1.pt", folder / "best.pt")
+    best = read(folder / "best.pt")
+    for name in gone:
+        (folder / name).unlink()
     argv = arguments(data, "clip", tmp_path, "--resume", folder / "epoch2.pt", "--experiments", "y")
-    run(CLIP, argv, tmp_path / "out")
-    assert differences(read(tmp_path / "y" / "best.pt"), read(folder / "epoch1.pt")) == []
+    said = run(CLIP, argv, tmp_path / "out")
+    lost = "best.pt" in gone
+    assert (differences(read(tmp_path / "y" / "best.pt"), best) == []) == (not lost)
+    assert ("best.pt is chosen among the epochs from 2 on" in said) == lost
+    assert ("best.pt is epoch 1, dev R@1" in said) == (not lost)
 
 
-@pytest.mark.parametrize("function", ["history.History.record", "checkpoints.hard_link"])
+def test_ties_go_to_the_later_epoch_and_are_told(data, tmp_path):
+    said = run(CLIP, arguments(data, "clip", tmp_path, "--lr", 0), tmp_path / "out")
+    told = re.findall("best so far: epoch ([0-9]), .* in (.*)", said)
+    assert told == [(str(epoch), str(tmp_path / "x" / "best.pt")) for epoch in (1, 2, 3)]
+    assert clip.read_checkpoint(tmp_path / "x" / "best.pt")["epoch"] == 3
+
+
+def test_other_dev_captions_are_refused(data, copied):
+    """Scores of two dev sets do not compete: --force_resume chooses best.pt among what comes."""
+    folder = copied("clip")
+    better(folder / "epoch2.pt", 1, 99.0)
+    (folder / "epoch3.pt").unlink()
+    argv = arguments(data, "clip", folder.parent, "--resume", "auto", "--dev_length", 15)
+    said = run(CLIP, argv, folder.parent / "out", 2)
+    assert "was scored on other dev captions" in said.splitlines()[-1]
+    said = run(CLIP, [*argv, "--force_resume"], folder.parent / "out2")
+    assert re.search("best.pt is epoch [23], dev", said)
+
+
+@pytest.mark.parametrize("function", ["loop.evaluate", "history.History.record",
+                                      "checkpoints.hard_link", "history.atomic_write"])
 def test_run_killed_after_its_checkpoint(data, whole, tmp_path, function):
-    """An epoch is on disk before its score is recorded; the resumed run scores it and gives
-    best.pt."""
+    """No finished epoch is lost, wherever the run dies between an epoch's checkpoint and the end
+    of its records: the resumed run scores it and gives best.pt."""
     argv = arguments(data, "npc", tmp_path, "--resume", "auto")
     run(NPC, argv, tmp_path / "first", -signal.SIGKILL, functools.partial(dies_at, function))
-    assert [path.name for path in (tmp_path / "x").glob("*.pt")] == ["epoch1.pt"]
-    run(NPC, argv, tmp_path / "second", -signal.SIGKILL, dies_scoring_two_epochs)
-    assert differences(read(tmp_path / "x" / "best.pt"), read(whole["npc"] / "epoch1.pt")) == []
-    lines = [(folder / "log.jsonl").read_text().splitlines()
-             for folder in (tmp_path / "x", whole["npc"])]
-    assert lines[0] == lines[1][:1]
+    assert "epoch1.pt" in [path.name for path in (tmp_path / "x").glob("*.pt")]
+    said = run(NPC, argv, tmp_path / "second")
+    assert "epoch 1, step" not in said
+    assert_same(tmp_path / "x", whole["npc"])
 
 
 def dies_at(function):
+    """Hook: die where a function is called once epoch 1 is on disk."""
     module, *inner, name = function.split(".")
     owner = functools.reduce(getattr, inner, globals()[module])
-    setattr(owner, name, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    real = getattr(owner, name)
 
+    def call_or_die(*arguments):
+        if checkpoints_saved:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*arguments)
 
-def dies_scoring_two_epochs():
-    """Before the second copy of a checkpoint all that tells of the first epoch was written."""
-    evaluate, scored = loop.evaluate, []
-    loop.evaluate = lambda *arguments: (
-        os.kill(os.getpid(), signal.SIGKILL) if scored else scored.append(evaluate(*arguments)),
-        scored[0])[1]
+    checkpoints_saved, save = [], checkpoints.save
+    checkpoints.save = lambda *arguments: (save(*arguments), checkpoints_saved.append(1))
+    setattr(owner, name, call_or_die)
 
 
 def test_scores_of_the_reference_tell_epochs_apart(whole):
@@ -242,7 +262,7 @@ def test_a_frozen_tower_and_a_clean_set(data, whole):
     log = (whole["clean"] / "log.txt").read_text()
     assert (f"training: {clean.sum()} of 60 pairs ({clean.mean():.1%}), batch size 3, "
             f"{steps} steps an epoch") in log
-    assert f"epoch 3, step {steps}: " in log
+    assert f"epoch 3, step {steps} of {steps}: " in log
     lines = [json.loads(line) for line in (whole["clean"] / "log.jsonl").read_text().splitlines()]
     assert [line["lr"] for line in lines] == pytest.approx([
         warmup_cosine(epoch * steps - 1, 1e-3, 3, EPOCHS * steps) for epoch in (1, 2, 3)])
@@ -260,15 +280,45 @@ def test_finished_run_resumed_does_nothing(data, copied):
     assert [(folder / name).read_bytes() for name in names] == before
 
 
-def test_epochs_of_another_length_are_refused(data, copied):
-    """As of a version in which those of a clean set were as long as those of all pairs."""
-    folder = copied("clean")
-    state = clip.read_checkpoint(folder / "epoch3.pt")
-    torch.save({**state, "epoch": 2}, folder / "epoch3.pt")
-    argv = arguments(data, "clean", folder.parent, "--resume", folder / "epoch3.pt")
-    said = run(CLIP, argv, folder.parent / "out", 2).splitlines()[-1]
-    steps = state["step"]
-    assert f"{steps} steps are not 2 epochs of {steps // 3} steps" in said
+def test_another_batch_size_goes_on_from_the_end_of_an_epoch(data, copied, tmp_path):
+    """Epochs are counted, not steps: none is missing, and none stands twice in log.jsonl."""
+    folder = copied("clip")
+    argv = arguments(data, "clip", tmp_path, "--force_resume", "--batch_size", 14, "--epochs", 4,
+                     "--experiments", "y", "--resume")
+    run(CLIP, [*argv, str(folder / "epoch2.pt")], tmp_path / "out")
+    lines = [json.loads(x) for x in (tmp_path / "y" / "log.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2, 3, 4]
+    assert clip.read_checkpoint(tmp_path / "y" / "epoch4.pt")["step"] == 2 * STEPS + 2 * 4
+
+    state = clip.read_checkpoint(folder / "epoch2.pt")
+    torch.save({**state, "batch": 3, "step": 2 * STEPS + 3}, folder / "step19.pt")
+    said = run(CLIP, [*argv, str(folder / "step19.pt"), "--overwrite"], tmp_path / "out2", 2)
+    assert ("stopped within an epoch of 8 steps, and an epoch has 4 now; continue from the end of "
+            "an epoch (epoch2.pt)") in said.splitlines()[-1]
+
+
+def test_resume_needs_no_other_option(data, copied):
+    """Options that are not given are the checkpoint's, its folder is the run's, and --eval scores
+    on the data of the run."""
+    folder = copied()
+    best, end = read(folder / "best.pt"), read(folder / "epoch3.pt")
+    (folder / "epoch3.pt").unlink()
+    said = run(NPC, ["--resume", str(folder / "epoch2.pt")], folder.parent / "out")
+    assert "options changed" not in said
+    assert differences(read(folder / "epoch3.pt"), end) == []
+    said = run(NPC, ["--eval", "--resume", str(folder / "best.pt")], folder.parent / "out2")
+    assert "Flickr30K, initial" in said and differences(read(folder / "best.pt"), best) == []
+    assert json.loads((folder / "eval_test.json").read_text())["initial"]["rsum"] > 0
+
+
+def test_a_run_ends_with_what_it_made(data, whole):
+    log = (whole["npc"] / "log.txt").read_text()
+    lines = [json.loads(x) for x in (whole["npc"] / "log.jsonl").read_text().splitlines()]
+    best = max(lines, key=lambda line: (line["dev"]["mean_R1"], line["epoch"]))
+    assert f"best.pt is epoch {best['epoch']}, dev R@1 i2t {best['dev']['i2t_R@1']:.2f}" in log
+    initial = clip.read_checkpoint(whole["npc"] / "epoch3.pt")["history"]["initial"]
+    assert f"initial model: R@1 i2t {initial['i2t_R@1']:.2f}" in log
+    assert log.rstrip().endswith(f"--eval --resume {whole['npc'] / 'best.pt'}")
 
 
 def test_more_epochs_go_on_from_the_last(data, copied):
@@ -281,95 +331,38 @@ def test_more_epochs_go_on_from_the_last(data, copied):
     assert w.shape == (4, 60) and np.isfinite(w).sum() == 4 * STEPS * BATCH
 
 
-# ---- written while training goes on -------------------------------------------------------------
-
-
-def write_late():
-    """Hook: a write ends once two more steps are made, or the epoch is scored; where they are not,
-    the process dies."""
-    made, save, add, evaluate = threading.Condition(), checkpoints.save, history.History.add, \
-        loop.evaluate
-    steps, scored = [0], [0]
-
-    def count(which, function):
-        def counted(*arguments):
-            result = function(*arguments)
-            with made:
-                which[0] += 1
-                made.notify_all()
-            return result
-        return counted
-
-    def late(path, state):
-        with made:
-            if not made.wait_for(lambda: steps[0] >= state["step"] + 2
-                                 or path.name == f"epoch{scored[0]}.pt", timeout=60):
-                os.kill(os.getpid(), signal.SIGKILL)
-        save(path, state)
-
-    history.History.add, loop.evaluate = count(steps, add), count(scored, evaluate)
-    checkpoints.save = late
-    loop.Saver.finish = lambda self: self.wait()  # what was written between epochs stays
-
-
-def write_at_once():
-    """Hook: nothing goes on while a checkpoint is written."""
-    save, loop.Saver.finish = loop.Saver.save, lambda self: self.wait()
-    loop.Saver.save = lambda self, *arguments: (save(self, *arguments), self.wait())
-
-
-@pytest.mark.parametrize("script, workers", [("npc", 0), ("clip", 2)])
-def test_training_goes_on_while_a_checkpoint_is_written(data, whole, tmp_path, script, workers):
-    """And none of what it does meanwhile gets into the file; nor do workers forked meanwhile."""
-    for hook in (write_late, write_at_once):
-        argv = arguments(data, script, tmp_path / hook.__name__, "--save_every", STEPS // 2,
-                         "--num_workers", workers)
-        run(SCRIPTS[script][0], argv, tmp_path / "out", hook=hook)
-    late, at_once = (tmp_path / hook / "x" for hook in ("write_late", "write_at_once"))
-    assert_same(late, at_once, ["step12.pt", "step20.pt", "epoch1.pt"])
-    assert_same(late, whole[script])
-    assert all(checkpoints.intact(path) for path in late.glob("*.pt"))
+# ---- while a checkpoint is written ---------------------------------------------------------------
 
 
 def before_writing(step, action):
-    """Hook: do something in the writer's thread with the path of `step{step}.pt`."""
+    """Hook: do something right before `step{step}.pt` is written."""
     save = checkpoints.save
 
-    def act_and_save(path, state):
+    def act_and_save(path, content):
         if path.name == f"step{step}.pt":
-            action(path)
-        save(path, state)
+            action()
+        save(path, content)
 
     checkpoints.save = act_and_save
 
 
-def terminate_slowly(_):
-    os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(0.5)
-
-
-def cannot_write(path):
-    raise InputError(f"cannot write {path}")
-
-
 def test_sigterm_while_a_checkpoint_is_written(data, whole, tmp_path):
-    """That one gets whole, then the one of the step at hand."""
+    """That one gets whole, and the run ends after it."""
     argv = arguments(data, "npc", tmp_path, "--resume", "auto", "--save_every", 4)
-    hook = functools.partial(before_writing, 4, terminate_slowly)
+    hook = functools.partial(before_writing, 4, functools.partial(signal_group, signal.SIGTERM))
     said = run(NPC, argv, tmp_path / "first", INTERRUPTED, hook)
-    (last, step), (before, four) = [(path, step) for step, path
-                                    in checkpoints.by_step(tmp_path / "x")]
-    assert four == 4 < step and checkpoints.intact(last) and checkpoints.intact(before)
-    assert f"interrupted after {'epoch 1' if step == STEPS else f'step {step}'};" in said
+    assert [step for step, path in checkpoints.by_step(tmp_path / "x")
+            if checkpoints.intact(path)] == [5, 4]
+    assert "interrupted after step 5;" in said
     run(NPC, argv, tmp_path / "second")
     assert_same(tmp_path / "x", whole["npc"])
 
 
 @pytest.mark.parametrize("step", [STEPS + 3, 2 * STEPS])
 def test_signal_on_a_full_disk(data, tmp_path, step):
-    """Nobody is told that a checkpoint is saved that is not."""
+    """The log does not say that a checkpoint is saved."""
     said = run(NPC, arguments(data, "npc", tmp_path), tmp_path / "out", 2,
-               functools.partial(when_written, step, full_and_terminated))
+               functools.partial(after_step, step, full_and_terminated))
     assert "a checkpoint is saved" not in said and "cannot write" in said.splitlines()[-1]
     assert {path.name for path in (tmp_path / "x").glob("*.pt")} == {"epoch1.pt", "best.pt"}
 
@@ -379,39 +372,8 @@ def full_and_terminated():
     signal_group(signal.SIGTERM)
 
 
-def test_failed_write_ends_the_run_within_the_epoch(data, tmp_path):
-    argv = arguments(data, "npc", tmp_path, "--save_every", 2, "--display", 1)
-    said = run(NPC, argv, tmp_path / "out", 2, hook=fail_at_step_10).splitlines()
-    assert said[-1] == f"error: cannot write {tmp_path / 'x' / 'step10.pt'}"
-    assert not any(line.startswith("epoch 2, step 4") for line in said)
-    names = ["best.pt", "epoch1.pt", "step4.pt", "step6.pt"]
-    assert sorted(path.name for path in (tmp_path / "x").glob("*.pt")) == names
-    assert all(checkpoints.intact(tmp_path / "x" / name) for name in names)
-
-
-def fail_at_step_10():
-    before_writing(10, cannot_write)
-    when_written(11, lambda: None)
-
-
-def test_error_while_a_checkpoint_is_written(data, tmp_path):
-    """The checkpoint gets whole nevertheless, whatever signal comes then."""
-    argv = arguments(data, "npc", tmp_path, "--save_every", 4)
-    said = run(NPC, argv, tmp_path / "out", 2, break_while_writing).splitlines()
-    assert said[-1].startswith("error: step 6 is not finite")
-    assert_finite_checkpoints(tmp_path / "x", ["step4.pt"])
-
-
-def break_while_writing():
-    ending, shutdown = threading.Event(), futures.ThreadPoolExecutor.shutdown
-    futures.ThreadPoolExecutor.shutdown = lambda *arguments, **more: (
-        ending.set(), shutdown(*arguments, **more))
-    before_writing(4, lambda _: (ending.wait(60), signal_group(signal.SIGTERM)))
-    poison(5, "visual.proj")
-
-
 def test_killed_while_an_epoch_is_written(data, whole, tmp_path):
-    """The epochs before it are intact; neither best.pt nor log.jsonl knows of it."""
+    """The epochs before it are intact; neither best.pt nor log.jsonl has it."""
     argv, folder = arguments(data, "npc", tmp_path, "--resume", "auto"), tmp_path / "x"
     run(NPC, argv, tmp_path / "first", -signal.SIGKILL, die_before_epoch_2_is_named)
     assert {path.name for path in folder.glob("*.pt")} == {"epoch1.pt", "best.pt"}
@@ -426,93 +388,14 @@ def test_killed_while_an_epoch_is_written(data, whole, tmp_path):
 
 
 def die_before_epoch_2_is_named():
-    """Hook: files get their names once their epochs are scored."""
-    save, evaluate, scored = torch.save, loop.evaluate, threading.Semaphore(0)
-    loop.evaluate = lambda *arguments: (evaluate(*arguments), scored.release())[0]
+    save = torch.save
 
-    def save_and_die(state, f):
-        save(state, f)
-        scored.acquire(timeout=60)
-        if state["epoch"] == 2:
+    def save_and_die(content, f):
+        save(content, f)
+        if content["epoch"] == 2:
             os.kill(os.getpid(), signal.SIGKILL)
 
     torch.save = save_and_die
-
-
-@pytest.fixture
-def saver(tmp_path):
-    """A `Saver` of next to nothing."""
-    args = argparse.Namespace(name="x", keep_checkpoints=0)
-    scaler = argparse.Namespace(state_dict=dict)
-    run = argparse.Namespace(folder=tmp_path, args=args, state={},
-                             precision=argparse.Namespace(scaler=scaler))
-    model = torch.nn.Linear(2, 2)
-    model.config = {}
-    numbers = argparse.Namespace(check=lambda: None, state=dict)
-    saver = loop.Saver(run, model, {"optimizer": torch.optim.AdamW(model.parameters())}, numbers,
-                       "data")
-    with saver.thread:
-        yield saver
-
-
-def test_one_copy_at_a_time(saver, monkeypatch):
-    """The next one waits for the last to be written."""
-    events, on_host, save = [], checkpoints.on_host, checkpoints.save
-    monkeypatch.setattr(checkpoints, "on_host",
-                        lambda state: (events.append("copied"), on_host(state))[1])
-    monkeypatch.setattr(checkpoints, "save", lambda *arguments: (
-        time.sleep(0.3), save(*arguments), events.append("written")))
-    for step in (1, 2, 3):
-        saver.save(f"step{step}.pt", 0, step)
-    saver.wait()
-    assert events == ["copied", "written"] * 3
-
-
-def test_failed_write_is_told_once(saver, monkeypatch):
-    monkeypatch.setattr(checkpoints, "save", lambda path, _: cannot_write(path.name))
-    for meet in (saver.check, saver.wait, lambda: saver.save("step2.pt", 0, 2)):
-        saver.save("step1.pt", 0, 1)
-        futures.wait([saver.last])
-        with pytest.raises(InputError, match="cannot write step1.pt"):
-            meet()
-        saver.wait()
-
-
-def test_a_copy_shares_nothing():
-    live = {"a": [torch.ones(2), 1], "b": (torch.zeros(1, dtype=torch.float16), "x")}
-    copy = checkpoints.on_host(live)
-    assert differences(copy, live) == [] and isinstance(copy["b"], tuple)
-    live["a"][0].zero_()
-    live["a"].append(2)
-    assert copy["a"][0].tolist() == [1, 1] and len(copy["a"]) == 2
-
-
-def test_workers_forked_during_a_write_leave_the_file_alone(tmp_path):
-    """What a thread has yet to write is no worker's to flush when it ends."""
-    begun, forked = threading.Event(), threading.Event()
-
-    def write():
-        with atomic_write(tmp_path / "file", "wb") as f:
-            f.write(b"head ")
-            begun.set()
-            forked.wait()
-            f.write(b"tail")
-
-    with futures.ThreadPoolExecutor(1) as writer:
-        writing = writer.submit(write)
-        begun.wait()
-        workers = [multiprocessing.get_context("fork").Process(target=gc.collect)
-                   for _ in range(3)]
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join(30)
-        assert list(torch.utils.data.DataLoader([1, 2], num_workers=2, batch_size=None,
-                                                multiprocessing_context="fork")) == [1, 2]
-        forked.set()
-        writing.result()
-    assert [worker.exitcode for worker in workers] == [0, 0, 0]
-    assert (tmp_path / "file").read_bytes() == b"head tail"
 
 
 # ---- which checkpoint, which options ------------------------------------------------------------
@@ -583,7 +466,7 @@ def test_damaged_checkpoint_by_its_path_is_refused(data, copied):
     (["--batch_size", 6], "--batch_size 7 -> 6"),
     (["--recipe", "released"], "--recipe paper -> released"),
     (["--noise_ratio", 0, "--seed", 1],
-     "--noise_ratio 0.4 -> 0.0, --noise_seed 99 -> 1, --seed 99 -> 1"),
+     "--noise_ratio 0.4 -> 0.0, --seed 99 -> 1"),
 ])
 def test_options_that_make_it_another_run_are_refused(data, copied, change, word):
     folder = copied()
@@ -667,15 +550,21 @@ def test_checkpoints_are_ordered_by_their_steps_whatever_their_times(tmp_path):
     assert (tmp_path / "best.pt").exists() and (tmp_path / "epoch3.pt").exists()
 
 
-def test_tensorboard_keeps_what_was_before_a_resume(data, tmp_path):
-    run(NPC, arguments(data, "npc", tmp_path, "--resume", "auto"), tmp_path / "out", INTERRUPTED,
-        signalled(12, signal.SIGTERM))
-    run(NPC, arguments(data, "npc", tmp_path, "--resume", "auto"), tmp_path / "out")
-    events = EventAccumulator(str(tmp_path / "x"))
+@pytest.mark.parametrize("step, number, more", [
+    (12, signal.SIGTERM, []), (8, signal.SIGTERM, []), (11, signal.SIGKILL, [])])
+def test_curves_have_one_point_a_step(data, tmp_path, step, number, more):
+    """Those before a resume stay; none stands twice at the step of the resume."""
+    argv = arguments(data, "npc", tmp_path, "--resume", "auto")
+    run(NPC, argv, tmp_path / "out", -9 if number == signal.SIGKILL else INTERRUPTED,
+        signalled(step, number))
+    run(NPC, argv, tmp_path / "out")
+    events = EventAccumulator(str(tmp_path / "x"), {"histograms": 0})
     events.Reload()
     steps = [event.step for event in events.Scalars("train/loss")]
     assert steps == [5, 8, 10, 15, 16, 20, 24]  # --display 5, and each epoch's end
-    assert [event.step for event in events.Scalars("dev/mean_R1")] == [8, 16, 24]
+    for tag in ("dev/mean_R1", "noise/auc_of_w"):
+        assert [event.step for event in events.Scalars(tag)] == [8, 16, 24], tag
+    assert [event.step for event in events.Histograms("w/all")] == [8, 16, 24]
 
 
 def test_a_resumed_run_does_not_build_a_bank(data, copied, tmp_path):
@@ -763,13 +652,11 @@ def test_eval_with_nothing_to_resume_scores_nothing(data, tmp_path):
     assert not list(tmp_path.rglob("eval_test.json"))
 
 
-def hang_up_and_close(step, buffered=False):
-    """A terminal that is lost: its signal, and from then on nothing can be written to it, or
-    flushed."""
+def hang_up(step):
+    """Hook: the terminal is lost. Its signal comes, and nothing can be printed from then on."""
     def act():
         reading, writing = os.pipe()
         os.close(reading)
-        sys.stdout.reconfigure(write_through=not buffered)
         os.dup2(writing, 1)
         os.dup2(writing, 2)
         signal_group(signal.SIGHUP)
@@ -778,20 +665,23 @@ def hang_up_and_close(step, buffered=False):
     after_step(step, act)
 
 
-def test_lost_terminal(data, whole, tmp_path):
-    """SIGHUP saves like SIGTERM. Where it is ignored, as under nohup, the run goes on, although
-    nothing can be printed any more."""
-    argv = arguments(data, "clip", tmp_path, "--resume", "auto")
-    run(CLIP, argv, tmp_path / "out", INTERRUPTED, functools.partial(hang_up_and_close, 5))
+def test_lost_terminal(data, tmp_path):
+    """SIGHUP saves like SIGTERM, although nothing can be printed any more."""
+    argv = arguments(data, "clip", tmp_path)
+    run(CLIP, argv, tmp_path / "out", INTERRUPTED, functools.partial(hang_up, 5))
     assert (tmp_path / "x" / "step5.pt").exists()
-    run(CLIP, argv, tmp_path / "out2", 0, functools.partial(nohup, 9))
-    assert_same(tmp_path / "x", whole["clip"])
-    assert "epoch 3: dev R@1" in (tmp_path / "x" / "log.txt").read_text()
+    assert "interrupted after step 5" in (tmp_path / "x" / "log.txt").read_text()
 
 
-def nohup(step):
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    hang_up_and_close(step, buffered=True)
+def test_a_second_signal_ends_the_process_at_once(data, tmp_path):
+    argv = arguments(data, "clip", tmp_path)
+    run(CLIP, argv, tmp_path / "out", -signal.SIGTERM, functools.partial(after_step, 5, terminate))
+    assert not list((tmp_path / "x").glob("*.pt"))
+
+
+def terminate():
+    for _ in range(2):
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def test_options_are_those_of_what_was_trained(data, copied, tmp_path):
@@ -887,7 +777,7 @@ def signalled_before_training():
 
 
 def limit_file_size(step, size):
-    when_written(step, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)))
+    after_step(step, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)))
 
 
 @pytest.mark.parametrize("size", [0, 1_000_000])  # a log line does not fit; a checkpoint does not
@@ -935,13 +825,13 @@ def test_really_full_disk(data, whole, tmp_path, room):
 def poison(step, what):
     """After a step, make a weight of the model NaN, or the moments of AdamW."""
     live = []
-    init = loop.Saver.__init__
+    init = checkpoints.TrainingState.__init__
 
     def watch(self, run, model, *rest):
         init(self, run, model, *rest)
         live.append(model)
 
-    loop.Saver.__init__ = watch
+    checkpoints.TrainingState.__init__ = watch
     after_step(step, lambda: live[0].state_dict()[what].flatten()[:1].fill_(math.nan))
 
 
@@ -1005,9 +895,7 @@ def test_amp_fp16_skips_steps_and_counts_them(data, tmp_path):
 
 def overflow_twice():
     """Make the gradients of the first two steps infinite."""
-    import utils.training.precision
-
-    reduce, calls = utils.training.precision.reduce_gradients, []
+    reduce, calls = passes.reduce_gradients, []
 
     def reduce_and_break(model):
         reduce(model)
@@ -1016,7 +904,7 @@ def overflow_twice():
             if len(calls) in (2, 4):  # A follows its siamese
                 model.logit_scale.grad.fill_(math.inf)
 
-    utils.training.precision.reduce_gradients = reduce_and_break
+    passes.reduce_gradients = reduce_and_break
 
 
 def test_checkpoint_that_cannot_be_written_is_a_line(tmp_path, monkeypatch):

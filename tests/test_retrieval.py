@@ -12,8 +12,9 @@ from utils.scoring.retrieval import (
     KS,
     best_ranks,
     evaluate,
-    evaluate_coco,
+    evaluate_test,
     fold_recalls,
+    intervals,
     recalls,
 )
 from utils.training.precision import Precision
@@ -126,6 +127,7 @@ def test_folds_are_consecutive_images_with_their_captions(n, folds):
 # ---- with a model -------------------------------------------------------------------------------
 
 
+COCO = parsed("clip", dataset="coco", eval_batch_size=4, num_workers=0, device="cpu")
 ARGS = parsed("clip", eval_batch_size=4, num_workers=0, device="cpu")
 FP32 = Precision("fp32", torch.device("cpu"))
 
@@ -152,7 +154,7 @@ def test_evaluation_normalises_and_encodes_each_image_and_caption_once():
 
 def test_coco_scores_all_images_and_five_folds_from_one_pass():
     model, pairs = example()
-    scores = evaluate_coco(model, pairs, ARGS, FP32)
+    scores, _ = evaluate_test(model, pairs, COCO, FP32)
     assert model.encoded == {"images": 11, "texts": len(model.texts)}
     assert list(scores) == ["5K", "1K"]
     images, texts = F.normalize(model.images, dim=1), F.normalize(model.texts, dim=1)
@@ -163,7 +165,27 @@ def test_coco_scores_all_images_and_five_folds_from_one_pass():
 def test_coco_refuses_fewer_images_than_folds():
     model, pairs = example(n=4)
     with pytest.raises(InputError, match="caps.txt has captions of 4 images"):
-        evaluate_coco(model, pairs, ARGS, FP32)
+        evaluate_test(model, pairs, COCO, FP32)
+
+
+def test_intervals_are_those_of_resampled_images():
+    """Against a loop that draws images and scores their captions; more images, less width."""
+    image_of = torch.tensor([0, 0, 1, 2, 2, 2, 3])
+    ranks = {"i2t": torch.tensor([0, 3, 0, 1]), "t2i": torch.tensor([0, 1, 0, 2, 0, 0, 4])}
+    rng, found = np.random.default_rng(1), []
+    for _ in range(4000):
+        drawn = rng.integers(0, 4, 4)
+        hits = np.concatenate([(ranks["t2i"][image_of == k] < 1).numpy() for k in drawn])
+        i2t, t2i = 100 * (ranks["i2t"][drawn] < 1).double().mean().item(), 100 * hits.mean()
+        found.append((i2t, t2i, (i2t + t2i) / 2))
+    expected = np.quantile(found, [0.025, 0.975], axis=0).T
+    got = intervals(ranks, image_of)
+    np.testing.assert_allclose(list(got.values()), expected, atol=4)
+    assert intervals(ranks, image_of) == got  # the seed is fixed
+    many = intervals({way: rank.repeat(25) for way, rank in ranks.items()},
+                     torch.cat([image_of + 4 * k for k in range(25)]))
+    for name, (low, high) in many.items():
+        assert high - low < 0.4 * (got[name][1] - got[name][0])
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])

@@ -13,7 +13,7 @@ from PIL import Image
 import clip
 from benchmarks import lowest_weights, table
 from data import training_pairs
-from utils.training.pair_weights import write_weights
+from utils.training.history import write_weights
 
 OPTIONS = {"dataset": "f30k", "dataset_root": "data", "noise_ratio": 0.2, "seed": 1, "lr": 1e-6,
            "weighting": "npc", "name": "NPC", "epochs": 2, "resume": None, "eval": False,

@@ -14,8 +14,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from utils.errors import InputError
-
 
 def world():
     """Number of processes, N."""
@@ -33,17 +31,9 @@ def is_main():
 
 
 def join_processes(device):
-    """Join the other processes of torchrun, if there are any; returns this process's device."""
+    """Join the other processes of torchrun, if there are any, each with its `device`."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        if device.type == "cuda":
-            local = int(os.environ["LOCAL_RANK"])
-            if local >= torch.cuda.device_count():
-                raise InputError(f"--nproc_per_node asks for more processes than the "
-                                 f"{torch.cuda.device_count()} GPUs of this machine")
-            device = torch.device("cuda", local)
-            torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return device
 
 
 def leave_processes():

@@ -45,7 +45,7 @@ def bank_of(verdict, raw_images, raw_texts, pairs, args, info):
         caption_entry[clean] = np.flatnonzero(clean)
     options = {name: getattr(args, name) for name in MADE_WITH} | {"seed": args.noise_seed}
     if not args.judge_features:
-        options |= {name: getattr(args, name) for name in ("vision_model", "activation", "resume")}
+        options |= {name: getattr(args, name) for name in ("vision_model", "resume")}
     return MemoryBank(image_entry, caption_entry, clean, verdict.loss.astype(np.float32),
                       verdict.posterior.astype(np.float32), verdict.cosine,
                       {**options, **info, "wrong_share": verdict.wrong_share})
@@ -63,12 +63,12 @@ def memory_bank(model, pairs, run):
     found = load_bank(name, pairs, args, log, run.folder)
     if any_process(not found, args.device):
         if not name:
-            raise InputError(f"{args.resume} was trained by another script, or its memory bank is "
+            raise InputError(f"{run.resume} was trained by another script, or its memory bank is "
                              "gone: start from its weights with --vision_model instead")
         if resumed:
             raise InputError(f"the memory bank {name} is not in "
                              f"{args.dataset_root}, and only the initial model can build it, not "
-                             f"{args.resume}: run get_memorybank.py with that model and the same "
+                             f"{run.resume}: run get_memorybank.py with that model and the same "
                              "options first, or start from these weights with --vision_model")
         path = from_main(writable(bank_path(args.dataset_root), run.folder) / name
                          if is_main() else None)
@@ -81,7 +81,7 @@ def memory_bank(model, pairs, run):
         found = load_bank(name, pairs, args, log, run.folder)
     else:
         log(f"memory bank: {found[1]}")
-    args.bank = found[1].name
+    run.found["bank"] = found[1].name
     return found[0]
 
 

@@ -65,7 +65,7 @@ def bank_name(model, pairs, args):
     made_with["recipe"] = recipe.random_bank_batches, recipe.cosine_bank  # all that it changes here
     name = ""
     if model is not None:
-        made_with |= {"model": weights_hash(model), "activation": args.activation}
+        made_with |= {"model": weights_hash(model), "activation": model.config["activation"]}
         known = args.vision_model in clip.available_models()
         name = args.vision_model if known else Path(args.vision_model).name or "model"
     text = json.dumps([made_with, fingerprint(pairs)], sort_keys=True, default=str)
@@ -160,7 +160,7 @@ def fits(bank, pairs, args):
     """Whether a bank of ours was made for `pairs` and with these options, as far as it says."""
     wanted = {**vars(args), "seed": args.noise_seed, "fingerprint": fingerprint(pairs)}
     keys = (*MADE_WITH, "seed", "fingerprint",
-            *(() if args.judge_features else ("vision_model", "activation")))
+            *(() if args.judge_features else ("vision_model",)))
     return all(bank.info[key] == wanted[key] for key in keys if key in bank.info)
 
 

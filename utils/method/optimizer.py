@@ -1,10 +1,9 @@
 """AdamW as CLIP's fine-tuners use it, and what surrounds its step."""
 
-import math
-
 import torch
 import torch._functorch.config
 from torch.nn import BatchNorm2d
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 import clip.model
 from utils.distributed import world
@@ -85,14 +84,15 @@ def compile_blocks(model):
             module.compile(dynamic=True)
 
 
-@torch.no_grad()
-def update(model, optimizer, precision, max_norm, max_logit_scale):
-    """A step of the optimiser of the model that is trained: the gradient is clipped to a norm of
-    `max_norm` (0: not), logit_scale kept at or below its limit. Returns the gradient's norm before
-    clipping (scalar tensor)."""
-    norm = precision.step(model, optimizer, max_norm or math.inf)
-    precision.scaler.update()
-    model.logit_scale.clamp_(max=max_logit_scale)
+def clip_gradients(model, max_norm):
+    """Scale a model's gradients in place to a global norm of at most `max_norm`; 0 leaves them.
+    Returns the norm before that (scalar tensor). Norms of half gradients are fp32: in half they
+    overflow at 65504, and what is divided by infinity is silently zero."""
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    norm = get_total_norm([torch.linalg.vector_norm(g, dtype=torch.float32)
+                           if g.dtype == torch.float16 else g for g in gradients])
+    if max_norm:
+        clip_grads_with_norm_(model.parameters(), max_norm, norm)
     return norm
 
 

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 import clip
-from utils.distributed import gather, num_own_below
+from utils.distributed import gather, num_own_below, reduce_gradients
 from utils.method.batches import BATCH, MEMORY_I, MEMORY_T
 from utils.method.losses import pair_losses
 from utils.method.optimizer import trained
@@ -89,12 +89,13 @@ class Passes:
         self._backward(total, self.A, self.A)
 
     def _backward(self, total, of, to, retain_graph=False):
-        """The gradient of `total` with respect to the parameters of one model becomes that of the
-        parameters of another."""
+        """Give the parameters of one model the gradient of `total` with respect to those of
+        another, summed over the processes and scaled for `precision.scaler`."""
         gradients = torch.autograd.grad(self.precision.scaler.scale(total), trained(of),
                                         retain_graph=retain_graph)
         for parameter, gradient in zip(trained(to), gradients, strict=True):
             parameter.grad = gradient
+        reduce_gradients(to)
 
     def _losses(self, model, features, entries, part="batch"):
         """Losses (B,) of the pairs of the batch, of M^I or of M^T among themselves, from features

@@ -6,6 +6,7 @@ import itertools
 import math
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 import clip
@@ -13,7 +14,7 @@ from utils.distributed import main_first
 from utils.method.batches import training_loader
 from utils.method.features import embed_pairs, mean_random_cosine, read_features
 from utils.method.judge import log_verdict, separation, verdict_on
-from utils.method.optimizer import adamw, update
+from utils.method.optimizer import adamw, clip_gradients
 from utils.method.pairs import for_model, take
 from utils.method.passes import Passes
 
@@ -86,7 +87,13 @@ def teach(model, pairs, clean, rate, args, precision, number):
         optimizer.param_groups[0]["lr"] = rate * min(1, (step + 1) / WARMUP)
         passes = Passes(taught, batch.to(args.device), precision, accum_steps=args.accum_steps)
         passes.backward(passes.batch.mean())
-        update(taught, optimizer, precision, args.clip_grad, math.log(100))
+        precision.scaler.unscale_(optimizer)
+        clip_gradients(taught, args.clip_grad)
+        precision.scaler.step(optimizer)
+        precision.scaler.update()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            taught.logit_scale.clamp_(max=math.log(100))
     return taught
 
 

@@ -8,6 +8,7 @@ from utils.errors import InputError
 from utils.method.features import embed_pairs
 
 KS = (1, 5, 10)
+RESAMPLES = 2000  # of the bootstrap
 BLOCK = 2**24  # scores that are held at a time: 64 MiB in fp32
 
 
@@ -47,15 +48,41 @@ def recalls(image_features, text_features, image_of):
     image_of: (t,) int64, the image of each caption. i2t counts a hit if any of the image's captions
     is in the top K. Also `mean_R1`, the mean of both R@1, and `rsum`, the sum of the six.
     """
+    return scores_of(ranks_of(image_features, text_features, image_of))
+
+
+def ranks_of(image_features, text_features, image_of):
+    """{"i2t": (n,), "t2i": (t,)} int64: the rank (0-based) of the best correct item of each query,
+    with the arguments of `recalls`."""
     images = torch.arange(len(image_features), device=image_features.device)
-    ranks = {"i2t": best_ranks(image_features, text_features, images, image_of),
-             "t2i": best_ranks(text_features, image_features, image_of, images)}
+    return {"i2t": best_ranks(image_features, text_features, images, image_of),
+            "t2i": best_ranks(text_features, image_features, image_of, images)}
+
+
+def scores_of(ranks):
+    """The scores that `recalls` returns, from `ranks_of`."""
     scores = {f"{way}_R@{k}": 100 * (ranks[way] < k).double().mean().item()
               for way in ranks for k in KS}
     rsum = sum(scores.values())
     scores["mean_R1"] = (scores["i2t_R@1"] + scores["t2i_R@1"]) / 2
     scores["rsum"] = rsum
     return scores
+
+
+def intervals(ranks, image_of, seed=0):
+    """95 % intervals {name: [low, high]} of i2t R@1, t2i R@1 and their mean, by bootstrap: images
+    are drawn with replacement, each with its captions, `RESAMPLES` times. They say how far a test
+    set of so many images leaves the scores uncertain."""
+    image_of, (i2t, t2i) = image_of.cpu(), ((ranks[way] < 1).double().cpu() for way in ranks)
+    n = len(i2t)
+    captions = torch.zeros(n, dtype=torch.double).index_add_(0, image_of, torch.ones_like(t2i))
+    hits = torch.zeros(n, dtype=torch.double).index_add_(0, image_of, t2i)
+    drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), RESAMPLES)
+    drawn = torch.from_numpy(drawn).double()  # how often each image occurs
+    found = {"i2t_R@1": 100 * drawn @ i2t / n, "t2i_R@1": 100 * drawn @ hits / (drawn @ captions)}
+    found["mean_R1"] = (found["i2t_R@1"] + found["t2i_R@1"]) / 2
+    quantiles = torch.tensor([0.025, 0.975], dtype=torch.double)
+    return {name: values.quantile(quantiles).tolist() for name, values in found.items()}
 
 
 def fold_recalls(image_features, text_features, image_of, folds=5):
@@ -68,17 +95,23 @@ def fold_recalls(image_features, text_features, image_of, folds=5):
 
 
 def evaluate(model, pairs, args, precision):
-    """`recalls` of `model` on a retrieval split; for coco's test set see `evaluate_coco`."""
+    """`recalls` of `model` on a retrieval split."""
     return recalls(*_features(model, pairs, args, precision))
 
 
-def evaluate_coco(model, pairs, args, precision):
-    """{"5K": scores on all images, "1K": mean scores of five folds}, from one pass of the model."""
-    if len(pairs.images) < 5:
+def evaluate_test(model, pairs, args, precision):
+    """({row of the table: scores}, `intervals`) of `model` on the test split, from one pass of the
+    model. coco has the rows "5K", all images, and "1K", the mean of five folds; other data sets
+    have the row "test"."""
+    if args.dataset == "coco" and len(pairs.images) < 5:
         raise InputError(f"{pairs.source} has captions of {len(pairs.images)} images; MSCOCO's 1K "
                          "scores need at least one image in each of five folds")
     features = _features(model, pairs, args, precision)
-    return {"5K": recalls(*features), "1K": fold_recalls(*features)}
+    ranks = ranks_of(*features)
+    rows = {"5K" if args.dataset == "coco" else "test": scores_of(ranks)}
+    if args.dataset == "coco":
+        rows["1K"] = fold_recalls(*features)
+    return rows, intervals(ranks, features[-1])
 
 
 def _features(model, pairs, args, precision):

@@ -1,13 +1,14 @@
 """Training checkpoints: the state of a run beside the weights, whole or absent.
 
-`epoch{N}.pt` after each epoch and `step{S}.pt` in between hold `epoch` (epochs done), `step`
-(optimiser steps done), `name`, `state_dict`, `config` (the model's), the optimisers, the gradient
-scaler, `args` (options), `data` (a hash of what is trained on), `best_score` and `best_epoch`
-(before this epoch was scored) and `history` (see utils.training.history). The order of the pairs
-depends on seed and epoch alone and nothing else is random, so that there is no random state to
-keep. They are read by clip.read_checkpoint, which runs no code of theirs.
+`epoch{N}.pt` after each epoch and `step{S}.pt` in between hold `epoch` (epochs done), `batch`
+(batches done of the next one), `step` (optimiser steps in all), `epoch_steps`, `name`,
+`state_dict`, `config` (the model's), the optimisers, the gradient scaler, `args` (options), `data`
+and `dev` (hashes of what is trained and scored on) and `history` (see utils.training.history). The
+order of the pairs depends on seed and epoch alone and nothing else is random, so no random state is
+kept. clip.read_checkpoint reads them and runs none of their code.
 """
 
+import hashlib
 import math
 import os
 import shutil
@@ -15,16 +16,135 @@ import zipfile
 from pathlib import Path
 
 import torch
-from torch.utils._pytree import tree_map_only
 
+from utils.distributed import is_main
 from utils.errors import InputError
 from utils.files import UNFINISHED, atomic_write
+from utils.method.pairs import fingerprint
 
 STEP_FILES_KEPT = 2  # the newest may turn out broken after a crash of the machine
 SAME_RUN = ("dataset", "noise_ratio", "noise_kind", "noise_seed", "num_anns", "context_length",
             "batch_size", "recipe", "seed", "weighting", "memory", "memory_loss_weight", "train_on",
             "freeze")  # options that make it another run
-NEVER_COMPARED = ("resume", "force_resume", "eval", "device", "vision_model")
+NOT_COMPARED = ("resume", "force_resume", "overwrite", "eval", "device", "vision_model",
+                "num_workers", "checkpoint_path", "experiments")
+OF_A_RUN = ("epoch*.pt", "step*.pt", "best.pt", "log.jsonl", "weights.npz", "eval_test.json",
+            "options_eval.json")  # what --overwrite deletes, beside the log of earlier runs
+
+
+class TrainingState:
+    """What a checkpoint holds of a run: `epoch`, `batch` and `step` say how far it is."""
+
+    def __init__(self, run, model, optimizers, history, loader, dev):
+        self.run, self.model, self.optimizers, self.history = run, model, optimizers, history
+        self.data, self.dev, self.epoch_steps = hash_of_data(loader), fingerprint(dev), len(loader)
+        self.epoch = self.batch = self.step = 0
+
+    def advance(self):
+        """Count a step."""
+        self.step += 1
+        self.batch += 1
+        if self.batch == self.epoch_steps:
+            self.epoch, self.batch = self.epoch + 1, 0
+
+    def content(self):
+        """The dictionary that a checkpoint is."""
+        run = self.run
+        return {
+            "epoch": self.epoch, "batch": self.batch, "step": self.step,
+            "epoch_steps": self.epoch_steps, "name": run.args.name,
+            "state_dict": self.model.state_dict(), "config": self.model.config,
+            **{name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+            "scaler": run.precision.scaler.state_dict(), "args": stored_options(run.options()),
+            "data": self.data, "dev": self.dev, "history": self.history.state(),
+        }
+
+    def save(self, name):
+        """Write the checkpoint `name`; the main process does. Raises InputError when the numbers of
+        the last step or the parameters are not finite, or the file cannot be written."""
+        self.history.require_finite()
+        limits = [x for p in self.model.parameters() for x in p.detach().aminmax()]  # NaN passes
+        if not torch.stack(limits).isfinite().all():  # a GPU is waited for once
+            raise InputError(f"after step {self.step} the model's parameters are not finite; lower "
+                             "--lr or use --precision fp32; checkpoints before it are intact")
+        if is_main():
+            save(self.run.folder / name, self.content())
+            if name.startswith("step"):
+                prune(self.run.folder, self.run.args.keep_checkpoints)
+
+    def restore(self):
+        """Load the checkpoint that the run continues, if there is one, and remove from the run's
+        folder what is of no use any more."""
+        run, args = self.run, self.run.args
+        if run.state:
+            self._check(run.state)
+            try:
+                self._load(run.state)
+            except Exception as error:  # a crafted file can provoke anything
+                reason = " ".join(f"{error or type(error).__name__}".split())[:200]
+                raise InputError(f"{run.resume} holds no usable training state ({reason}); take "
+                                 "another checkpoint, or start from its weights with "
+                                 "--vision_model") from error
+            run.state = {}  # frees the memory
+        if is_main():
+            gone = [f".*{UNFINISHED}"]  # of a run that was killed
+            if not is_in(run.folder, run.resume):
+                gone += ["events.out.tfevents*", *(OF_A_RUN if args.overwrite else ())]
+                if args.overwrite:
+                    run.forget_earlier_log()
+            for path in [path for pattern in gone for path in run.folder.glob(pattern)]:
+                path.unlink()
+            if self.history.best():
+                self._restore_best(self.history.best()[0])
+
+    def _check(self, state):
+        """Raise InputError unless `state` is that of a run which this one may continue."""
+        resume, forced = self.run.resume, self.run.args.force_resume
+        advice = "start from its weights with --vision_model instead"
+        if {name for name in state if name.endswith("optimizer")} != set(self.optimizers):
+            raise InputError(f"{resume} was trained by another script; {advice}")
+        for name, what in (("data", "trained on other pairs or memory entries"),
+                           ("dev", "scored on other dev captions")):
+            if state[name] != getattr(self, name) and not forced:
+                raise InputError(f"{resume} was {what} than --dataset_root has now; {advice}, or "
+                                 "insist with --force_resume")
+        if state["batch"] and state["epoch_steps"] != self.epoch_steps:
+            raise InputError(f"{resume} stopped within an epoch of {state['epoch_steps']} steps, "
+                             f"and an epoch has {self.epoch_steps} now; continue from the end of "
+                             f"an epoch (epoch{state['epoch']}.pt), or {advice}")
+
+    def _load(self, state):
+        epochs = self.run.args.epochs
+        for name, optimizer in self.optimizers.items():
+            load_optimizer(optimizer, state[name])
+        if state["scaler"]:
+            self.run.precision.scaler.load_state_dict(state["scaler"])
+        self.epoch, self.batch, self.step = (int(state[key]) for key in ("epoch", "batch", "step"))
+        if self.step < 1 or self.epoch + (self.batch > 0) > epochs:
+            raise ValueError(f"{self.epoch} epochs and {self.step} steps of --epochs {epochs} are "
+                             "done")
+        self.history.load(state["history"])
+        if state["dev"] != self.dev:
+            self.history.ignore_scores()
+
+    def _restore_best(self, epoch):
+        """Make best.pt that of `epoch`, the best one when the checkpoint was saved. It lies beside
+        the checkpoint under its own name or as best.pt."""
+        resume = Path(self.run.resume)
+        for path in (resume.with_name(f"epoch{epoch}.pt"), resume.with_name("best.pt")):
+            if epoch_of(path) == epoch:
+                hard_link(path, self.run.folder / "best.pt")
+                return
+        if epoch_of(path) != self.epoch:  # else this epoch was better, and is scored once more
+            self.run.log(f"warning: epoch {epoch}, the best so far, is not beside {resume}; "
+                         f"best.pt is chosen among the epochs from {max(1, self.epoch)} on")
+            self.history.ignore_scores()
+
+    def link_best(self, epoch):
+        """Make best.pt a second name of the checkpoint of `epoch`, which may lie in the folder that
+        the run was resumed from."""
+        path = self.run.folder / f"epoch{epoch}.pt"
+        hard_link(path if path.is_file() else Path(self.run.resume), self.run.folder / "best.pt")
 
 
 # ---- files --------------------------------------------------------------------------------------
@@ -62,21 +182,33 @@ def intact(path):
         return False
 
 
+def peek(path):
+    """The content of a checkpoint whose tensors stay on disk; {} where it cannot be read."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return content if isinstance(content, dict) else {}
+    except Exception:  # whatever an absent, damaged or foreign file provokes
+        return {}
+
+
+def epoch_of(path):
+    """Epochs that the run of a checkpoint had done; None where it cannot be read."""
+    return peek(path).get("epoch")
+
+
+def step_of(path, damaged=math.inf):
+    """Optimiser steps that the run of a checkpoint had made, or `damaged`."""
+    if path.stem.removeprefix("step").isdigit():
+        return int(path.stem.removeprefix("step"))
+    step = peek(path).get("step")
+    return step if isinstance(step, int) else damaged
+
+
 def by_step(folder, kinds=("epoch", "step")):
     """[(steps, path)] of the checkpoints in a folder by the optimiser steps that their runs had
     made, most first. A damaged one counts as infinitely many."""
     return sorted(((step_of(path), path) for kind in kinds for path in folder.glob(f"{kind}*.pt")),
                   reverse=True)
-
-
-def step_of(path, damaged=math.inf):
-    """Optimiser steps that a checkpoint's run had made, or `damaged`."""
-    if path.stem.removeprefix("step").isdigit():
-        return int(path.stem.removeprefix("step"))
-    try:  # of epoch{N}.pt the tensors, gigabytes, are left on disk
-        return int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["step"])
-    except Exception:  # whatever a damaged file provokes
-        return damaged
 
 
 def newest(folder, log):
@@ -86,6 +218,15 @@ def newest(folder, log):
             return path
         log(f"warning: {path} is damaged; taking the one before")
     return None
+
+
+def options_of(resume, folder):
+    """Options of the run that wrote the checkpoint `resume`, or of "auto" the newest readable one
+    in `folder`: a dictionary, empty where there is no training state."""
+    readable = [path for step, path in by_step(folder) if step < math.inf]
+    paths = readable[:1] if resume == "auto" else [resume]
+    contents = [peek(path) for path in paths]
+    return dict(contents[0]["args"]) if contents and "history" in contents[0] else {}
 
 
 def require_free(folder, resume, overwrite):
@@ -122,19 +263,9 @@ def prune(folder, keep):
 # ---- content ------------------------------------------------------------------------------------
 
 
-def on_host(state):
-    """A copy in host memory of nested dicts, lists and tuples with their tensors, which later
-    changes do not reach. A GPU is waited for once."""
-    copy = tree_map_only(  # from a GPU into pinned memory, behind the work at hand
-        torch.Tensor, lambda x: x.detach().to("cpu", non_blocking=True, copy=True), state)
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
-    return copy
-
-
 def load_optimizer(optimizer, saved):
-    """Take up AdamW's moments from a state dict; rates and decays stay those of this run. Raises
-    anything when they do not fit the parameters."""
+    """Load AdamW's moments from a state dict; rates and decays stay those of this run. Raises
+    anything when the moments do not fit the parameters."""
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
     for parameter, moments in optimizer.state.items():
@@ -142,20 +273,34 @@ def load_optimizer(optimizer, saved):
             moments[name].view_as(parameter)
 
 
-def stored_options(args):
-    """Options as numbers, strings and None, as they are stored."""
-    return {k: v if isinstance(v, int | float | None) else str(v) for k, v in vars(args).items()}
+def stored_options(options):
+    """Options (dict) as numbers, strings and None, as they are stored."""
+    return {k: v if isinstance(v, int | float | None) else str(v) for k, v in options.items()}
 
 
-def compare_options(saved, args, log):
-    """List the options that changed since a checkpoint was written, in one line. Raises InputError
-    when one of them makes it another run, unless --force_resume insists."""
-    now = stored_options(args)
+def compare_options(saved, run):
+    """Log in one line which options changed since a checkpoint was written. Raises InputError when
+    one of them makes it another run, unless --force_resume insists."""
+    now = stored_options(run.options())
     changed = {k: f"--{k} {saved[k]} -> {now[k]}" for k in saved
-               if k in now and k not in NEVER_COMPARED and str(saved[k]) != str(now[k])}
+               if k in now and k not in NOT_COMPARED and str(saved[k]) != str(now[k])}
     if changed:
-        log("options changed since the checkpoint: " + ", ".join(changed.values()))
+        run.log("options changed since the checkpoint: " + ", ".join(changed.values()))
     severe = [changed[k] for k in SAME_RUN if k in changed]
-    if severe and not args.force_resume:
-        raise InputError(f"{args.resume} belongs to another run: {', '.join(severe)}; start from "
+    if severe and not run.args.force_resume:
+        raise InputError(f"{run.resume} belongs to another run: {', '.join(severe)}; start from "
                          "its weights with --vision_model instead, or insist with --force_resume")
+
+
+def hash_of_data(loader):
+    """What a run is trained on, as a hash (hex): the pairs, those that are chosen among them, and
+    their memory entries or the pairs that these are drawn from."""
+    dataset, chosen = loader.dataset, loader.sampler.chosen
+    digest = hashlib.sha256(fingerprint(dataset.pairs).encode())
+    if len(chosen) < len(dataset.pairs):
+        digest.update(b"chosen" + chosen.tobytes())
+    if dataset.clean_set is not None:
+        digest.update(b"random" + dataset.clean_set.tobytes())
+    elif dataset.bank is not None:
+        digest.update(dataset.bank.image_entry.tobytes() + dataset.bank.caption_entry.tobytes())
+    return digest.hexdigest()
