@@ -14,7 +14,6 @@ from params import PRECISIONS
 from utils.errors import InputError
 from utils.method.losses import pair_losses
 from utils.method.optimizer import adamw, clip_gradients
-from utils.training.precision import Precision
 
 ARGS = parsed("clip", lr=1e-5, device="cpu")
 HALF_TOO = {torch.float16, torch.float32}

@@ -170,9 +170,10 @@ class Run:
 def table(rows):
     """Scores by name as lines of text: R@1, R@5, R@10 both ways and their sum."""
     width = max(12, *(len(name) + 1 for name in rows))
+    ranks = "".join(f"{f'R@{k}':>8}" for _ in range(2) for k in KS)
     lines = [f"{'':{width}}{'image-to-text':^24}{'text-to-image':^24}",
-             f"{'':{width}}" + "".join(f"{f'R@{k}':>8}" for _ in range(2) for k in KS) + f"{'rsum':>9}"]
+             f"{'':{width}}{ranks}{'rsum':>9}"]
     for name, scores in rows.items():
-        values = [scores[f"{way}_R@{k}"] for way in ("i2t", "t2i") for k in KS]
-        lines.append(f"{name:{width}}" + "".join(f"{v:8.2f}" for v in values) + f"{scores['rsum']:9.2f}")
+        values = "".join(f"{scores[f'{way}_R@{k}']:8.2f}" for way in ("i2t", "t2i") for k in KS)
+        lines.append(f"{name:{width}}{values}{scores['rsum']:9.2f}")
     return "\n".join(lines)
