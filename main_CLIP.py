@@ -4,13 +4,15 @@
     python main_CLIP.py --eval --resume CKPT --dataset coco --dataset_root PATH
 """
 
-from params import help_first
+import sys
+from pathlib import Path
 
-help_first("clip", __name__)
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from utils.errors import command  # first: Ctrl-C ends in a line  # isort: skip
 
 from data import retrieval_split, training_data
 from params import parse_args
-from utils.errors import command
 from utils.method.batches import training_loader
 from utils.method.building import memory_bank
 from utils.method.optimizer import adamw, prepare_training, update

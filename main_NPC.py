@@ -7,9 +7,12 @@ A is the model that is trained, A' its siamese, which takes each step first to s
 would do to a memory bank of clean pairs.
 """
 
-from params import help_first
+import sys
+from pathlib import Path
 
-help_first("npc", __name__)
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from utils.errors import command  # first: Ctrl-C ends in a line  # isort: skip
 
 import copy
 
@@ -17,7 +20,6 @@ import torch
 
 from data import retrieval_split, training_data
 from params import parse_args
-from utils.errors import command
 from utils.method.batches import training_loader
 from utils.method.building import memory_bank
 from utils.method.memorybank import arrays_on

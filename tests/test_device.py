@@ -56,7 +56,7 @@ def leaves(args):
 
 
 class Unread:
-    """In the place of `Later`: what the device knows, without its values."""
+    """In the place of `HostCopy`: what the device knows, without its values."""
 
     def __init__(self, tensor):
         self.shape = tensor.shape
@@ -73,7 +73,7 @@ def meta(monkeypatch):
 
     monkeypatch.setattr(main_NPC, "adamw", adamw)
     monkeypatch.setattr(main_CLIP, "adamw", adamw)
-    monkeypatch.setattr(history, "Later", Unread)
+    monkeypatch.setattr(history, "HostCopy", Unread)
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
     return torch.device("meta")
 

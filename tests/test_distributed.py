@@ -28,7 +28,7 @@ from processes import (
 
 import clip
 from utils import distributed
-from utils.devices import Later
+from utils.devices import HostCopy
 from utils.training.checkpoints import newest
 from utils.training.interruptions import INTERRUPTED
 
@@ -298,7 +298,7 @@ def check_agreement():
     times = [None, None]
     dist.all_gather_object(times, order)
     assert times[0][1] <= times[1][0]
-    assert Later(torch.tensor([3.0])).get().tolist() == [3.0]
+    assert HostCopy(torch.tensor([3.0])).get().tolist() == [3.0]
 
 
 @pytest.mark.parametrize("check", [check_gather, check_gradients, check_agreement])

@@ -1,31 +1,29 @@
-"""Devices: how a GPU is used, and tensors on their way between it and the host, for which nobody
-waits."""
+"""The GPU: which kernels it uses, and copies between it and the host that do not synchronise."""
 
 import torch
 
 
 def choose_kernels(args):
-    """Choose among PyTorch's kernels for a GPU, once for all models of this process.
+    """Choose PyTorch's kernels for a GPU, once for all models of this process.
 
-    cuDNN's attention takes a third of a second to plan for each shape that it has not met, and most
-    steps and most batches of captions bring a new one. In fp32 its convolutions would round to
-    TF32.
+    cuDNN's attention plans a third of a second for each new shape, and most steps and most batches
+    of captions bring one. In fp32 cuDNN's convolutions would round to TF32.
     """
     torch.backends.cuda.enable_cudnn_sdp(False)
     torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
 
 
 def ship(tensor, device):
-    """A host tensor on its way to a device, through pinned memory, so that nobody waits for it. One
-    that is there already stays."""
+    """The tensor on the device; a copy from the host goes through pinned memory and does not
+    synchronise."""
     if device.type == "cuda" and not (tensor.is_cuda or tensor.is_pinned()):
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
 
 
-class Later:
-    """A small tensor on its way to the host: whoever reads it a step later never waits for the GPU
-    to finish the step at hand."""
+class HostCopy:
+    """A copy of a small tensor to the host that does not synchronise: read a step later, it does
+    not wait for the step that runs on the GPU."""
 
     def __init__(self, tensor):
         self.host = tensor.to("cpu", non_blocking=True)
@@ -34,7 +32,7 @@ class Later:
             self.event.record()
 
     def get(self):
-        """The tensor, on the CPU."""
+        """The copy, a tensor on the CPU; waits until it is complete."""
         if self.event:
             self.event.synchronize()
         return self.host

@@ -8,11 +8,12 @@ import numpy as np
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from utils.devices import Later
+from utils.devices import HostCopy
 from utils.distributed import is_main
 from utils.errors import InputError
 from utils.files import atomic_write
 from utils.training.pair_weights import write_weights
+from utils.training.tracking import start_wandb
 
 
 class History:
@@ -40,6 +41,8 @@ class History:
     def open(self, done):
         """Begin to write, after `done` steps in all."""
         if is_main():
+            if self.run.args.wandb:
+                start_wandb(self.run.args, self.run.folder)
             self.writer = SummaryWriter(self.run.folder, purge_step=done + 1 if done else None)
 
     def start_epoch(self, epoch, resumed):
@@ -77,7 +80,7 @@ class History:
         self.sums = {name: self.sums.get(name, 0) + value for name, value in numbers.items()}
         self.steps += 1
         self.recent.append(torch.stack([*numbers.values()]))
-        self.last = step, batch.indices, Later(self.recent[-1])
+        self.last = step, batch.indices, HostCopy(self.recent[-1])
         if step % self.run.args.display == 0 or step % self.epoch_steps == 0:
             self._show(step, rate, batch)
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 
 import torch
 
-from utils.devices import Later
+from utils.devices import HostCopy
 from utils.distributed import any_process, leave_processes, world
 
 INTERRUPTED = 75  # exit status after a signal, when a checkpoint to resume from was saved
@@ -25,13 +25,13 @@ def interruptions(device):
     Several processes agree, so that all end at the same step. What one call asks them is answered
     by the next one, a step later, so that no GPU is waited for; with `now` by the same one.
     """
-    arrived, answer = [], Later(torch.zeros(()))
+    arrived, answer = [], HostCopy(torch.zeros(()))
 
     def interrupted(now=False):
         nonlocal answer
         if world() == 1:
             return bool(arrived)
-        previous, answer = answer, Later(any_process(bool(arrived), device))
+        previous, answer = answer, HostCopy(any_process(bool(arrived), device))
         return bool((answer if now else previous).get())
 
     def arrives(number, _):

@@ -14,6 +14,7 @@ from utils.devices import choose_kernels
 from utils.errors import InputError
 from utils.files import atomic_write, lock
 from utils.method.recipes import RECIPES
+from utils.reading.layout import require_dataset
 from utils.scoring.retrieval import KS, evaluate, evaluate_coco
 from utils.training import checkpoints
 from utils.training.interruptions import LastingStream
@@ -31,6 +32,7 @@ class Run:
     """
 
     def __init__(self, args, folder=False):
+        require_dataset(args.dataset_root)  # before a model is fetched
         args.device = self.device = distributed.join_processes(args.device)
         self.args = args
         self.precision = Precision(args.precision, self.device)
