@@ -5,12 +5,14 @@
 The same seed gives the same file as the released code.
 """
 
-from params import help_first
+import sys
+from pathlib import Path
 
-help_first("noise", __name__)
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from utils.errors import command  # first: Ctrl-C ends in a line  # isort: skip
 
 from params import parse_args
-from utils.errors import command
 from utils.reading.layout import read_captions, split_folder
 from utils.reading.noise import construct_noise
 

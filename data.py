@@ -9,18 +9,18 @@ decodes all images of a data set ahead into an image cache (`--image_cache` of t
 lists the distinct training images and captions for a judge of another kind (`--judge_features`).
 """
 
-from params import help_first
-
-help_first("cache", __name__)
-
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from utils.errors import command  # first: Ctrl-C ends in a line  # isort: skip
 
 import numpy as np
 from tqdm import tqdm
 
 import clip
 from params import parse_args
-from utils.errors import command
 from utils.method.batches import require_batch
 from utils.method.features import write_items
 from utils.method.pairs import Pairs, first_seen, for_model

@@ -10,13 +10,15 @@ Unicode as they are (html.unescape and ftfy.fix_text mend them), and converts an
 it resizes it, which matters where there is transparency.
 """
 
-from params import help_first
+import sys
+from pathlib import Path
 
-help_first("export", __name__)
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from utils.errors import InputError, command  # first: Ctrl-C ends in a line  # isort: skip
 
 import clip
 from params import parse_args
-from utils.errors import InputError, command
 from utils.files import new_folder
 
 

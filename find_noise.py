@@ -9,12 +9,14 @@ suspicious_pairs.html shows the worst beside what the model would rather pair th
 random sample. The answers that are given there, as --labels, tell how many pairs are wrong.
 """
 
-from params import help_first
+import sys
+from pathlib import Path
 
-help_first("find_noise", __name__)
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from utils.errors import InputError, command  # first: Ctrl-C ends in a line  # isort: skip
 
 import csv
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -29,7 +31,6 @@ from utils.cleaning.noise_page import Suspect, noise_page
 from utils.cleaning.source import require_unchanged, rows_of, source_of
 from utils.cleaning.survey import draw_sample
 from utils.cleaning.text import text_cell
-from utils.errors import InputError, command
 from utils.files import atomic_write, require_new
 from utils.method.building import nearest_clean
 from utils.method.neighbours import Features, nearest, normalised, random_rows

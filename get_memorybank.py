@@ -7,14 +7,16 @@ resembles it.
 utils.method.building says how. Banks of different judges lie beside each other.
 """
 
-from params import help_first
+import sys
+from pathlib import Path
 
-help_first("memorybank", __name__)
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from utils.errors import command  # first: Ctrl-C ends in a line  # isort: skip
 
 from data import training_pairs
 from params import parse_args
 from utils.distributed import is_main
-from utils.errors import command
 from utils.method.building import build_bank
 from utils.method.memorybank import bank_name, bank_path, save_bank, writable
 from utils.method.released_bank import save_released

@@ -1,5 +1,5 @@
-"""Average the initial model and the trained one: often better than both, and closer to what the
-initial one knew (WiSE-FT, Wortsman et al. 2022).
+"""Average the initial model and the trained one (WiSE-FT, Wortsman et al. 2022): often better than
+both, and it forgets less of what the initial model knew.
 
     python interpolate.py --resume logs/ex0/best.pt --initial ViT-B/32 \\
         --dataset coco --dataset_root PATH
@@ -8,17 +8,17 @@ scores the weights (1 - alpha) theta_0 + alpha theta on the dev split, alpha = 0
 writes the best as a checkpoint, which every other command takes.
 """
 
-from params import help_first
-
-help_first("interpolate", __name__)
-
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from utils.errors import InputError, command  # first: Ctrl-C ends in a line  # isort: skip
 
 import clip
 from data import retrieval_split
 from params import parse_args
 from utils.distributed import is_main, main_first
-from utils.errors import InputError, command
 from utils.scoring.retrieval import evaluate
 from utils.training import checkpoints
 from utils.training.run import Run, table
@@ -31,7 +31,7 @@ def main(argv=None):
     args = parse_args("interpolate", argv)
     run = Run(args)
     model, preprocess = run.load_model()
-    with main_first():  # one downloads, if need be
+    with main_first():  # the main process downloads the model
         initial, _ = clip.load(args.initial, run.device, activation=args.activation, log=run.log)
     if initial.config != model.config:
         raise InputError(f"{args.resume} holds {clip.describe(model.config)}, but --initial is "
@@ -55,8 +55,8 @@ def main(argv=None):
 
 
 def between(start, end, alpha):
-    """The state dict (1 - alpha) start + alpha end. What is not a fraction, BatchNorm's number of
-    batches, is that of `end`."""
+    """The state dict (1 - alpha) start + alpha end. Integers (BatchNorm's number of batches) are
+    those of `end`."""
     return {name: start[name].lerp(value, alpha) if value.is_floating_point() else value
             for name, value in end.items()}
 

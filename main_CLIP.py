@@ -4,11 +4,17 @@
     python main_CLIP.py --eval --resume CKPT --dataset coco --dataset_root PATH
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from utils.errors import command  # first: Ctrl-C ends in a line  # isort: skip
+
 import torch
 
 from data import retrieval_split, training_data
 from params import parse_args
-from utils.errors import command
 from utils.method.batches import training_loader
 from utils.method.building import memory_bank
 from utils.method.optimizer import adamw, clip_gradients, prepare_training

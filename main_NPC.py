@@ -7,13 +7,19 @@ A is the model that is trained, A' its siamese, which takes each step first to s
 would do to a memory bank of clean pairs.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from utils.errors import command  # first: Ctrl-C ends in a line  # isort: skip
+
 import copy
 
 import torch
 
 from data import retrieval_split, training_data
 from params import parse_args
-from utils.errors import command
 from utils.method.batches import training_loader
 from utils.method.building import memory_bank
 from utils.method.memorybank import arrays_on

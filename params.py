@@ -6,8 +6,13 @@ import os
 import re
 import shlex
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
+import torch
+
+from utils.distributed import launched
+from utils.method.optimizer import replays
 from utils.method.recipes import RECIPES
 from utils.method.weightings import WEIGHTINGS
 from utils.reading.layout import DATASETS, SPLITS, split_folder
@@ -23,7 +28,8 @@ CLEAN_THRESHOLD, PAPER_CLEAN_THRESHOLD = 0.8, 0.9
 OF_THIS_COMMAND = ("resume", "force_resume", "overwrite", "eval", "device", "num_workers",
                    "eval_batch_size")  # options that a checkpoint does not bring along
 HALF_LR = {"npc": 2e-7, "clip": 5e-7}  # of commands that train, for half weights: the authors'
-
+OTHERS_NAMES = {"--learning_rate": "--lr", "--model": "--vision_model", "--wd": "--weight_decay"}
+ROOT = Path(__file__).resolve().parent
 
 FIRST_STEPS = {
     "npc": """\
@@ -44,25 +50,53 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line, with the nearest option or choice to a mistyped one."""
+    """argparse whose errors are one line with a hint, and whose options of type Path expand ~."""
 
     def __init__(self, description, usage=None):
         super().__init__(usage=usage, description=description, allow_abbrev=False,
                          formatter_class=Help, fromfile_prefix_chars="@")
+        self.register("type", Path, lambda text: Path(path(text)))
+
+    def parse_known_args(self, args=None, namespace=None):
+        """Parse as argparse does; @FILE is also looked for beside this module (@configs/...)."""
+        words = sys.argv[1:] if args is None else args
+        try:
+            return super().parse_known_args(map(options_file, words), namespace)
+        except UnicodeDecodeError:
+            self.error("a file that is given as @FILE is not a text file")
 
     def convert_arg_line_to_args(self, line):
-        """The words of a line of a file of options, @FILE; # begins a comment."""
-        return shlex.split(line, comments=True)
+        """The words of a line of @FILE; # begins a comment."""
+        try:
+            return shlex.split(line, comments=True)
+        except ValueError as error:
+            self.error(f"a file that is given as @FILE has the line '{line}': {error}")
 
     def error(self, message):
+        """End the program with one line: the message, what was probably meant, where help is."""
         said, _, offered = message.partition("(choose from")
-        words, choices = re.findall(r"[\w.@/-]+", said), re.findall(r"[\w.@/-]+", offered)
+        words, choices = (re.findall(r"[\w.@/-]+", text) for text in (said, offered))
+        files, hint = [], ""
         if said.startswith("unrecognized arguments"):
-            choices = list(self._option_string_actions)
-        near = [match for word in reversed(words) if word not in choices
-                for match in difflib.get_close_matches(word, choices, 1)]
-        hint = f"did you mean {near[0]}? " if near else ""
+            files = [f"@{word}" for word in words if os.path.isfile(options_file(f"@{word}")[1:])]
+            words = [OTHERS_NAMES.get(word, word) for word in words if word.startswith("-")]
+            choices = [*self._option_string_actions]
+        near = [match for word in words[-1:] if choices
+                for match in difflib.get_close_matches(word, choices, 1)] + files
+        if near:
+            hint = f"did you mean {near[0]}? "
+        elif said.startswith("[Errno"):
+            hint = "@FILE is a file of options; a text that begins with @ needs a space before it; "
         self.exit(2, f"error: {message} ({hint}{self.prog} --help lists the options)\n")
+
+
+def options_file(word):
+    """A word of a command line. In @FILE, ~ is expanded, and a file that is not there is looked for
+    beside this module."""
+    if not word.startswith("@"):
+        return word
+    file = os.path.expanduser(word[1:])
+    return f"@{file if os.path.exists(file) or not (ROOT / file).exists() else ROOT / file}"
 
 
 # ---- types: each names what it expects, argparse names the option -------------------------------
@@ -92,10 +126,16 @@ probability = number(float, 0, 1, "a number from 0 to below 1")
 ratio = number(float, 0, 1, "a number from 0 to below 1 (0.2 is 20 %)")
 
 
+def path(text):
+    """An argparse type: a path with ~ expanded, or a name, as str."""
+    expanded = os.path.expanduser(text)
+    if re.match("~(/|$)", expanded):
+        raise argparse.ArgumentTypeError(f"'{text}' begins with ~, but HOME is not set")
+    return expanded
+
+
 def device(text):
     """An argparse type: cpu, cuda or cuda:N as a torch.device."""
-    import torch
-
     try:
         value = torch.device(text)
     except RuntimeError:
@@ -117,206 +157,209 @@ def option(name, of=None, **settings):
 
 option("--dataset", choices=DATASETS, help="""
     how image ids become file names: coco, f30k, cc, or pairs for any collection with an
-    image_name.txt; without it pairs where that file is, else coco""")
-option("--dataset_root", default="./dataset/MSCOCO", help="""
+    image_name.txt; default: pairs where that file is, else coco""")
+option("--dataset_root", type=path, default="./dataset/MSCOCO", metavar="DIR", help="""
     folder of the data set, with annotations/ and images/ (dataset/README.md)""")
-option("--num_anns", type=positive_int, help="""
-    captions per line of train_ids.txt; without it 5 for coco and f30k, 1 for cc, whatever fits for
-    pairs""")
-option("--noise_ratio", type=ratio, default=0.0, help="""
-    share of training captions that are shuffled, in [0, 1); the caption file of this ratio, kind
-    and seed is made when it is missing""")
+option("--num_anns", type=positive_int, metavar="N", help="""
+    captions per line of train_ids.txt; default: 5 for coco and f30k, 1 for cc, for pairs what the
+    two files add up to""")
+option("--noise_ratio", type=ratio, default=0.0, metavar="RATIO", help="""
+    share of training captions that are shuffled, in [0, 1); a missing caption file of this ratio,
+    kind and seed is made""")
 option("--noise_kind", choices=KINDS, default="random", help="""
-    random: the drawn captions are shuffled, as in the paper; similar: each changes places with the
-    most similar one of another image, a near miss, as mistakes often are""")
-option("--noise_seed", type=seed, help="""
-    seed of the noise and of the memory bank; without it --seed. Give that of another run to repeat
-    its training alone, on the same noise and bank""")
-option("--context_length", type=at_least_two, default=77, help="""
-    longest caption in tokens, both end marks included; longer ones are cut; at most the model's (77
-    for all published ones)""")
-option("--num_workers", type=natural_int, default=min(8, os.cpu_count() or 1), help="""
-    processes that read images; 0 reads in the main process, which is best for very small images""")
+    random: the drawn captions are shuffled, as in the paper; similar: each is exchanged with the
+    most similar caption of another image (a near miss)""")
+option("--noise_seed", type=seed, metavar="SEED", help="""
+    seed of the noise and of the memory bank, to train again on the same noise and bank with another
+    --seed; default: --seed""")
+option("--context_length", type=at_least_two, default=77, metavar="N", help="""
+    longest caption in tokens, with its start and end token; longer ones are cut; at most the
+    model's (77 for all published ones)""")
+option("--num_workers", type=natural_int, default=min(8, os.cpu_count() or 1), metavar="N", help="""
+    processes that read images; 0: the main process reads them, best for very small images""")
 option("--data_on", choices=("auto", "device", "workers"), default="auto", help="""
-    where the decoded images stay between steps and passes: in the memory of the device, or nowhere,
-    and worker processes read them each time; auto: on the device if they fill at most a third of
-    it, else with workers, as always under torchrun or where one pass is made""")
-option("--image_cache", default="off", metavar="off|DIR", help="""
+    device: decoded images stay in the memory of the device; workers: worker processes read them in
+    each pass; auto: device if they fill at most a third of it, but workers under torchrun and where
+    one pass is made""")
+option("--image_cache", type=path, default="off", metavar="off|DIR", help="""
     keep the decoded and cropped images in a file in this folder, 0.15 MB each at 224 pixels; later
-    passes and runs read them from there, bit for bit the same""")
-option("--cache", dest="image_cache", metavar="DIR", default="off", help="""
+    passes and runs read the same pixels from there""")
+option("--cache", dest="image_cache", type=path, metavar="DIR", default="off", help="""
     folder of the image cache: 0.15 MB an image at 224 pixels""")
-option("--list_items", metavar="DIR", help="""
-    list the distinct training images and captions there, for a model of another kind that is to
-    judge them (--judge_features)""")
+option("--list_items", type=path, metavar="DIR", help="""
+    list the distinct training images and captions there, for a judge that is another kind of model
+    (--judge_features)""")
 
-option("--vision_model", of="cache", default="ViT-B/32", metavar="NAME|PATH", help="""
+option("--vision_model", of="cache", type=path, default="ViT-B/32", metavar="NAME|PATH", help="""
     model whose resolution the images are cut to""")
-option("--vision_model", metavar="NAME|PATH", help="""
+option("--vision_model", type=path, metavar="NAME|PATH", help="""
     initial model: one of OpenAI's (ViT-B/32, ViT-B/16, ViT-L/14, ViT-L/14@336px, RN50, RN101,
     RN50x4, RN50x16, RN50x64), tiny (random weights), a checkpoint file, or a folder of open_clip or
-    Hugging Face; without it ViT-B/32, or what --resume holds""")
-option("--resume", metavar="CKPT", help="""
-    checkpoint to start from; in training, a state of the same script is continued where it stopped,
-    and auto is the newest intact one of this experiment, if there is any""")
-option("--resume", of="interpolate", required=True, metavar="CKPT", help="the trained model")
-option("--resume", of="export", required=True, metavar="CKPT", help="checkpoint to export")
-option("--initial", required=True, metavar="NAME|PATH", help="""
-    the model that it started from, as for --vision_model in training""")
+    Hugging Face; default: the model in --resume, else ViT-B/32""")
+option("--resume", type=path, metavar="CKPT|auto", help="""
+    checkpoint to start from; training continues a state of the same script where it stopped; auto:
+    the newest intact checkpoint of this experiment, if there is one""")
+option("--resume", of="interpolate", type=path, required=True, metavar="CKPT", help="""
+    the trained model""")
+option("--resume", of="export", type=path, required=True, metavar="CKPT", help="""
+    checkpoint to export""")
+option("--initial", type=path, required=True, metavar="NAME|PATH", help="""
+    the model that --resume was trained from, as for --vision_model in training""")
 option("--activation", choices=("quick_gelu", "gelu"), help="""
-    of the model's transformers, where a file holds nothing but weights; OpenAI's, MetaCLIP's and
-    DFN's models have quick_gelu, LAION's and DataComp's gelu; without it quick_gelu, and the log
-    says so""")
-option("--device", type=device, help="cpu or cuda; without it cuda where there is one")
+    activation of the transformers, for files that hold nothing but weights: quick_gelu for OpenAI,
+    MetaCLIP and DFN, gelu for LAION and DataComp; default: quick_gelu, and the log says so""")
+option("--device", type=device, help="cpu, cuda or cuda:N; default: cuda where there is one")
 option("--precision", choices=PRECISIONS, help="""
     fp32; amp_bf16 or amp_fp16: half-precision arithmetic on fp32 weights; fp16: weights and
-    optimiser state in half, as the released script runs on a GPU. Without it amp_bf16 on cuda, fp32
+    optimiser state in half, as the released script runs on a GPU; default: amp_bf16 on cuda, fp32
     on cpu""")
 
 option("--recipe", choices=RECIPES, help="""
-    follow the paper; what the authors' released script does; or robust, training on what a better
-    judge finds clean (docs/fidelity.md)""")
-option("--weighting", choices=WEIGHTINGS, help=lambda: (  # of the table as it is by then
+    paper: as the paper says; released: as the authors' script does; robust: train on the pairs that
+    a better judge finds clean (docs/fidelity.md)""")
+option("--weighting", choices=WEIGHTINGS, help=lambda: (  # a script may have added its own by then
     "weight of a pair's loss: "
     + "; ".join(f"{name}: {w.help}" for name, w in WEIGHTINGS.items())
-    + "; without it npc, or none for --recipe robust"))
+    + "; default: npc, or none for --recipe robust"))
 option("--memory", choices=("nearest", "random"), default="nearest", help="""
     memory entries of a batch: the clean pairs nearest to its images and captions, as in the paper,
-    or clean pairs by chance""")
-option("--memory_loss_weight", type=natural_float, help="""
-    factor of the loss on the memory entries; 0 turns it off; without it 1, or 0 for --recipe
+    or random clean pairs""")
+option("--memory_loss_weight", type=natural_float, metavar="X", help="""
+    factor of the loss on the memory entries; 0: no such loss; default: 1, or 0 for --recipe
     robust""")
 option("--train_on", choices=("all", "clean"), help="""
-    draw the batches from all pairs or from the strict clean set alone, whose epochs are shorter;
-    without it all, or clean for --recipe robust""")
-option("--clean_threshold", type=probability, help=f"""
+    draw the batches from all pairs, or from the strict clean set alone (shorter epochs); default:
+    all, or clean for --recipe robust""")
+option("--clean_threshold", type=probability, metavar="P", help=f"""
     posterior above which a pair is in the strict clean set; raise it when precision is low, lower
-    it when the set is small; without it {PAPER_CLEAN_THRESHOLD} with the paper's judge,
+    it when the set is small; default: {PAPER_CLEAN_THRESHOLD} with the paper's judge,
     {CLEAN_THRESHOLD} with others""")
-option("--min_clean", type=probability, default=0.02, help="""
-    smallest share of pairs in the strict clean set: when fewer pass the threshold, it is made of
-    the least suspicious pairs instead""")
+option("--min_clean", type=probability, default=0.02, metavar="P", help="""
+    smallest share of pairs in the strict clean set; when fewer pass the threshold, the set is this
+    share of the pairs, the least suspicious""")
 
 option("--judge_rounds", type=natural_int, metavar="N", help="""
-    times that the judge learns from the pairs which it finds clean, then judges again; 0: the
-    initial model judges; without it 0, or 2 for --recipe robust""")
+    times that the judge trains on the pairs which it finds clean, then judges again; 0: the initial
+    model judges; default: 0, or 2 for --recipe robust""")
 option("--judge_steps", type=positive_int, default=32, metavar="K", help="""
     optimiser steps of a round; many more overfit""")
 option("--judge_neighbours", type=natural_int, metavar="K", help=f"""
     before the first round a pair must also agree with the K nearest neighbours of its image and
-    caption; 0: not; without it {NEIGHBOURS} with rounds or for --recipe robust, else 0, the
+    caption; 0: no such test; default: {NEIGHBOURS} with rounds or for --recipe robust, else 0, the
     paper's""")
 option("--search_among", type=at_least_two, metavar="N", help="""
-    look for these neighbours, and find_noise.py for its best captions and clean pairs, among N
-    random items, so that the time grows with the number of pairs rather than its square: 16384 for
-    a million pairs on a CPU; fewer find a little less; without it among all""")
+    search neighbours, and find_noise.py its best captions and clean pairs, among N random items:
+    the time then grows with the number of pairs, not with its square. 16384 suits a million pairs
+    on a CPU; fewer find a little less; default: all items""")
 option("--judge_lr", type=natural_float, metavar="LR", help="""
-    learning rate of the rounds; without it that from 1e-6 to 1e-3 which works best on images held
+    learning rate of the rounds; default: that from 1e-6 to 1e-3 which works best on images held
     out""")
-option("--judge", metavar="NAME|PATH", help="""
-    another model that judges, as for --vision_model; without it the initial model""")
-option("--judge_features", metavar="PATH", help="""
+option("--judge", type=path, metavar="NAME|PATH", help="""
+    model that judges, as for --vision_model; default: the initial model""")
+option("--judge_features", type=path, metavar="PATH", help="""
     judge by the features of a model of any kind, in this .npz file or folder
-    (docs/finding_noise.md); no model is asked and there are no rounds then""")
+    (docs/finding_noise.md), without rounds""")
 
 option("--score", choices=SCORES, default="judge", help="""
-    what makes a pair suspicious: what the judge says; a high loss among the pairs of its batch; a
-    low cosine; a low mean weight in an NPC run (--weights)""")
-option("--weights", metavar="FILE", help="""
+    what makes a pair suspicious: the judge's score; a high loss among the pairs of its batch; a low
+    cosine; npc: a low mean weight in an NPC run (--weights)""")
+option("--weights", type=path, metavar="FILE", help="""
     weights.npz of an NPC run on the same captions, for --score npc""")
-option("--labels", metavar="FILE", help="""
-    decisions.csv of the HTML page, or suspicious_pairs.csv with its column decision filled in: says
-    how many pairs are wrong and how right each --keep_above is, and overrules what was computed""")
-option("--wanted_precision", type=probability, default=0.95, help="""
-    with --labels: share of right pairs among those kept, for which a --keep_above is proposed""")
-option("--worst", type=positive_int, default=200, help="""
+option("--labels", type=path, metavar="FILE", help="""
+    decisions.csv of the HTML page, or suspicious_pairs.csv with its column decision filled in:
+    prints how many pairs are wrong and how right each --keep_above is; a label overrules what was
+    computed""")
+option("--wanted_precision", type=probability, default=0.95, metavar="P", help="""
+    with --labels: share of right pairs among the kept ones, for which a --keep_above is
+    proposed""")
+option("--worst", type=positive_int, default=200, metavar="N", help="""
     pairs on the HTML page; the CSV file holds all""")
-option("--write_clean", metavar="DIR", help="""
-    also make a data set in this new folder, without the pairs that are probably wrong, whatever
-    --score is, and with the same images, dev and test split""")
-option("--keep_above", type=probability, default=0.5, help="""
+option("--write_clean", type=path, metavar="DIR", help="""
+    also write a data set without the pairs that are probably wrong, whatever --score is, to this
+    new folder; images, dev and test split stay the same""")
+option("--keep_above", type=probability, default=0.5, metavar="P", help="""
     smallest posterior of being clean that --write_clean keeps; raise it for fewer and cleaner
     pairs""")
 
 option("query", help="a text, which finds images, or an image file, which finds captions")
 option("--split", choices=(*SPLITS, "all"), help="""
-    split of the data set that is searched; without it all for --dataset pairs, else test""")
-option("--top", type=positive_int, default=10, help="results to show and draw")
+    split of the data set that is searched; default: all for --dataset pairs, else test""")
+option("--top", type=positive_int, default=10, metavar="N", help="results to print and draw")
 
-option("--epochs", type=positive_int, default=10, help="""
+option("--epochs", type=positive_int, default=10, metavar="N", help="""
     passes over the pairs that are trained on; fewer where dev scores fall again at the end""")
 option("--lr", type=natural_float, help="""
-    peak learning rate; without it 1e-5, which suits CLIP at any number of pairs, or for --precision
+    peak learning rate; default: 1e-5, which suits CLIP at any number of pairs, or for --precision
     fp16 the authors' 2e-7 (NPC) and 5e-7 (CLIP), which are too small elsewhere
     (docs/precision.md)""")
-option("--warmup", type=natural_int, help="""
-    optimiser steps of linear warm-up; without it 500, but at most a tenth of all steps unless
-    --recipe released""")
+option("--warmup", type=natural_int, metavar="STEPS", help="""
+    optimiser steps of linear warm-up; default: a tenth of all steps, at most 500 (--recipe
+    released: 500)""")
 option("--beta1", type=probability, help="""
     AdamW's decay of the mean gradient; CLIP's, seldom changed""")
 option("--beta2", type=probability, help="""
     AdamW's decay of the squared gradient; CLIP's, seldom changed""")
 option("--eps", type=natural_float, help="""
-    AdamW's epsilon; with --precision fp16 it sets the step as much as --lr does, so that both
-    change together""")
-option("--weight_decay", type=natural_float, help="""
+    AdamW's epsilon; with --precision fp16 the size of a step depends on it as much as on --lr:
+    change both together""")
+option("--weight_decay", type=natural_float, metavar="X", help="""
     AdamW's decoupled weight decay, on all parameters; a step decays by this times the learning
     rate: at 1e-6 it hardly matters""")
 option("--freeze", choices=("none", "image", "text"), default="none", help="""
-    tower that keeps its weights, where there are few pairs or the other tower alone is new; the
-    temperature is trained in any case""")
-option("--accum_steps", type=positive_int, default=1, help="""
-    encode a batch in so many pieces and compute each again in the backward pass: less memory, the
-    same gradients, slower""")
+    tower that keeps its weights, where there are few pairs or only the other tower is new; the
+    temperature is always trained""")
+option("--accum_steps", type=positive_int, default=1, metavar="N", help="""
+    encode a batch in N pieces and recompute each in the backward pass: less memory, the same
+    gradients, slower""")
 option("--grad_checkpointing", action="store_true", help="""
-    keep only the input of each residual block and compute the rest again in the backward pass: less
+    keep only the input of each residual block and recompute the rest in the backward pass: less
     memory, the same gradients, slower""")
 option("--eager", action="store_true", help="""
-    launch each operation of a step by itself, for debugging; without it a step on a GPU, in
-    amp_bf16 or fp32, is captured as a CUDA graph for each of a few shapes and then replayed, which
-    takes half the time""")
+    launch each operation of a step by itself, for debugging; default: on a GPU, in amp_bf16 or
+    fp32, a step is captured as a CUDA graph for each of a few shapes and then replayed, which takes
+    half the time""")
 option("--compile", action="store_true", help="""
-    also have torch.compile fuse what surrounds attention in the towers: a step on a GPU takes a
-    fifth less, the first one half a minute more; it needs a C compiler""")
-option("--clip_grad", type=natural_float, default=10.0, help="""
-    largest norm of the gradient; 0 leaves it alone; lower it when grad_norm in the log has
-    spikes""")
+    have torch.compile fuse what surrounds attention in the towers: a step on one GPU takes a fifth
+    less time, the first one half a minute more; needs a C compiler""")
+option("--clip_grad", type=natural_float, default=10.0, metavar="X", help="""
+    largest norm of the gradient; 0: no clipping; lower it when grad_norm in the log has spikes""")
 
 option("--seed", type=seed, default=SEED, help="""
     seed of the noise, the bank, the order of the pairs and random weights; change it for another
-    repetition of all of it""")
-option("--batch_size", type=at_least_two, help="""
-    pairs in a step; every pair is contrasted with the others of its batch; for less memory rather
-    use --accum_steps; without it 256, or for fewer than 4096 pairs a sixteenth of them, at least
-    8""")
-option("--checkpoint_path", default="./logs", help="""
-    folder of all experiments; one on a disk with room""")
-option("--experiments", default="ex0", help="""
-    name of this experiment's folder in it; a new one for each run""")
-option("--name", help="name that is stored in the checkpoints, and shown by benchmarks/table.py")
-option("--display", type=positive_int, help="""
-    steps between two points in TensorBoard and lines of the log; default: points every 20 steps and
-    a line every ten seconds at most""")
+    repetition""")
+option("--batch_size", type=at_least_two, metavar="B", help="""
+    pairs in a step; every pair is contrasted with the others of its batch, so save memory by
+    --accum_steps instead; default: 256, or a sixteenth of fewer than 4096 pairs, at least 8""")
+option("--checkpoint_path", type=path, default="./logs", metavar="DIR", help="""
+    folder of all experiments, on a disk with room""")
+option("--experiments", type=path, default="ex0", metavar="NAME", help="""
+    name of this experiment's folder in --checkpoint_path; a new one for each run""")
+option("--name", help="""
+    name of the method, in checkpoints, options.json and the tables of benchmarks/table.py""")
+option("--wandb", metavar="PROJECT", help="""
+    also send TensorBoard's curves to this project of Weights & Biases (pip install wandb)""")
+option("--display", type=positive_int, metavar="STEPS", help="""
+    steps between two lines of the log and points in TensorBoard; default: points every 20 steps, a
+    line every ten seconds at most""")
 option("--save_every", type=natural_int, default=0, metavar="STEPS", help="""
-    save the training state every so many steps too, where an epoch is too long to lose; 0: at each
-    epoch's end alone""")
+    save the training state every so many steps too, where an epoch is too long to lose; 0: only at
+    the end of an epoch""")
 option("--keep_checkpoints", type=natural_int, default=2, metavar="K", help="""
     keep the last K checkpoints beside best.pt (each takes 20 bytes a parameter for NPC in fp32); 0:
     all epochs""")
 option("--overwrite", action="store_true", help="""
-    delete what an earlier run has left in that folder, once data and model are read; without it
-    such a folder is refused""")
+    delete an earlier run in this experiment's folder, once data and model are read; default: such a
+    folder is refused""")
 option("--force_resume", action="store_true", help="""
-    resume although options or data that make it another run changed, when you mean it""")
+    resume although changed options or data make it another run""")
 
 option("--eval", action="store_true", help="""
     score --resume (or the initial model) on the test split and stop""")
-option("--eval_batch_size", type=positive_int, help="""
+option("--eval_batch_size", type=positive_int, metavar="N", help="""
     images or captions that are encoded at a time outside training; changes speed and memory, never
-    a score; without it 64 on a CPU, 512 on a GPU""")
-option("--dev_length", type=positive_int, help="""
-    use only so many dev captions for choosing the best epoch, where scoring takes long; without it
-    all of them""")
+    a score; default: 64 on a CPU, 512 on a GPU""")
+option("--dev_length", type=positive_int, metavar="N", help="""
+    score an epoch on the first N dev captions, where scoring takes long; default: all of them""")
 
 option("--format", of="memorybank", choices=("npz", "released"), default="npz", help="""
     npz: ours, with the losses and posteriors; released: the authors' two pickled dictionaries""")
@@ -324,13 +367,13 @@ option("--format", of="export", choices=("transformers", "open_clip"), default="
        help="""
     transformers: for CLIPModel.from_pretrained, Vision Transformers only; open_clip: for
     create_model('local-dir:DIR')""")
-option("--out", of="find_noise", default="./logs/noise", metavar="DIR", help="""
+option("--out", of="find_noise", type=path, default="./logs/noise", metavar="DIR", help="""
     folder for suspicious_pairs.csv and suspicious_pairs.html""")
-option("--out", of="search", metavar="FILE", help="""
-    contact sheet of the results, a PNG; without it a new file in ./logs/search for each query""")
-option("--out", of="interpolate", metavar="FILE", help="""
-    checkpoint to write; without it interpolated.pt beside --resume""")
-option("--out", of="export", required=True, metavar="DIR", help="new folder to write")
+option("--out", of="search", type=path, metavar="FILE", help="""
+    contact sheet of the results, a PNG; default: a new file in ./logs/search""")
+option("--out", of="interpolate", type=path, metavar="FILE", help="""
+    checkpoint to write; default: interpolated.pt beside --resume""")
+option("--out", of="export", type=path, required=True, metavar="DIR", help="new folder to write")
 
 
 # ---- commands -----------------------------------------------------------------------------------
@@ -355,8 +398,8 @@ CLEAN = "clean_threshold min_clean"
 JUDGE = "judge_rounds judge_steps judge_neighbours search_among judge_lr judge judge_features"
 SAVERS = "accum_steps grad_checkpointing"
 TRAINING = {
-    "run": "experiments batch_size seed checkpoint_path name display save_every keep_checkpoints "
-           "overwrite force_resume",
+    "run": "experiments batch_size seed checkpoint_path name wandb display save_every "
+           "keep_checkpoints overwrite force_resume",
     "optimisation": f"epochs lr warmup {' '.join(ADAMW)} freeze {SAVERS} eager compile clip_grad",
     "evaluation": "eval eval_batch_size dev_length"}
 JUDGED = {"clip_grad": 10.0, **ADAMW}  # what trains the judge of other commands
@@ -430,13 +473,6 @@ def options_of_checkpoint(args):
             if name in args and name not in OF_THIS_COMMAND}
 
 
-def help_first(command, name):
-    """Answer `--help`, or no options at all, before the script called `name` imports what takes
-    seconds, if it is the one that runs."""
-    if name == "__main__" and ({"-h", "--help"} & {*sys.argv} or not sys.argv[1:]):
-        parse_args(command)
-
-
 def parser_of(command):
     """The `Parser` of a command."""
     description, groups, defaults = COMMANDS[command]
@@ -452,8 +488,8 @@ def parser_of(command):
 
 
 def fill_in(parser, command, args):
-    """Options that depend on others or on the machine, where they are not given."""
-    import torch
+    """Fill in the options that are not given and depend on others or on the machine; refuse those
+    that do not go together."""
 
     def given(name):
         return getattr(args, name, None)
@@ -489,20 +525,19 @@ def fill_in(parser, command, args):
     if "judge" in args and args.data_on == "auto" and command not in HALF_LR:
         args.data_on = "auto" if args.judge_rounds else "workers"  # which suits a single pass
 
-    if "precision" in args and args.device.type == "cuda" and "LOCAL_RANK" in os.environ:
-        args.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    if "precision" in args and args.device.type == "cuda":  # under torchrun each process has its own
+        args.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK") or args.device.index or 0))
     if given("resume") == "":
         parser.error("--resume '' names no checkpoint")
     if "precision" in args and args.device.type == "cuda":
-        if (args.device.index or 0) >= torch.cuda.device_count():
+        if args.device.index >= torch.cuda.device_count():
             parser.error(f"--device {args.device}: torch sees {torch.cuda.device_count()} CUDA "
                          "devices here; --device cpu works everywhere")
-    if given("compile"):
-        from utils.method.optimizer import replays
-
-        if not replays(args):
-            parser.error("--compile is for steps that are replayed: on a GPU, in amp_bf16 or fp32, "
-                         "without --eager")
+    if given("compile") and (launched() > 1 or not replays(args)):
+        parser.error("--compile is for steps that are replayed: on one GPU, without torchrun, in "
+                     "amp_bf16 or fp32, without --eager")
+    if given("wandb") and not find_spec("wandb"):
+        parser.error("--wandb needs a package that is not installed here: pip install wandb")
     if command == "cache" and (args.image_cache == "off") == (args.list_items is None):
         parser.error("give one of --cache DIR and --list_items DIR")
     if command == "find_noise" and (args.score == "npc") != (args.weights is not None):
@@ -519,7 +554,7 @@ def has_image_names(dataset_root):
 
 
 def number_of_pairs(dataset_root):
-    """Lines of train_caps.txt; without that file, of which reading the data will tell, plenty."""
+    """Lines of train_caps.txt; 10^6 where that file is missing, which reading the data reports."""
     path = split_folder(dataset_root) / "train_caps.txt"
     if not os.path.isfile(path):
         return 10**6

@@ -3,20 +3,21 @@
     python search.py --resume CKPT --dataset f30k --dataset_root PATH "a dog on a beach"
     python search.py --resume CKPT --dataset f30k --dataset_root PATH photo.jpg
 
-Prints the best matches with their cosine and writes a contact sheet of their images, each query's
-to a new file.
+Prints the best matches with their cosine and writes a contact sheet of their images.
 """
 
-from params import help_first
+import sys
+from pathlib import Path
 
-help_first("search", __name__)
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from utils.errors import InputError, command  # first: Ctrl-C ends in a line  # isort: skip
 
 import dataclasses
 import itertools
 import os
 import re
 import textwrap
-from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -26,7 +27,7 @@ from PIL import Image, ImageDraw, ImageFont
 import clip
 from data import all_pairs, retrieval_split, training_pairs
 from params import parse_args
-from utils.errors import InputError, command
+from utils.distributed import is_main
 from utils.files import atomic_write
 from utils.method.features import embed_pairs
 from utils.reading.images import Images
@@ -50,9 +51,9 @@ def main(argv=None):
     else:
         pairs = retrieval_split(args, args.split, preprocess, run.log)
 
-    # The query takes the place of what is not searched, so that all is encoded in one go
+    # The query replaces what is not searched, so that one call encodes both
     if by_image:
-        picture = [str(Path(args.query).resolve())]
+        picture = [str(Path(os.path.expanduser(args.query)).resolve())]
         asked = {"images": Images(args.dataset_root, picture, preprocess)}
     else:
         tokens, lengths = clip.tokenize_with_lengths([args.query], args.context_length)
@@ -65,6 +66,8 @@ def main(argv=None):
     query, gallery = (images, texts) if by_image else (texts, images)
     cosine = (gallery @ query[0]).cpu()
     best = cosine.argsort(descending=True, stable=True)[: args.top]
+    if not is_main():
+        return
 
     # A result is the first pair of the caption, or of the image, that was found
     first = np.unique(pairs.text_of if by_image else pairs.image_of, return_index=True)[1]
@@ -87,8 +90,8 @@ def main(argv=None):
 
 
 def new_name(query):
-    """Path of a picture that does not exist yet, named for its query."""
-    text = Path(query).stem if os.path.isfile(query) else query
+    """Path of a picture that does not exist yet, named after its query."""
+    text = Path(query).stem if is_image(query) else query
     stem = re.sub(r"\W+", "_", text)[:40].strip("_") or "query"
     names = itertools.chain([stem], (f"{stem}_{n}" for n in itertools.count(2)))
     paths = (Path("logs", "search", f"{name}.png") for name in names)
@@ -100,14 +103,14 @@ def is_image(query):
     name of one that does not exist."""
     if not query.strip():
         raise InputError("the query is empty; give a text or an image file")
-    exists = os.path.isfile(query)
+    exists = os.path.isfile(os.path.expanduser(query))
     if not exists and Path(query).suffix.lower() in Image.registered_extensions():
         raise InputError(f"the query {query} looks like an image file, but there is none")
     return exists
 
 
 def contact_sheet(title, tiles, words):
-    """PIL image of tiles, uint8 (3, TILE, TILE), in rows below a title, each above its words."""
+    """PIL image: a title, then rows of tiles, uint8 (3, TILE, TILE), each above its words."""
     columns = min(COLUMNS, len(tiles))
     rows = -(-len(tiles) // columns)
     width, height, top = TILE + GAP, TILE + LINES * LINE + GAP, 3 * GAP

@@ -9,17 +9,19 @@ Files are moved, never overwritten; a run that was stopped is simply run again.
     python dataset/MSCOCO_rename.py --root dataset/MSCOCO
 """
 
-import os
-import re
 import sys
 from pathlib import Path
 
-from tqdm import tqdm
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from utils.errors import InputError, command  # first: Ctrl-C ends in a line  # isort: skip
+
+import os
+import re
+
+from tqdm import tqdm
+
 from params import Parser
-from utils.errors import InputError, command
 from utils.reading.layout import few
 
 FOLDERS = ("images/train2014", "images/val2014", "train2014", "val2014", "images")

@@ -8,20 +8,22 @@ domain, with other colours and other words, is for fine-tuning it:
     python dataset/make_scenes.py --out scenes/target --domain target
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from utils.errors import InputError, command  # first: Ctrl-C ends in a line  # isort: skip
+
 import math
 import random
-import sys
 from functools import cache
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from params import Parser, positive_int
-from utils.errors import InputError, command
 from utils.reading.layout import split_folder, write_lines, write_split
 
 

@@ -13,16 +13,19 @@ become ROOT/images/ID.jpg, where ID is the file's name without extension or the 
 be stopped and run again; nothing is written before all images of the split are known.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from utils.errors import InputError, command  # first: Ctrl-C ends in a line  # isort: skip
+
 import itertools
 import os
 import random
 import re
-import sys
-from pathlib import Path
 
 from tqdm import tqdm
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataset.common import (
     JPEG,
@@ -39,7 +42,6 @@ from dataset.common import (
 from params import Parser, positive_int
 from utils.cleaning.captions import one_line
 from utils.cleaning.tables import IMAGES, Member, read_rows
-from utils.errors import InputError, command
 from utils.reading.layout import read_lines, read_text
 
 PLAIN_KEY = re.compile(r"[\w-]+", re.ASCII)

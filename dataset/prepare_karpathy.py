@@ -8,16 +8,18 @@ captions. MSCOCO's ids are COCO's own; Flickr30K's are line numbers of image_nam
     python dataset/prepare_karpathy.py --json dataset_flickr30k.json --root dataset/Flickr30K
 """
 
-import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from utils.errors import command  # first: Ctrl-C ends in a line  # isort: skip
+
+import json
+
 from dataset.common import SPLIT_OF, inner_name, new_split, print_sizes, write_splits
 from params import Parser
 from utils.cleaning.captions import one_line
-from utils.errors import command
 from utils.files import parsing
 from utils.reading.layout import SPLITS, few, image_names
 

@@ -14,19 +14,22 @@ on which images can be used. Rows that cannot be used are counted and listed in 
 The command can be stopped and run again; nothing is written before all images have been looked at.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from utils.errors import InputError, command  # first: Ctrl-C ends in a line  # isort: skip
+
 import csv
 import hashlib
 import os
 import random
 import shlex
-import sys
 import unicodedata
 from collections import defaultdict
-from pathlib import Path
 
 from tqdm import tqdm
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataset.common import (
     JPEG,
@@ -44,7 +47,6 @@ from params import Parser
 from utils.cleaning.captions import captions_in
 from utils.cleaning.source import Digest, Source, save_source
 from utils.cleaning.tables import Member, read_rows
-from utils.errors import InputError, command
 from utils.files import atomic_write
 from utils.reading.layout import SPLITS, write_lines
 

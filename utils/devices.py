@@ -36,7 +36,7 @@ class HostCopy:
             self.event.record()
 
     def get(self):
-        """The tensor, on the CPU."""
+        """The copy, a tensor on the CPU; waits until it is complete."""
         if self.event:
             self.event.synchronize()
         return self.host

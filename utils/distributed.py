@@ -1,10 +1,10 @@
 """Several processes under torchrun: each encodes its share, all of them see every feature.
 
-Item i of a step belongs to process i mod N. Features are gathered, every process computes the whole
-loss from them (its cost is nothing beside the towers'), and the gradient that reaches a process's
-own features is complete. The sum of the processes' gradients is then that of one process; only
-logit_scale, which every process sees whole, counts N times. Without torchrun N = 1 and nothing
-here does anything.
+Item i of a step belongs to process i mod N. Features are gathered, and every process computes the
+whole loss from them (which costs little beside the towers), so that the gradient of a process's own
+features is complete. The sum of the processes' gradients is then that of one process; only the
+gradient of logit_scale, which every process computes whole, counts N times. Without torchrun N = 1,
+and these functions do nothing.
 """
 
 import contextlib
@@ -13,6 +13,18 @@ import os
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+
+
+def launched():
+    """Number of processes that torchrun started, from its environment variables. Raises InputError
+    where WORLD_SIZE is set without the others."""
+    number = os.environ.get("WORLD_SIZE") or "1"
+    missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+               if not os.environ.get(name)]
+    if not number.isdecimal() or number != "1" and missing:
+        raise InputError(f"the environment has WORLD_SIZE={number}, but not torchrun's "
+                         f"{', '.join(missing)}; start with torchrun, or unset WORLD_SIZE")
+    return int(number)
 
 
 def world():
@@ -26,13 +38,13 @@ def rank():
 
 
 def is_main():
-    """Whether this process writes files and speaks."""
+    """Whether this process writes files and prints."""
     return rank() == 0
 
 
 def join_processes(device):
     """Join the other processes of torchrun, if there are any, each with its `device`."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+    if launched() > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
 
@@ -45,7 +57,7 @@ def leave_processes():
 
 @contextlib.contextmanager
 def main_first():
-    """The main process runs the block before the others: it makes the files that they read."""
+    """Run the block in the main process before the others: it makes the files that they read."""
     if not is_main():
         dist.barrier()
     yield
@@ -59,8 +71,8 @@ def num_own_below(k):
 
 
 def gather(features, start, end):
-    """Features (end - start, D) of the items start..end-1, of which this process gives its own in
-    order. A gradient flows into the own ones."""
+    """Features (end - start, D) of the items start..end-1. `features` are those of this process's
+    own items, in order; gradients flow back to them."""
     if world() == 1:
         return features
     longest = -(-(end - start) // world())
@@ -74,8 +86,8 @@ def gather(features, start, end):
 
 @torch.no_grad()
 def reduce_gradients(model):
-    """Replace the gradients of a model's parameters by their sum over the processes, that of
-    logit_scale, which is the same everywhere, by itself."""
+    """Replace the gradients of a model's parameters by their sum over the processes; the gradient
+    of logit_scale, the same in all processes, stays."""
     if world() == 1:
         return
     model.logit_scale.grad /= world()
@@ -89,7 +101,7 @@ def reduce_gradients(model):
 
 
 def from_main(value):
-    """What `value` (anything that can be pickled) is in the main process."""
+    """The main process's `value`, anything that can be pickled, in every process."""
     if world() == 1:
         return value
     values = [value]

@@ -1,4 +1,8 @@
-"""One net under every command: what a person can mend becomes a line, a bug of ours a traceback."""
+"""Errors that a user can fix end in one line and status 2; others keep their traceback.
+
+A script imports this module before all others: then Ctrl-C and a missing package end in one line
+during the script's imports, too.
+"""
 
 import errno
 import functools
@@ -6,6 +10,7 @@ import os
 import sys
 import threading
 import traceback
+from contextlib import suppress
 
 
 class InputError(Exception):
@@ -15,8 +20,8 @@ class InputError(Exception):
 
 
 def command(main):
-    """Decorate a script's `main`: whatever a person can mend ends it with one line `error: ...` on
-    stderr and status 2; NPC_DEBUG=1 shows the traceback too. Anything else keeps its traceback."""
+    """Decorate a script's `main`: an error that a user can fix ends it with one line `error: ...`
+    on stderr and status 2; NPC_DEBUG=1 shows the traceback, too. Other errors keep theirs."""
 
     @functools.wraps(main)
     def run(*args, **kwargs):
@@ -29,16 +34,8 @@ def command(main):
             return main(*args, **kwargs)
         except SystemExit as end:
             status, where = end.code, end.__traceback__
-        except KeyboardInterrupt as error:
-            print("interrupted", file=sys.stderr)
-            status, where = 130, error.__traceback__
-        except Exception as error:
-            line = explain(error)
-            if line is None or os.environ.get("NPC_DEBUG") == "1":
-                traceback.print_exc()
-            if line:
-                print(f"error: {line}", file=sys.stderr)
-            status, where = 2 if line else 1, error.__traceback__
+        except (KeyboardInterrupt, Exception) as error:
+            status, where = tell(error), error.__traceback__
         # End the data loaders now: the interpreter's end would kill their workers, with tracebacks
         traceback.clear_frames(where)
         sys.exit(status)
@@ -46,14 +43,38 @@ def command(main):
     return run
 
 
+def tell(error):
+    """Print what ended a command, a line or a traceback, to stderr; returns the exit status."""
+    if isinstance(error, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+        return 130
+    if isinstance(error, BrokenPipeError):
+        with suppress(OSError):  # stderr may be the same pipe
+            print("stopped: the program that read this output has ended", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is still in stdout's buffer
+        return 1
+    line = explain(error)
+    if line is None or os.environ.get("NPC_DEBUG") == "1":
+        traceback.print_exception(error)
+    if line:
+        print(f"error: {line}", file=sys.stderr)
+    return 2 if line else 1
+
+
+sys.excepthook = lambda kind, error, trace: sys.exit(tell(error))
+
+
 def explain(error):
-    """The line for people that an exception deserves, None where a traceback says more: whatever is
-    neither bad input, nor the system's refusal, nor a lack of memory may be a mistake in the code,
-    ours or that of whoever changes it. Readers of files wrap what these provoke (utils.files)."""
+    """The line for the user of an error; None for what may be a mistake in the code, of which a
+    traceback says more. Readers of files raise InputError themselves (utils.files.parsing)."""
     if getattr(error, "for_people", False):
         # a DataLoader worker wraps the error in its own traceback: the last line is ours
         return str(error).strip().splitlines()[-1].split("InputError: ", 1)[-1]
     said = " ".join(str(error).split())[:300]
+    if isinstance(error, ModuleNotFoundError):
+        file, line, *_ = traceback.extract_tb(error.__traceback__)[-1]
+        return (f"{said}, which {file}, line {line}, needs; pip install -r requirements.txt, or "
+                "activate the environment that has it (make: . .venv/bin/activate)")
     if isinstance(error, OSError):
         file = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else ""
         return f"{file}: {error.strerror or said}".removeprefix(": ") + _advice(error)
@@ -73,7 +94,7 @@ def _advice(error):
 
 
 def _thread_died(hook):
-    """What ends a thread of a library (TensorBoard's writer on a full disk) ends the next call into
-    it too, which reports it."""
+    """An error that ends a library's thread (TensorBoard's writer on a full disk) also ends the
+    next call into it, which reports it: silent here, unless it may be a mistake in the code."""
     if explain(hook.exc_value) is None:
         threading.__excepthook__(hook)

@@ -1,7 +1,7 @@
-"""Files and folders that are whole or absent, are read with one line about what is wrong with them,
-and belong to one process at a time."""
+"""Files and folders: written whole or not at all, parsed with a one-line error, locked."""
 
 import contextlib
+import fcntl
 import os
 import secrets
 import shutil
@@ -9,18 +9,13 @@ from pathlib import Path
 
 from utils.errors import InputError
 
-try:
-    import fcntl
-except ImportError:  # Windows: nothing is locked there
-    fcntl = None
-
-UNFINISHED = ".unfinished"  # how the names of files and folders end until they are whole
+UNFINISHED = ".unfinished"  # end of the names of files and folders until they are whole
 
 
 @contextlib.contextmanager
 def parsing(path, what, advice):
-    """Whatever parsing the file `path` provokes in the block becomes an InputError: "{path} is not
-    {what} (reason); {advice}". A pipe or device, which could block for ever, is not opened."""
+    """Turn any error in the block, which parses the file `path`, into an InputError: "{path} is not
+    {what} (reason); {advice}". Raise one before the block unless `path` is a regular file."""
     require_regular(path, advice)
     try:
         yield
@@ -34,7 +29,7 @@ def parsing(path, what, advice):
 
 
 def require_regular(path, advice):
-    """Raise InputError unless `path` is a file proper: not absent, a folder, a pipe or a device."""
+    """Raise InputError unless `path` is a regular file; a pipe or device could block for ever."""
     if not os.path.isfile(path):
         why = "is not a regular file" if os.path.exists(path) else "does not exist"
         raise InputError(f"{path} {why}; {advice}")
@@ -42,12 +37,12 @@ def require_regular(path, advice):
 
 @contextlib.contextmanager
 def atomic_write(path, mode="w", replace=True):
-    """Open `path` for writing beside itself; it takes its name only once it is whole and on disk.
+    """Open a file beside `path` for writing; it is renamed to `path` once it is whole and on disk.
 
     Use as `with atomic_write(path) as f: f.write(...)`; text is UTF-8 with "\\n" line ends, `mode`
-    "wb" gives bytes. Without `replace` a file that another run has put there meanwhile stays, and
-    this one is dropped. Missing folders are made. Raises InputError when the place is not writable
-    or the disk is full; whatever was at `path` before is then untouched.
+    "wb" is for bytes. Without `replace` a file that another run has written to `path` meanwhile
+    stays. Missing folders are made. Raises InputError when `path` is not writable or the disk is
+    full; an earlier file at `path` is then untouched.
     """
     path = Path(path)
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
@@ -64,36 +59,35 @@ def atomic_write(path, mode="w", replace=True):
         raise InputError(f"cannot write {path}: {error.strerror or error}; choose a folder that "
                          "you may write to and that has room") from error
     finally:
-        with contextlib.suppress(OSError):  # mostly it has its new name
+        with contextlib.suppress(OSError):  # renamed, unless something failed
             os.unlink(temporary)
 
 
 def lock(path, what):
-    """The open lock file `path` of `what`, which this process alone, not its workers, holds until
-    it is closed or the process ends, however it ends. Raises InputError when another process has
-    it. Systems without such locks let everyone in."""
+    """The open lock file `path` of `what`. This process, not its workers, holds the lock until the
+    file is closed or the process ends. Raises InputError when another process holds it. File
+    systems without locks let everyone in."""
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         held = open(path, "a")
     except OSError as error:
         raise InputError(f"cannot write {what}: {error.strerror}; choose a folder that you may "
                          "write to") from error
-    with contextlib.suppress(OSError):  # of file systems without locks
-        try:
-            if fcntl:  # filelock's are inherited by workers before its version 3.30
-                fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            held.close()
-            raise InputError(f"{what} is being written by another process; wait for it, or choose "
-                             "another name") from None
+    try:
+        fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        held.close()
+        raise InputError(f"{what} is being written by another process; wait for it, or choose "
+                         "another name") from None
+    except OSError:
+        pass  # a file system without locks
     return held
 
 
 @contextlib.contextmanager
 def new_folder(option, target):
-    """Build a folder beside `target`, which the block is given; it takes its name once the block is
-    through. Raises InputError, which names `option`, when there is something at `target` already or
-    another process is about to make it."""
+    """Give the block a new folder beside `target`, which is renamed to `target` after the block.
+    Raises InputError, which names `option`, when `target` exists or another process makes it."""
     target = Path(target)
     require_new(option, target)
     beside = target.with_name(f".{target.name}{UNFINISHED}")

@@ -30,6 +30,14 @@ def split_folder(root):
     return Path(root) / "annotations" / "scan_split"
 
 
+def require_dataset(root):
+    """Raise InputError unless the folder `root` has the parts of a data set."""
+    for folder in (split_folder(root), Path(root) / "images"):
+        if not folder.is_dir():
+            raise InputError(f"{folder} does not exist or is no folder; --dataset_root must be a "
+                             "folder with annotations/scan_split/ and images/ (dataset/README.md)")
+
+
 def read_text(path, advice):
     """Text of a UTF-8 file. Raises InputError when it is absent (with `advice`) or not UTF-8."""
     with parsing(path, "a text file", advice):

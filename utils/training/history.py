@@ -51,6 +51,8 @@ class History:
     def open(self, done):
         """Begin to write, after `done` steps in all."""
         if is_main():
+            if self.run.args.wandb:
+                _start_wandb(self.run)
             from torch.utils.tensorboard import SummaryWriter  # seconds to import
 
             self.writer = SummaryWriter(self.run.folder, purge_step=done + 1 if done else None)
@@ -202,6 +204,19 @@ def summary(scores):
 def duration(seconds):
     """Seconds as h:mm:ss."""
     return str(datetime.timedelta(seconds=round(seconds)))
+
+
+def _start_wandb(run):
+    """Start a run of Weights & Biases in the project `--wandb`, which copies the curves of
+    TensorBoard. Raises InputError where wandb refuses, for instance without a login."""
+    import wandb  # optional
+
+    try:
+        wandb.init(project=run.args.wandb, name=run.folder.name, dir=run.folder,
+                   config=run.options(), sync_tensorboard=True)
+    except wandb.Error as error:
+        raise InputError(f"--wandb {run.args.wandb}: {' '.join(str(error).split())} "
+                         "(WANDB_MODE=offline works without a login)") from error
 
 
 # ---- weights.npz --------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from utils.devices import use_device
 from utils.errors import InputError
 from utils.files import atomic_write, lock
 from utils.method.recipes import RECIPES
+from utils.reading.layout import require_dataset
 from utils.scoring.retrieval import KS, evaluate_test
 from utils.training import checkpoints
 from utils.training.precision import Precision
@@ -31,6 +32,7 @@ class Run:
     """
 
     def __init__(self, args, folder=False):
+        require_dataset(args.dataset_root)  # before a model is fetched
         self.args, self.device, self.found = args, args.device, {}
         use_device(args)
         distributed.join_processes(args.device)
