@@ -149,8 +149,9 @@ option("--vision_model", of="cache", default="ViT-B/32", metavar="NAME|PATH", he
     model whose resolution the images are cut to""")
 option("--vision_model", metavar="NAME|PATH", help="""
     initial model: one of OpenAI's (ViT-B/32, ViT-B/16, ViT-L/14, ViT-L/14@336px, RN50, RN101,
-    RN50x4, RN50x16, RN50x64), tiny (random weights), a checkpoint file, or a folder of open_clip or
-    Hugging Face; without it ViT-B/32, or what --resume holds""")
+    RN50x4, RN50x16, RN50x64), tiny (random weights), a checkpoint file, a folder of open_clip or
+    transformers, or a model of either on the Hugging Face hub (hf-hub:ORG/NAME, or ORG/NAME where
+    that is no path); default: ViT-B/32, or the model in --resume""")
 option("--resume", metavar="CKPT", help="""
     checkpoint to start from; in training, a state of the same script is continued where it stopped,
     and auto is the newest intact one of this experiment, if there is any""")
@@ -315,10 +316,6 @@ option("--dev_length", type=positive_int, help="""
 
 option("--format", of="memorybank", choices=("npz", "released"), default="npz", help="""
     npz: ours, with the losses and posteriors; released: the authors' two pickled dictionaries""")
-option("--format", of="export", choices=("transformers", "open_clip"), default="transformers",
-       help="""
-    transformers: for CLIPModel.from_pretrained, Vision Transformers only; open_clip: for
-    create_model('local-dir:DIR')""")
 option("--out", of="find_noise", default="./logs/noise", metavar="DIR", help="""
     folder for suspicious_pairs.csv and suspicious_pairs.html""")
 option("--out", of="search", metavar="FILE", help="""
@@ -388,8 +385,7 @@ COMMANDS = {  # name: what it does, its options by group, defaults of its own
                     {"data": DATA, "model": "resume initial activation device precision out",
                      "run": "seed", "evaluation": "eval_batch_size dev_length"},
                     {"recipe": "paper", "vision_model": None}),
-    "export": ("Write a checkpoint for transformers or open_clip.",
-               {"model": "resume activation format out"}, {}),
+    "export": ("Write a checkpoint for transformers.", {"model": "resume activation out"}, {}),
 }
 
 
