@@ -1,13 +1,20 @@
-"""Write a checkpoint as a folder that transformers or open_clip loads.
+"""Write a checkpoint as a folder for transformers.
 
     python export_hf.py --resume logs/ex0/best.pt --out logs/ex0/hf
-    python export_hf.py --resume logs/ex0/best.pt --out logs/ex0/open_clip --format open_clip
 
-then in Python CLIPModel and CLIPProcessor.from_pretrained("logs/ex0/hf"), Vision Transformers only,
-or open_clip.create_model_and_transforms and get_tokenizer("local-dir:logs/ex0/open_clip").
-transformers does two things otherwise than we: it leaves curly quotes, HTML entities and broken
-Unicode as they are (html.unescape and ftfy.fix_text mend them), and converts an image to RGB before
-it resizes it, which matters where there is transparency.
+CLIPModel and CLIPProcessor.from_pretrained("logs/ex0/hf") load it. transformers has Vision
+Transformers only. Its preprocessing differs from CLIP's in four points:
+
+- It converts an image to RGB before the resize; CLIP does after it. Only transparent and palette
+  images differ.
+- Its resize of a uint8 tensor rounds differently from Pillow's: some values differ by 1 of 255.
+- Its centre crop rounds an odd margin down; CLIP rounds half a pixel to the even number. The crops
+  are one pixel apart where the resized image is 3, 7, 11, ... pixels longer than the crop.
+- It keeps HTML entities and broken Unicode in captions; html.unescape and ftfy.fix_text repair
+  them.
+
+open_clip needs no export: create_model_and_transforms("ViT-B-32-quickgelu",
+pretrained="logs/ex0/best.pt") loads a checkpoint of this project, ResNets too.
 """
 
 import sys
@@ -26,13 +33,13 @@ from utils.files import new_folder
 def main(argv=None):
     args = parse_args("export", argv)
     model, _ = clip.load(args.resume, device="cpu", activation=args.activation)
-    save = {"transformers": clip.save_hf, "open_clip": clip.save_open_clip}[args.format]
     with new_folder("--out", args.out) as folder:
         try:
-            save(model, folder)
+            clip.save_hf(model, folder)
         except ValueError as error:  # a ResNet
-            raise InputError(f"{args.resume}: {error}; use --format open_clip") from error
-    print(f"wrote {args.out}: {clip.describe(model.config)}, for {args.format}")
+            raise InputError(f"{args.resume}: {error}; open_clip loads the checkpoint as it "
+                             "is") from error
+    print(f"wrote {args.out}: {clip.describe(model.config)}, for transformers")
 
 
 if __name__ == "__main__":

@@ -194,8 +194,9 @@ option("--vision_model", of="cache", type=path, default="ViT-B/32", metavar="NAM
     model whose resolution the images are cut to""")
 option("--vision_model", type=path, metavar="NAME|PATH", help="""
     initial model: one of OpenAI's (ViT-B/32, ViT-B/16, ViT-L/14, ViT-L/14@336px, RN50, RN101,
-    RN50x4, RN50x16, RN50x64), tiny (random weights), a checkpoint file, or a folder of open_clip or
-    Hugging Face; default: the model in --resume, else ViT-B/32""")
+    RN50x4, RN50x16, RN50x64), tiny (random weights), a checkpoint file, a folder of open_clip or
+    transformers, or a model of either on the Hugging Face hub (hf-hub:ORG/NAME, or ORG/NAME where
+    that is no path); default: ViT-B/32, or the model in --resume""")
 option("--resume", type=path, metavar="CKPT|auto", help="""
     checkpoint to start from; training continues a state of the same script where it stopped; auto:
     the newest intact checkpoint of this experiment, if there is one""")
@@ -363,10 +364,6 @@ option("--dev_length", type=positive_int, metavar="N", help="""
 
 option("--format", of="memorybank", choices=("npz", "released"), default="npz", help="""
     npz: ours, with the losses and posteriors; released: the authors' two pickled dictionaries""")
-option("--format", of="export", choices=("transformers", "open_clip"), default="transformers",
-       help="""
-    transformers: for CLIPModel.from_pretrained, Vision Transformers only; open_clip: for
-    create_model('local-dir:DIR')""")
 option("--out", of="find_noise", type=path, default="./logs/noise", metavar="DIR", help="""
     folder for suspicious_pairs.csv and suspicious_pairs.html""")
 option("--out", of="search", type=path, metavar="FILE", help="""
@@ -436,8 +433,7 @@ COMMANDS = {  # name: what it does, its options by group, defaults of its own
                     {"data": DATA, "model": "resume initial activation device precision out",
                      "run": "seed", "evaluation": "eval_batch_size dev_length"},
                     {"recipe": "paper", "vision_model": None}),
-    "export": ("Write a checkpoint for transformers or open_clip.",
-               {"model": "resume activation format out"}, {}),
+    "export": ("Write a checkpoint for transformers.", {"model": "resume activation out"}, {}),
 }
 
 
@@ -525,8 +521,9 @@ def fill_in(parser, command, args):
     if "judge" in args and args.data_on == "auto" and command not in HALF_LR:
         args.data_on = "auto" if args.judge_rounds else "workers"  # which suits a single pass
 
-    if "precision" in args and args.device.type == "cuda":  # under torchrun each process has its own
-        args.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK") or args.device.index or 0))
+    if "precision" in args and args.device.type == "cuda":
+        index = os.environ.get("LOCAL_RANK") or args.device.index or 0  # torchrun: one per process
+        args.device = torch.device("cuda", int(index))
     if given("resume") == "":
         parser.error("--resume '' names no checkpoint")
     if "precision" in args and args.device.type == "cuda":

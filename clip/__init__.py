@@ -1,15 +1,8 @@
 """CLIP (Radford et al., 2021): the model, its tokenizer, its preprocessing and its weights."""
 
 # ruff: noqa: F401
-from .formats import (
-    CheckpointError,
-    from_hf,
-    read_checkpoint,
-    save_hf,
-    save_open_clip,
-    state_dict_of,
-    to_hf,
-)
+from .folders import read_checkpoint, save_hf
+from .formats import CheckpointError
 from .model import CLIP, convert_weights_to_fp16, infer_config
 from .preprocess import Preprocess, normalize
 from .tokenizer import SimpleTokenizer, tokenize, tokenize_with_lengths

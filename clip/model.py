@@ -428,6 +428,8 @@ def infer_config(state_dict, settings):
         "vision_heads": _divides(config["vision_heads"], vision_width),
         "transformer_heads": _divides(config["transformer_heads"], width),
         "image_resolution": isinstance(resolution, int) and resolution // stride == side,
+        "image_mean": _three_numbers(config["image_mean"], -math.inf),
+        "image_std": _three_numbers(config["image_std"], 0),
         "image_resize": str(config["image_resize"]) in RESIZES,
     }
     for key, good in fits.items():
@@ -436,6 +438,11 @@ def infer_config(state_dict, settings):
                 f"{key} {config[key]} is unknown here, or does not go with the weights"
             )
     return config
+
+
+def _three_numbers(values, low):
+    """Whether `values` are three numbers above `low`."""
+    return len(values) == 3 and all(isinstance(x, int | float) and x > low for x in values)
 
 
 def _divides(heads, width):

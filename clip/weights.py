@@ -1,4 +1,4 @@
-"""CLIP models by name or from a file: architectures, downloads, loading."""
+"""CLIP models by name or from a file or folder: architectures, downloads, loading."""
 
 import hashlib
 import re
@@ -6,8 +6,9 @@ from pathlib import Path
 
 import torch
 
-from .formats import CheckpointError, read_checkpoint, settings_of, state_dict_of
-from .model import CLIP, complete_config, infer_config
+from .folders import download, read_checkpoint
+from .formats import CheckpointError, state_dict_of
+from .model import CLIP, SETTINGS, complete_config, infer_config
 from .preprocess import Preprocess
 
 URL = "https://openaipublic.azureedge.net/clip/models/{sha256}/{file}"
@@ -24,6 +25,8 @@ SHA256 = {
 }
 PRETRAINED = Path(__file__).resolve().parents[1] / "pre-trained_models"
 CACHE = Path("~/.cache/clip").expanduser()
+ON_THE_HUB = re.compile(r"(hf-hub:)?([\w.-]+)/[\w.-]+")
+FILES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")  # suffixes that no model of the hub has
 
 
 def _config(embed, resolution, vision_layers, vision_width, patch, width, layers=12, context=77):
@@ -41,7 +44,7 @@ CONFIGS = {
     "ViT-B/16": _config(512, 224, 12, 768, 16, 512),
     "ViT-L/14": _config(768, 224, 24, 1024, 14, 768),
     "ViT-L/14@336px": _config(768, 336, 24, 1024, 14, 768),
-    "tiny": _config(64, 32, 2, 128, 8, 64, layers=2),  # ours, for tests: never has trained weights
+    "tiny": _config(64, 32, 2, 128, 8, 64, layers=2),  # ours, for tests; random weights
 }
 
 
@@ -51,12 +54,12 @@ def available_models():
 
 
 def describe(config):
-    """A config in words: the model's name if it has one, else its numbers, without those that are
-    as in OpenAI's models of this size."""
+    """A config in words: the model's name if it has one, otherwise its settings, without those that
+    OpenAI's models of this size share."""
     for name, known in CONFIGS.items():
         if config == known:
             return name
-    size = dict(list(config.items())[:9])  # what has no usual value
+    size = dict(list(config.items())[:9])  # settings without a default
     usual = complete_config(**size)
     numbers = (f"{key} {value}" for key, value in config.items()
                if key in size or value != usual[key])
@@ -64,8 +67,8 @@ def describe(config):
 
 
 def architecture(name_or_path, activation=None):
-    """The `config` of the model that `load` would give, without its weights for a known name.
-    Raises CheckpointError."""
+    """The `config` of the model that `load` would return; for a name of OpenAI's, without reading
+    its weights. Raises CheckpointError."""
     if name_or_path in CONFIGS:
         return CONFIGS[name_or_path]
     return _understand(_read(name_or_path), name_or_path, activation)[1]
@@ -74,12 +77,17 @@ def architecture(name_or_path, activation=None):
 def load(name_or_path, device=None, jit=False, download_root=None, activation=None, log=print):
     """A model and the preprocessing that belongs to it: (CLIP, Preprocess).
 
-    `name_or_path` is one of available_models(); "tiny", a small architecture with random weights
-    (from torch's global generator) for tests; or a file or folder that read_checkpoint knows.  The
-    model is in float32, in evaluation mode, on `device` (default: "cuda" if available, else "cpu").
-    A name is looked up in `download_root` (if given), pre-trained_models/ and ~/.cache/clip, and
-    otherwise downloaded to the first or last of these.  activation, log: as for `build`.  Raises
-    CheckpointError; ValueError for jit=True, which would run code from the file.
+    `name_or_path` is one of
+
+    - available_models(): looked up in `download_root` (if given), pre-trained_models/ and
+      ~/.cache/clip, and otherwise downloaded to the first or last of these;
+    - "tiny": a small architecture for tests with random weights from torch's global generator;
+    - a file or folder that read_checkpoint reads;
+    - a model on the Hugging Face hub: "hf-hub:ORG/NAME", or "ORG/NAME" if that is no path.
+
+    The model is in float32, in evaluation mode, on `device` (default: "cuda" if available, else
+    "cpu"). activation, log: as for `build`. Raises CheckpointError; ValueError for jit=True, which
+    would run code from the file.
     """
     if jit:
         raise ValueError("jit=True is not supported: it would execute code stored with the weights")
@@ -91,22 +99,24 @@ def load(name_or_path, device=None, jit=False, download_root=None, activation=No
     if name_or_path not in SHA256:
         return build(_read(name_or_path), name_or_path, device, activation, log)
     path = _find(name_or_path, download_root)
-    checkpoint = {"state_dict": read_checkpoint(path), "config": {"activation": "quick_gelu"}}
+    known = {key: CONFIGS[name_or_path][key] for key in ("activation", "image_mean", "image_std")}
+    checkpoint = {"state_dict": read_checkpoint(path), "config": known}
     return build(checkpoint, path, device, activation, log)
 
 
 def build(checkpoint, source, device="cpu", activation=None, log=print):
-    """(CLIP, Preprocess), as `load`, from what `read_checkpoint` gives; `source` names it in
-    errors.
+    """(CLIP, Preprocess), as from `load`, of the content that `read_checkpoint` returned; `source`
+    names it in messages.
 
-    activation: "quick_gelu" or "gelu", where the checkpoint does not say it; `log` is told, in a
-    line, when nobody does.  Raises CheckpointError, also when the checkpoint says another.
+    activation: "quick_gelu" or "gelu", for a checkpoint that does not say it. `log` receives a line
+    with the values that are assumed because the checkpoint does not say them. Raises
+    CheckpointError, also when the checkpoint says another activation.
     """
     state_dict, config = _understand(checkpoint, source, activation, log)
     try:
-        with torch.device("meta"):  # neither spends time on an initialisation nor draws from it
+        with torch.device("meta"):  # no time for an initialisation, no random numbers
             model = CLIP(**config)
-        model.load_state_dict(state_dict, assign=True)  # no memory but for numbers that are there
+        model.load_state_dict(state_dict, assign=True)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"{source} does not fit {describe(config)}: {reason}") from None
@@ -118,13 +128,19 @@ def build(checkpoint, source, device="cpu", activation=None, log=print):
 
 def _understand(checkpoint, source, activation=None, log=None):
     """(state dict, config) of a checkpoint."""
-    state_dict, settings = state_dict_of(checkpoint, source), settings_of(checkpoint)
-    if activation is None and "activation" not in settings and log:
-        log(f"{source} does not say its activation: quick_gelu is assumed, as in OpenAI's models; "
-            "LAION's and DataComp's have gelu (--activation gelu)")
-    said = settings.setdefault("activation", activation or "quick_gelu")
-    if activation not in (None, said):
-        raise CheckpointError(f"{source} says that its activation is {said}, not {activation}")
+    state_dict, said = state_dict_of(checkpoint, source), checkpoint.get("config")
+    settings = {k: said[k] for k in SETTINGS if k in said} if isinstance(said, dict) else {}
+    assumed = []
+    if activation is None and "activation" not in settings:
+        assumed.append("activation (quick_gelu is assumed, as in OpenAI's models; LAION's and "
+                       "DataComp's have gelu: --activation gelu)")
+    if "image_mean" not in settings:
+        assumed.append("preprocessing (OpenAI's is assumed)")
+    if assumed and log:
+        log(f"{source} does not say its {' and its '.join(assumed)}")
+    found = settings.setdefault("activation", activation or "quick_gelu")
+    if activation not in (None, found):
+        raise CheckpointError(f"{source} says that its activation is {found}, not {activation}")
     try:
         return state_dict, infer_config(state_dict, settings)
     except ValueError as error:
@@ -132,17 +148,22 @@ def _understand(checkpoint, source, activation=None, log=None):
         raise CheckpointError(f"{source}: {error}; the first names in it are {names}") from None
 
 
-def _read(path):
-    path = Path(path)
+def _read(name_or_path):
+    """`read_checkpoint` of a file, a folder or a model on the hub."""
+    path, on_hub = Path(name_or_path), ON_THE_HUB.fullmatch(str(name_or_path))
+    if on_hub and (on_hub[1] or not (path.exists() or path.suffix in FILES
+                                     or Path(on_hub[2]).is_dir() or on_hub[2].startswith("ViT-"))):
+        return read_checkpoint(download(str(name_or_path).removeprefix("hf-hub:")))
     if not path.suffix and not path.exists():
         raise CheckpointError(
-            f"{path}: no such file, nor a model of that name: there are {', '.join(CONFIGS)}"
+            f"{path}: no such file, nor a model of that name: there are {', '.join(CONFIGS)}, and "
+            "hf-hub:ORG/NAME"
         )
     return read_checkpoint(path)
 
 
 def _find(name, download_root):
-    """Path of the weights of one of OpenAI's models; downloads them if no folder has them."""
+    """Path of the weights of one of OpenAI's models, downloaded if no folder has them."""
     file = re.sub("[/@]", "-", name) + ".pt"
     folders = [Path(download_root)] if download_root else []
     folders += [PRETRAINED, CACHE]
@@ -156,7 +177,7 @@ def _find(name, download_root):
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(url, str(target), hash_prefix=SHA256[name])
-    except (OSError, RuntimeError) as error:  # the latter when its SHA-256 is another
+    except (OSError, RuntimeError) as error:  # RuntimeError: its SHA-256 differs
         raise CheckpointError(
             f"cannot download {url} ({error}): put that file at {target} or {PRETRAINED}/"
         ) from None

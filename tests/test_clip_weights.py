@@ -12,6 +12,7 @@ import torch
 
 import clip
 from clip import weights
+from clip.formats import state_dict_of
 from clip.model import complete_config
 
 VIT = {
@@ -65,7 +66,7 @@ def refused(path, match, function=clip.load):
 
 
 def read_state_dict(path):
-    return clip.state_dict_of(clip.read_checkpoint(path), path)
+    return state_dict_of(clip.read_checkpoint(path), path)
 
 
 # ---------------------------------------------------------------- names and downloads
@@ -371,4 +372,4 @@ def test_archive_that_unpacks_to_far_more(tmp_path):
         for name in good.namelist():
             bomb.writestr(name, good.read(name))
         bomb.writestr("archive/data/0", bytes(2**27))
-    refused(tmp_path / "bomb.pt", "unpacks to")
+    refused(tmp_path / "bomb.pt", "unpacks to far more")

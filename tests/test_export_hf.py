@@ -1,6 +1,7 @@
-"""From a GELU model's weights through training and export_hf.py: what is written, transformers,
-open_clip and this project load alike."""
+"""From a GELU model's weights through training and export_hf.py: transformers, open_clip and this
+project load the same model."""
 
+import json
 import os
 
 import numpy as np
@@ -39,18 +40,14 @@ def trained(datasets, tmp_path_factory):
 def features(model):
     torch.manual_seed(1)
     images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
-    tokens = clip.tokenize(["a cat", "two dogs", "x"])
     normalised = clip.normalize(images, mean=GELU["image_mean"], std=GELU["image_std"])
     with torch.no_grad():
-        if hasattr(model, "encode_image"):
-            return [torch.nn.functional.normalize(x, dim=1) for x in
-                    (model.encode_image(normalised), model.encode_text(tokens))]
-        out = model(pixel_values=normalised, input_ids=tokens.long())
-        return [out.image_embeds, out.text_embeds]
+        return [torch.nn.functional.normalize(x, dim=1) for x in (
+            model.encode_image(normalised), model.encode_text(clip.tokenize(["a cat", "x"])))]
 
 
-def export(path, out, *more):
-    export_hf.main(["--resume", str(path), "--out", str(out), *more])
+def export(path, out):
+    export_hf.main(["--resume", str(path), "--out", str(out)])
 
 
 def test_the_activation_travels_with_the_checkpoint(trained, capsys):
@@ -96,27 +93,54 @@ def ours(model, pictures):
             for x in (model.encode_image(crops), model.encode_text(tokens))]
 
 
-@pytest.mark.parametrize("library", ["transformers", "open_clip"])
-def test_their_tokenizer_and_preprocessing_give_our_features(trained, tmp_path, pictures, library):
+def test_exported_for_transformers(trained, tmp_path, pictures, capsys):
+    """The processor of transformers gives pictures and captions our features."""
     path, model, _ = trained
-    export(path, tmp_path / "x", "--format", library)
-    theirs = pytest.importorskip(library)
+    export(path, tmp_path / "x")
+    assert "activation gelu" in capsys.readouterr().out
+    assert clip.load(str(tmp_path / "x"), device="cpu")[0].config == GELU
+    transformers = pytest.importorskip("transformers")
+    processor = transformers.CLIPProcessor.from_pretrained(tmp_path / "x")
+    inputs = processor(text=CAPTIONS, images=pictures, padding=True, truncation=True,
+                       return_tensors="pt")
     with torch.no_grad():
-        if library == "transformers":
-            processor = theirs.CLIPProcessor.from_pretrained(tmp_path / "x")
-            inputs = processor(text=CAPTIONS, images=pictures, padding=True, truncation=True,
-                               return_tensors="pt")
-            out = theirs.CLIPModel.from_pretrained(tmp_path / "x").eval()(**inputs)
-            found = out.image_embeds, out.text_embeds
-        else:
-            name = f"local-dir:{tmp_path / 'x'}"
-            loaded, _, preprocess = theirs.create_model_and_transforms(name)
-            loaded.eval()
-            found = (loaded.encode_image(torch.stack([*map(preprocess, pictures)]), True),
-                     loaded.encode_text(theirs.get_tokenizer(name)(CAPTIONS), True))
-    for a, b in zip(found, ours(model, pictures), strict=True):
+        out = transformers.CLIPModel.from_pretrained(tmp_path / "x").eval()(**inputs)
+    for a, b in zip((out.image_embeds, out.text_embeds), ours(model, pictures), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
-    assert len({tuple(row.tolist()) for row in found[1]}) == len(CAPTIONS)
+    assert len({tuple(row.tolist()) for row in out.text_embeds}) == len(CAPTIONS)
+
+
+def test_where_the_crop_of_transformers_differs():
+    """By one pixel if the margin is 3, 7, ... pixels, as export_hf.py says."""
+    transformers = pytest.importorskip("transformers")
+    processor = transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32)
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 48, 3), dtype=np.uint8)
+    for margin in range(12):
+        image = Image.fromarray(pixels[:, :32 + margin])
+        theirs = processor(image, return_tensors="pt").pixel_values[0]
+        left = margin // 2
+        for start, crop in ((left, theirs), (left + (margin % 4 == 3), clip.Preprocess(32)(image))):
+            expected = clip.normalize(torch.tensor(pixels[:, start:start + 32]).permute(2, 0, 1))
+            torch.testing.assert_close(crop, expected, rtol=0, atol=1e-5)
+
+
+def test_open_clip_loads_the_checkpoint_as_it_is(trained, tmp_path, pictures):
+    open_clip = pytest.importorskip("open_clip")
+    path, model, _ = trained
+    (tmp_path / "ours.json").write_text(json.dumps({
+        "embed_dim": 64, "vision_cfg": {"image_size": 32, "layers": 2, "width": 128,
+                                        "patch_size": 8},
+        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1,
+                     "layers": 2}}))
+    open_clip.add_model_config(tmp_path / "ours.json")
+    theirs, _, preprocess = open_clip.create_model_and_transforms(
+        "ours", pretrained=str(path), image_mean=GELU["image_mean"], image_std=GELU["image_std"])
+    theirs.eval()
+    with torch.no_grad():
+        found = (theirs.encode_image(torch.stack([*map(preprocess, pictures)]), True),
+                 theirs.encode_text(open_clip.get_tokenizer("ours")(CAPTIONS), True))
+    for a, b in zip(found, ours(model, pictures), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
 
 
 def test_what_is_written_may_be_read_by_others(trained, tmp_path):
@@ -126,29 +150,9 @@ def test_what_is_written_may_be_read_by_others(trained, tmp_path):
     assert {path.stat().st_mode & 0o777 for path in (tmp_path / "x").iterdir()} == {0o644}
 
 
-def test_exported_for_transformers(trained, tmp_path, capsys):
-    path, model, _ = trained
-    export(path, tmp_path / "hf")
-    assert "activation gelu" in capsys.readouterr().out
-    loaded, _ = clip.load(str(tmp_path / "hf"), device="cpu")
-    assert loaded.config == GELU
-    torch.testing.assert_close(features(loaded), features(model), rtol=0, atol=0)
-    transformers = pytest.importorskip("transformers")
-    theirs = transformers.CLIPModel.from_pretrained(tmp_path / "hf").eval()
-    torch.testing.assert_close(features(theirs), features(model), rtol=1e-5, atol=1e-5)
-
-
-def test_exported_for_open_clip(trained, tmp_path):
-    path, model, _ = trained
-    export(path, tmp_path / "o", "--format", "open_clip")
-    assert clip.load(tmp_path / "o", device="cpu")[0].config == GELU
-    open_clip = pytest.importorskip("open_clip")
-    theirs = open_clip.create_model(f"local-dir:{tmp_path / 'o'}").eval()
-    torch.testing.assert_close(features(theirs), features(model), rtol=1e-5, atol=1e-5)
-
-
 @pytest.mark.parametrize("problem, words", [
-    ("resnet", "--format open_clip"), ("occupied", "--out"), ("absent", "no such file")])
+    ("resnet", "open_clip loads the checkpoint"), ("occupied", "--out"),
+    ("absent", "no such file")])
 def test_bad_input_is_one_line(trained, tmp_path, capsys, problem, words):
     path, out = trained[0], tmp_path / "hf"
     if problem == "resnet":

@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from utils.errors import InputError
+
 
 def launched():
     """Number of processes that torchrun started, from its environment variables. Raises InputError

@@ -10,7 +10,6 @@ import hashlib
 import json
 import re
 import tempfile
-import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,7 +17,6 @@ import numpy as np
 import torch
 
 import clip
-from clip.formats import refuse_inflation
 from utils.errors import InputError
 from utils.files import atomic_write, parsing
 from utils.method.pairs import fingerprint
@@ -196,8 +194,6 @@ def read_bank(path, pairs):
 
 def _read(path):
     with parsing(path, "a memory bank of ours", "delete it or run get_memorybank.py again"):
-        with zipfile.ZipFile(path) as archive:
-            refuse_inflation(archive, path)
         with np.load(path, allow_pickle=False) as data:
             arrays = {key: data[key] for key in data.files}
         info = json.loads(arrays.pop("info").tobytes())
