@@ -1,18 +1,18 @@
-"""What each part of the method brings, and what simpler things do, on the demo's data.
+"""Measures what each part of the method brings, and what simpler methods do, on the demo's data.
 
-    python benchmarks/ablation.py [--seeds 3]
+    python benchmarks/ablation.py [--seeds 3] [--only robust passes]
 
-Every row fine-tunes the demo's pre-trained models at each noise ratio, for about the time that
-three epochs of NPC take where it says so. Its learning rate is that of a grid, the same for all
-rows, with the best dev score on seed 0 at 40 % noise. Runs that are finished are reused.
+Every row fine-tunes the demo's pre-trained models at each noise ratio. The learning rate of a row
+is the one of a grid, the same for all rows, with the best dev score on seed 0 at 40 % noise.
+Finished runs are reused.
 """
 
-import argparse
 import functools
 import json
 import os
 import shutil
 import sys
+import time
 from pathlib import Path
 from statistics import mean
 
@@ -20,80 +20,38 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import demo
-from data import training_pairs
-from demo import METHODS, NPC_COMPUTE, PASSES, Method, spread
-from utils.cleaning.text import markdown
-from utils.errors import command
-from utils.method.memorybank import bank_path
+from benchmarks import driver
+from benchmarks.demo import METHODS, NPC_COMPUTE, PASSES, RATIOS
+from benchmarks.driver import Method, spread, table
+from utils.errors import InputError, command
 from utils.reading.layout import split_folder
-from utils.scoring.diagnostics import noise_measures
-from utils.training.history import mean_weights, read_weights
 
 RATES = (1e-4, 3e-4, 1e-3)
 GRID_SEED, GRID_RATIO = 0, 0.4
-JUDGE = ("--judge_rounds", "2", *demo.JUDGE)
-NO_MEMORY = ("--memory_loss_weight", "0")
-BEST = f"CLIP on the judge's clean set, {PASSES} passes (robust)"
-JUDGES = {"initial model, mixture (paper)": "NPC", "better judge": BEST}  # and a row of each
+JUDGE = ("--judge_rounds", "2")
+BEST = "robust"
 
 
-# ---- controls that no option offers; each changes the process that runs a command ---------------
+# ---- hooks of a command's process ----------------------------------------------------------------
 
 
-def oracle(*fields):
-    """The judge knows the truth, in these fields of its verdict."""
+def oracle():
+    """The judge knows the truth."""
     from utils.method import building
 
     judge_pairs = building.judge_pairs
 
     def told(model, pairs, *more):
-        verdict, features, info = judge_pairs(model, pairs, *more)
+        verdict, *rest = judge_pairs(model, pairs, *more)
         right = np.ones(len(pairs), bool) if pairs.wrong is None else ~pairs.wrong
-        truth = {"clean": right, "posterior": right.astype(float)}
-        return verdict._replace(**{name: truth[name] for name in fields}), features, info
+        return verdict._replace(clean=right, posterior=right.astype(float)), *rest
 
     building.judge_pairs = told
 
 
-def oracle_pairs():
-    oracle("clean", "posterior")
-
-
-def oracle_weights():
-    oracle("posterior")
-
-
-def draw_by_posterior():
-    """--train_on clean draws any pair, with the posterior as probability; an epoch has as many
-    pairs as are right by its sum."""
-    from utils.method import batches, memorybank
-
-    class Sampler(batches.EpochSampler):
-        probability = right = None
-
-        def __len__(self):
-            return super().__len__() if self.right is None else self.right // self.batch_size
-
-        def __iter__(self):
-            if self.probability is None:  # a round of the judge
-                yield from super().__iter__()
-                return
-            rng = np.random.default_rng([self.seed, self.epoch])
-            for _ in range(len(self)):
-                yield rng.choice(self.chosen, self.batch_size, False, self.probability).tolist()
-
-    def all_pairs(bank):
-        Sampler.right = int(bank.posterior.sum(dtype=float))
-        Sampler.probability = bank.posterior.astype(float) / bank.posterior.sum(dtype=float)
-        return np.arange(len(bank.posterior))
-
-    batches.EpochSampler, memorybank.clean_pairs = Sampler, all_pairs
-
-
 def prepare(source, data, hook):
-    """Before a command: the row's hook, and a data folder of its own with images and captions of
-    another, as each run makes its own bank; its time is part of the run's."""
+    """The hook of a row, after which a command has a data folder of its own with the images and
+    captions of another: each run makes its own bank, whose time is part of the run's."""
     if not data.exists():
         shutil.copytree(split_folder(source), split_folder(data))
         os.symlink(os.path.realpath(source / "images"), data / "images")
@@ -101,157 +59,115 @@ def prepare(source, data, hook):
         hook()
 
 
+def passes(count):
+    return METHODS["robust"]._replace(folder=f"robust_{count}", epochs=count)
+
+
+ON_CLEAN = ("--train_on", "clean")
 ROWS = {
     "CLIP": METHODS["CLIP"],
-    "CLIP as the authors train it: lr x 2.5, not clipped":
-        Method("clip_authors", "main_CLIP.py", options=("--clip_grad", 0), lr_factor=2.5),
     "CLIP, NPC's compute": METHODS["CLIP, NPC's compute"],
-    f"CLIP on the paper's clean set, {PASSES} passes":
-        Method("clip_clean", "main_CLIP.py", PASSES, ("--train_on", "clean")),
     f"CLIP on the paper's clean set, {NPC_COMPUTE} passes":
-        Method("clip_clean_long", "main_CLIP.py", NPC_COMPUTE, ("--train_on", "clean")),
+        Method("clip_clean_long", "main_CLIP.py", NPC_COMPUTE, ON_CLEAN),
+    f"CLIP on the paper's clean set, {PASSES} passes":
+        Method("clip_clean", "main_CLIP.py", PASSES, ON_CLEAN),
     BEST: METHODS["robust"],
-    f"CLIP on the judge's clean set, {NPC_COMPUTE} passes":
-        METHODS["robust"]._replace(folder="robust_long", epochs=NPC_COMPUTE),
+    "robust, 5 passes": passes(5),
+    "robust, 9 passes": passes(9),
+    "robust, 17 passes": passes(17),
     f"CLIP on the truly right pairs, {PASSES} passes":
-        Method("oracle_pairs", "main_CLIP.py", PASSES, ("--train_on", "clean"), hook=oracle_pairs),
-    "CLIP, mixture's posterior as weight, NPC's compute":
-        Method("mixture_weights", epochs=NPC_COMPUTE, options=("--weighting", "gmm", *NO_MEMORY)),
+        Method("oracle_pairs", "main_CLIP.py", PASSES, ON_CLEAN, oracle),
     "CLIP, judge's posterior as weight, NPC's compute":
-        Method("judge_weights", epochs=NPC_COMPUTE,
-               options=("--weighting", "gmm", *NO_MEMORY, *JUDGE)),
-    f"CLIP, pairs drawn by the judge's posterior, {PASSES} passes":
-        Method("judge_draws", "main_CLIP.py", PASSES, ("--train_on", "clean", *JUDGE),
-               hook=draw_by_posterior),
+        Method("judge_weights", epochs=NPC_COMPUTE, options=(
+            "--weighting", "gmm", "--memory_loss_weight", "0", *JUDGE)),
     "NPC": METHODS["NPC"],
-    "NPC, released recipe":
-        Method("npc_released", options=("--recipe", "released", "--warmup", 4)),  # the others'
     "NPC, w = 1": Method("npc_ones", options=("--weighting", "none")),
     "NPC, w = 1, random memory":
         Method("npc_random", options=("--weighting", "none", "--memory", "random")),
-    "NPC, w = 1, memory of truly right pairs":
-        Method("oracle_memory", options=("--weighting", "none"), hook=oracle_pairs),
-    "NPC, w = mixture's posterior": Method("npc_mixture", options=("--weighting", "gmm")),
     "NPC, w = judge's posterior, random memory":
         Method("npc_judge", options=("--weighting", "gmm", "--memory", "random", *JUDGE)),
-    "NPC, w = 1 for truly right pairs, else 0":
-        Method("oracle_weights", options=("--weighting", "gmm"), hook=oracle_weights),
-    "NPC, w of One-Step Anti-noise": Method("npc_osa", options=("--weighting", "osa")),
 }
-ROWS |= {f"{name}, interpolated": row._replace(folder=f"{row.folder}_interpolated",
-                                               interpolated=True)
-         for name, row in ROWS.items() if row.folder in ("clip_long", "npc", "robust")}
-OF_WEIGHTS = ("NPC", "NPC, released recipe", "NPC, w of One-Step Anti-noise")
 
 
-class Ablation(demo.Demo):
-    """The runs of all rows, below the folders of the demo's seeds."""
+class Ablation:
+    """The runs of chosen rows, at their best rates, below the folders of the demo's seeds."""
 
-    name = "ablation"
-    rates = {}  # of each row, once it is chosen
+    def __init__(self, args):
+        if unknown := [word for word in args.only if not any(word in row for row in ROWS)]:
+            raise InputError(f"--only {unknown[0]}: no row has this word; rows are {[*ROWS]}")
+        self.rows = [row for row in ROWS if not args.only or any(w in row for w in args.only)]
+        self.folders = [args.out / f"seed{seed}" for seed in range(args.seeds)]
+        self.ratios, self.jobs, self.rates = args.noise, args.jobs, {}
 
     def run(self):
-        trained = [row for row in ROWS if not ROWS[row].interpolated]
-        self.make([(self.finetune, GRID_SEED, row, rate, GRID_RATIO)
-                   for row in trained for rate in RATES])
-        for row in trained:
-            self.rates[row] = max(RATES, key=lambda rate, row=row: self.dev(row, rate))
-        self.rates |= {f"{row}, interpolated": rate for row, rate in self.rates.items()}
-        self.make([(self.finetune, seed, row, self.rates[row], ratio)
-                   for seed in self.seeds for ratio in demo.RATIOS for row in ROWS])
+        """Choose the rates and make all runs."""
+        driver.run_jobs([driver.pretraining(folder, seed)
+                         for seed, folder in enumerate(self.folders)], self.jobs)
+        driver.run_jobs([self.job(GRID_SEED, row, rate, GRID_RATIO)
+                         for row in self.rows for rate in RATES], self.jobs)
+        self.rates = {row: max(RATES, key=functools.partial(self.dev, row)) for row in self.rows}
+        driver.run_jobs([self.job(seed, row, self.rates[row], ratio)
+                         for seed in range(len(self.folders)) for ratio in self.ratios
+                         for row in self.rows], self.jobs)
 
-    def finetune(self, seed, name, rate, ratio):
-        """Fine-tune and test as a row says."""
-        row, folder, run = ROWS[name], self.folder(seed), self.run_of(name, rate, ratio)
+    def job(self, seed, row, rate, ratio):
+        """The run of a row."""
+        folder, run = self.folders[seed], self.run_of(row, rate, ratio)
         data = f"{run}/data"
-        self.train(seed, f"{ratio:.0%} noise, lr {rate:g}, {name}", run, row,
-                   ("--noise_ratio", ratio), rate * row.lr_factor, data,
-                   functools.partial(prepare, folder / "target", folder / data, row.hook))
+        return driver.fine_tuning(
+            folder, seed, f"{ratio:.0%} noise, lr {rate:g}, {row}", run, ROWS[row],
+            ("--noise_ratio", ratio), rate, data,
+            functools.partial(prepare, folder / "target", folder / data, ROWS[row].hook))
 
     @staticmethod
-    def run_of(name, rate, ratio):
+    def run_of(row, rate, ratio):
         """Folder of a run, below that of its seed."""
-        return f"ablation/{ROWS[name].folder}_{rate:g}_{ratio}"
+        return f"ablation/{ROWS[row].folder}_{rate:g}_{ratio}"
 
-    def found(self, seed, name, ratio):
-        """Folder of a row's run at its chosen rate."""
-        return self.folder(seed) / self.run_of(name, self.rates[name], ratio)
+    def found(self, row, ratio):
+        """Folders of a row's runs at its chosen rate, one for each seed."""
+        return [folder / self.run_of(row, self.rates[row], ratio) for folder in self.folders]
 
-    def dev(self, name, rate):
+    def dev(self, row, rate):
         """Dev score after the last epoch, by which the rate is chosen."""
-        folder = self.folder(GRID_SEED) / self.run_of(name, rate, GRID_RATIO)
-        return json.loads((folder / "log.jsonl").read_text().splitlines()[-1])["dev"]["mean_R1"]
+        log = self.folders[GRID_SEED] / self.run_of(row, rate, GRID_RATIO) / "log.jsonl"
+        return json.loads(log.read_text().splitlines()[-1])["dev"]["mean_R1"]
 
-    def scores(self, name, ratio):
+    def scores(self, row, ratio):
         """Mean R@1 of a row after the last epoch (seeds,)."""
-        run = self.run_of(name, self.rates[name], ratio)
-        return np.array([self.score(seed, run) for seed in self.seeds])
+        return np.array([driver.read_scores(run / "last")["mean_R1"]
+                         for run in self.found(row, ratio)])
 
-    def seconds(self, name):
+    def seconds(self, row):
         """CPU seconds of a run of a row, mean over noise and seeds."""
-        return mean(demo.read_seconds(self.found(seed, name, ratio))
-                    for seed in self.seeds for ratio in demo.RATIOS)
-
-    def truth(self, seed, name, ratio):
-        """(arrays of a row's bank, which pairs are wrong (n,) bool) of the target."""
-        options = json.loads((self.found(seed, name, ratio) / "options.json").read_text())
-        args = argparse.Namespace(**options)
-        pairs = training_pairs(args, None, lambda _: None)
-        with np.load(bank_path(args.dataset_root, args.bank), allow_pickle=False) as bank:
-            return dict(bank), pairs.wrong if ratio else np.zeros(len(pairs), bool)
-
-    def of_loss(self, seed, name, ratio):
-        """`noise_measures` of the losses of a row's judge."""
-        bank, wrong = self.truth(seed, name, ratio)
-        return noise_measures(bank["loss"], wrong)
-
-    def of_w(self, seed, name, ratio):
-        """`noise_measures` of the weights w of a row."""
-        w = mean_weights(read_weights(self.found(seed, name, ratio) / "weights.npz"))
-        drawn = np.isfinite(w)
-        return noise_measures(-w[drawn], self.truth(seed, name, ratio)[1][drawn])
-
-    def clean_set(self, seed, name, ratio):
-        """Precision, recall and estimated share of wrong pairs of a row's judge, in percent."""
-        bank, wrong = self.truth(seed, name, ratio)
-        hits = (bank["clean"] & ~wrong).sum()
-        info = json.loads(bank["info"].tobytes())
-        return [100 * hits / bank["clean"].sum(), 100 * hits / (~wrong).sum(),
-                100 * info["wrong_share"]]
+        return mean(driver.read_seconds(run) for ratio in self.ratios
+                    for run in self.found(row, ratio))
 
     def report(self):
         """The tables as text."""
-        ratios, noisy = demo.RATIOS, [ratio for ratio in demo.RATIOS if ratio]
-        percent = [f"{ratio:.0%}" for ratio in ratios]
-        scores = markdown(["mean R@1, last epoch", *percent, "lr", "seconds"], [
-            [row, *(spread(self.scores(row, ratio)) for ratio in ratios),
-             f"{self.rates[row] * ROWS[row].lr_factor:g}", f"{self.seconds(row):.0f}"]
-            for row in ROWS])
-        paired = markdown([f"{BEST.split(',')[0]}, less", *percent], [
-            [row, *(spread(self.scores(BEST, ratio) - self.scores(row, ratio))
-                    for ratio in ratios)] for row in ROWS if row != BEST])
-        rows = []
-        for name, measure, which in [
-                *((f"loss: {name}", self.of_loss, row) for name, row in JUDGES.items()),
-                *((f"w: {row}", self.of_w, row) for row in OF_WEIGHTS)]:
-            found = {ratio: [measure(seed, which, ratio) for seed in self.seeds]
-                     for ratio in noisy}
-            rows.append([name, *(spread([m[key] for m in found[ratio]], 3)
-                                 for key in ("auc", "average_precision") for ratio in noisy)])
-        auc = markdown(["against the injected noise",
-                        *(f"{key}, {share}" for key in ("AUC", "AP") for share in percent[1:])],
-                       rows)
-        sets = markdown(["strict clean set, %", *percent], [
-            [f"{what}: {name}", *(spread([self.clean_set(seed, row, ratio)[k]
-                                          for seed in self.seeds]) for ratio in ratios)]
-            for name, row in JUDGES.items()
-            for k, what in enumerate(("precision", "recall", "estimated share of wrong pairs"))])
-        return f"{scores}\n\n{paired}\n\n{auc}\n\n{sets}\n"
+        percent = [f"{ratio:.0%}" for ratio in self.ratios]
+        parts = [table(["mean R@1, last epoch", *percent, "lr", "seconds"], [
+            [row, *(spread(self.scores(row, ratio)) for ratio in self.ratios),
+             f"{self.rates[row]:g}", f"{self.seconds(row):.0f}"]
+            for row in self.rows])]
+        if BEST in self.rows:
+            parts.append(table([f"{BEST}, less", *percent], [
+                [row, *(spread(self.scores(BEST, ratio) - self.scores(row, ratio))
+                        for ratio in self.ratios)] for row in self.rows if row != BEST]))
+        return "\n\n".join(parts) + "\n"
 
 
 @command
 def main():
-    demo.make(Ablation, __doc__)
+    parser = driver.options_of(__doc__)
+    parser.add_argument("--only", nargs="+", default=[], metavar="WORD",
+                        help="rows whose name has one of these words")
+    parser.add_argument("--noise", nargs="+", type=float, default=RATIOS, help="noise ratios")
+    args, start = parser.parse_args(), time.perf_counter()
+    ablation = Ablation(args)
+    ablation.run()
+    name = "_".join(["ablation", *args.only]).replace(" ", "_") + ".md"
+    driver.write_report(args.out / name, ablation.report(), start)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,10 @@
-"""How long the published run takes, by its parts: MSCOCO's size, five epochs, nothing but its
-pictures made up.
+"""Measures how long the published run takes, by its parts: five epochs of MSCOCO's size.
 
     python benchmarks/epoch.py [--measured 8192] [--json FILE] [main_NPC.py's options]
 
 Random crops and captions of MSCOCO's lengths train for two real epochs, with checkpoints, dev
-scores and a bank that is really built: all of MSCOCO's, or as many as --measured says, and what
-grows with their number is multiplied. Reading is measured on a few pictures.
+scores and a bank that is really built. They are as many as MSCOCO's, or as many as --measured says;
+the seconds of what grows with their number are then multiplied. Nothing is read from disk.
 """
 
 import argparse
@@ -20,35 +19,20 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import clip
-from bench import CAPTIONS, clock, machine, make_bank, make_pairs, new_model, write_jpegs
+from benchmarks.bench import CAPTIONS, machine, make_bank, make_pairs, new_model
+from benchmarks.driver import table
 from main_NPC import NPC
 from params import parse_args
 from utils.errors import command
 from utils.method.batches import training_loader
 from utils.method.building import bank_of
 from utils.method.rounds import judge_pairs
-from utils.reading.images import Images, ImagesInMemory
 from utils.training.loop import fit
 from utils.training.run import Run
 
 EPOCHS, NOISE = 5, 0.2  # of the published run, and its lowest noise
 FEATURES, ENTRIES = "bank: features and judge", "bank: entries"
-BETWEEN = "between epochs: dev scores, a copy for the checkpoint"
-WORDS = "a man riding a wave on top of a surfboard next to two dogs".split()
-
-
-def read(args, some):
-    """Seconds that it takes to decode `some` JPEGs of 640 x 480, and to tokenise so many captions
-    of words that have occurred before."""
-    with tempfile.TemporaryDirectory() as folder:
-        names = write_jpegs(Path(folder), some, args.seed)
-        images = ImagesInMemory(Images(folder, names, clip.Preprocess(224)), args.device, args)
-        pictures = clock(lambda: images.crops, args.device)
-    rng = np.random.default_rng(args.seed)
-    captions = [" ".join(rng.choice(WORDS, 10)) for _ in range(some)]
-    clip.tokenize(WORDS)
-    return pictures, clock(lambda: clip.tokenize(captions), args.device)
+BETWEEN = "between epochs: checkpoint, dev scores"
 
 
 def two_epochs(args, run, num_images, num_dev):
@@ -83,7 +67,7 @@ def two_epochs(args, run, num_images, num_dev):
     seconds |= {"steps": step * n,
                 "meeting shapes for the first time": begun[n - 1] - begun[0] - step * (n - 1),
                 BETWEEN: begun[n] - begun[n - 1] - step,
-                "after the last: the same, and writing it": end - begun[-1] - step}
+                "after the last epoch: the same": end - begun[-1] - step}
     return seconds, len(loader)
 
 
@@ -91,9 +75,8 @@ def two_epochs(args, run, num_images, num_dev):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--num_images", type=int, default=113_287, help="training images; MSCOCO's")
-    parser.add_argument("--measured", type=int, help="of these, how many; without it all")
+    parser.add_argument("--measured", type=int, help="how many of these are used; default: all")
     parser.add_argument("--num_dev", type=int, default=5000, help="dev images")
-    parser.add_argument("--some", type=int, default=4000, help="images and captions that are read")
     parser.add_argument("--json", help="write the results to this file")
     options, words = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -102,25 +85,17 @@ def main():
         run = Run(args, folder=True)
         measured = options.measured or options.num_images
         seconds, steps = two_epochs(args, run, measured, options.num_dev)
-    captions = CAPTIONS * options.num_images
-    pictures, words = read(args, options.some)
+    captions, scale = CAPTIONS * options.num_images, options.num_images / measured
+    factors = {"steps": EPOCHS * scale, BETWEEN: EPOCHS - 1, FEATURES: scale, ENTRIES: scale**2}
+    total = sum(value * factors.get(name, 1) for name, value in seconds.items())
+    rows = [[name, f"{value:.3f}", f"{factors.get(name, 1):.1f}",
+             f"{value * factors.get(name, 1):.1f}"] for name, value in seconds.items()]
+    head = [f"{measured:,} images", "s", "times", f"s of {EPOCHS} epochs"]
     print(f"\n### {options.num_images:,} images, {captions:,} captions, batch {args.batch_size}, "
           f"{args.vision_model}, {args.precision}, {machine(args.device)}\n\n"
-          f"| {measured:,} images | s | times | s of {EPOCHS} epochs |\n|---|--:|--:|--:|")
-    scale, total = options.num_images / measured, 0
-    reading = {f"reading {options.some} {what}": (value, number / options.some)
-               for what, value, number in (
-                   ("images", pictures, options.num_images + options.num_dev),
-                   ("captions", words, captions))}
-    factors = {"steps": EPOCHS * scale, BETWEEN: EPOCHS - 1, FEATURES: scale, ENTRIES: scale**2,
-               **{name: times for name, (_, times) in reading.items()}}
-    seconds |= {name: value for name, (value, _) in reading.items()}
-    for name, value in seconds.items():
-        times = factors.get(name, 1)
-        total += times * value
-        print(f"| {name} | {value:.3f} | {times:.1f} | {times * value:.1f} |")
-    print(f"| all | | | {total:.1f} |\n\nA step takes {seconds['steps'] / steps * 1000:.1f} ms, "
-          f"{args.batch_size * steps / seconds['steps']:.0f} pairs/s; {EPOCHS} epochs "
+          f"{table(head, [*rows, ['all', '', '', f'{total:.1f}']])}\n\n"
+          f"A step takes {seconds['steps'] / steps * 1000:.1f} ms, "
+          f"{args.batch_size * steps / seconds['steps']:.0f} pairs/s; {EPOCHS} epochs take "
           f"{total / 60:.1f} minutes.")
     if options.json:
         Path(options.json).write_text(json.dumps({**seconds, "total": total}, indent=1))

@@ -1,104 +1,94 @@
-"""How judges and training do where wrong captions are near misses of the right ones.
+"""Measures judges, and training, where wrong captions are random and where they are near misses.
 
     python benchmarks/near_misses.py [--seeds 3]
 
-The demo's pre-trained models judge its target domain (find_noise.py), with random and with similar
-captions exchanged, and are fine-tuned on it with similar ones. Runs that are finished are reused.
+The demo's pre-trained models judge its target domain (find_noise.py) with random and with similar
+captions exchanged, and are fine-tuned on it with similar ones. Finished runs are reused.
 """
 
 import re
 import sys
+import time
 from pathlib import Path
 from statistics import mean
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import demo
-from demo import METHODS, RATIOS, spread
-from utils.cleaning.text import markdown
+from benchmarks import driver
+from benchmarks.demo import METHODS, RATIOS
+from benchmarks.driver import Job, spread, table
 from utils.errors import command
 
-KINDS = ("random", "similar")
-NOISE = [("random", 0.0), *((kind, ratio) for kind in KINDS for ratio in RATIOS[1:])]
-TRAINED = (0.2, 0.4)  # of similar captions
 JUDGES = {"initial loss (the paper's)": ("--recipe", "paper"),
           "+ neighbours": ("--judge_rounds", 0),
-          "judge, rate searched (as it comes)": (),
-          "judge, rate searched, 16 steps": ("--judge_steps", 16),
-          "judge, 1e-4": ("--judge_lr", 1e-4),
-          "judge, 3e-4": ("--judge_lr", 3e-4),
-          "judge, 1e-3": ("--judge_lr", 1e-3),
-          "judge, 3e-4, 16 steps": demo.JUDGE}
-SAID = {"AUC": r"AUC ([\d.]+)", "AP": r"average precision ([\d.]+)",
-        "share, %": r"Estimated noise share: ([\d.]+)%"}
-RATE = r"round 1 of .* steps at ([\de.-]+)"
+          "the judge": ("--judge_lr", driver.LR)}  # the rate of the fine-tuning
+SAID = {"AUC": (r"AUC ([\d.]+)", 3), "average precision": (r"average precision ([\d.]+)", 3),
+        "estimated share of wrong pairs, %": (r"noise share: ([\d.]+) ?%", 1),
+        "its standard error, %": (r"noise share: .*?standard error ([\d.]+)", 1)}
 
 
-class NearMisses(demo.Demo):
-    """The judges' and the methods' runs, below the folders of the demo's seeds."""
+def judged(folder, name, kind, ratio):
+    """Folder of a judge's run."""
+    return folder / "near_misses" / f"{[*JUDGES].index(name)}_{kind}_{ratio}"
 
-    name = "near_misses"
 
-    def run(self):
-        self.make([*((self.judge, seed, name, *noise) for seed in self.seeds
-                     for name in JUDGES for noise in NOISE),
-                   *((self.finetune, seed, name, ratio) for seed in self.seeds
-                     for name in METHODS for ratio in TRAINED)])
+def trained(name, ratio):
+    """Folder of a method's run, below that of its seed."""
+    return f"near_misses/{METHODS[name].folder}_{ratio}"
 
-    def judge(self, seed, name, kind, ratio):
-        """Rank the pairs of the target."""
-        folder, target = self.judged(seed, name, kind, ratio), self.folder(seed)
-        options = ("--dataset", "f30k", "--dataset_root", target / "target", "--vision_model",
-                   target / "pretrained" / "best.pt", "--seed", seed, "--device", "cpu",
-                   "--num_workers", 0, "--batch_size", demo.BATCH, "--noise_kind", kind,
-                   "--noise_ratio", ratio, "--worst", 1, "--out", folder, *JUDGES[name])
-        self.once(folder, [("find_noise.py", *options)])
-        self.bar.update()
 
-    def finetune(self, seed, name, ratio):
-        """Fine-tune and test as the demo does."""
-        self.train(seed, f"{ratio:.0%} near misses, {name}", self.trained(name, ratio),
-                   METHODS[name], ("--noise_kind", "similar", "--noise_ratio", ratio))
+def judging(folder, seed, name, kind, ratio):
+    """The `Job` that ranks the pairs of the target."""
+    out = judged(folder, name, kind, ratio)
+    options = ("--dataset", "f30k", "--dataset_root", folder / "target", "--vision_model",
+               folder / "pretrained" / "best.pt", "--seed", seed, "--device", "cpu",
+               "--num_workers", 0, "--batch_size", driver.BATCH, "--noise_kind", kind,
+               "--noise_ratio", ratio, "--worst", 1, "--out", out, *JUDGES[name])
+    return Job(f"seed {seed}, {ratio:.0%} {kind}, {name}", out, [("find_noise.py", *options)])
 
-    def judged(self, seed, name, kind, ratio):
-        """Folder of a judge's run."""
-        return self.folder(seed) / "near_misses" / f"{[*JUDGES].index(name)}_{kind}_{ratio}"
 
-    @staticmethod
-    def trained(name, ratio):
-        """Folder of a method's run, below that of its seed."""
-        return f"near_misses/{METHODS[name].folder}_{ratio}"
+def report(folders, noise):
+    """The tables as text. noise: [(kind, ratio)]."""
 
-    def said(self, name, kind, ratio, pattern):
-        """The number that the judge of each seed printed, of those that did."""
-        texts = [(self.judged(seed, name, kind, ratio) / "output.txt").read_text()
-                 for seed in self.seeds]
+    def said(name, kind, ratio, pattern):
+        """The numbers that the judge printed, of each seed; none where it prints no such number."""
+        texts = [(judged(folder, name, kind, ratio) / "output.txt").read_text()
+                 for folder in folders]
         return [float(match[1]) for match in (re.search(pattern, text) for text in texts) if match]
 
-    def seconds(self, name):
-        """CPU seconds of a judge's run, mean over noise and seeds."""
-        return mean(demo.read_seconds(self.judged(seed, name, *noise))
-                    for seed in self.seeds for noise in NOISE)
-
-    def report(self):
-        """The tables as text."""
-        percent = ["0%", *(f"{kind}, {ratio:.0%}" for kind, ratio in NOISE[1:])]
-        tables = [markdown([what, *percent], [
-            [name, *(spread(values, 1 if "%" in what else 3) if values else "–"
-                     for values in (self.said(name, *noise, pattern) for noise in NOISE))]
-            for name in JUDGES]) for what, pattern in SAID.items()]
-        tables += [markdown(["rate of each seed", *percent, "CPU seconds, mean"], [
-            [name, *(", ".join(f"{rate:g}" for rate in self.said(name, *noise, RATE))
-                     for noise in NOISE), f"{self.seconds(name):.0f}"] for name in JUDGES])]
-        tables += [markdown(["mean R@1, near misses", *(f"{ratio:.0%}" for ratio in TRAINED)], [
-            [name, *(spread([self.score(seed, self.trained(name, ratio)) for seed in self.seeds])
-                     for ratio in TRAINED)] for name in METHODS])]
-        return "\n\n".join(tables) + "\n"
+    columns = [f"{kind}, {ratio:.0%}" if ratio else "0%" for kind, ratio in noise]
+    tables = [table([what, *columns], [
+        [name, *(spread(values, digits) if values else "–"
+                 for values in (said(name, *column, pattern) for column in noise))]
+        for name in JUDGES]) for what, (pattern, digits) in SAID.items()]
+    seconds = {name: mean(driver.read_seconds(judged(folder, name, *column))
+                          for folder in folders for column in noise) for name in JUDGES}
+    tables += [table(["", "CPU seconds"], [[name, f"{seconds[name]:.0f}"] for name in JUDGES])]
+    similar = [ratio for kind, ratio in noise if kind == "similar"]
+    tables += [table(["mean R@1, near misses", *(f"{ratio:.0%}" for ratio in similar)], [
+        [name, *(spread([driver.read_scores(folder / trained(name, ratio) / "last")["mean_R1"]
+                         for folder in folders]) for ratio in similar)] for name in METHODS])]
+    return "\n\n".join(tables) + "\n"
 
 
 @command
 def main():
-    demo.make(NearMisses, __doc__)
+    parser = driver.options_of(__doc__)
+    parser.add_argument("--noise", nargs="+", type=float, default=RATIOS, help="noise ratios")
+    args, start = parser.parse_args(), time.perf_counter()
+    folders = [args.out / f"seed{seed}" for seed in range(args.seeds)]
+    noise = [(kind, ratio) for kind in ("random", "similar") for ratio in args.noise
+             if ratio or kind == "random"]
+    driver.run_jobs([driver.pretraining(folder, seed) for seed, folder in enumerate(folders)],
+                    args.jobs)
+    driver.run_jobs([judging(folder, seed, name, *column) for seed, folder in enumerate(folders)
+                     for name in JUDGES for column in noise], args.jobs)
+    driver.run_jobs([
+        driver.fine_tuning(folder, seed, f"{ratio:.0%} near misses, {name}", trained(name, ratio),
+                           method, ("--noise_kind", "similar", "--noise_ratio", ratio))
+        for seed, folder in enumerate(folders) for kind, ratio in noise if kind == "similar"
+        for name, method in METHODS.items()], args.jobs)
+    driver.write_report(args.out / "near_misses.md", report(folders, noise), start)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,12 @@
-"""Turn finished runs into the paper's tables and its figure of R@1 over noise.
+"""Writes the paper's tables and its figure of R@1 over noise from finished runs.
 
     python benchmarks/table.py logs/npc_* logs/clip_* --out logs/tables
 
-A run is a folder in which training has left options.json, log.jsonl and, for NPC, weights.npz, and
-in which --eval has left eval_test.json; one without that is left out. A folder of --eval alone
-counts as the run whose checkpoint it tested, or as zero-shot where that was not trained on these
-data. Runs that differ by nothing but the seed make one row, mean ± standard deviation; beside them
-stand the authors' published rows (published.csv, from their README), where the test split has the
-size of theirs. Writes tables.md, tables.csv
-and r1_over_noise.png.
+A run is a folder with the options.json of a training and the eval_test.json of --eval, of any
+script. A folder of --eval alone counts as the run whose checkpoint it scored, or as zero-shot where
+that was not trained on these data. The --name of a run is the name of its row. Runs of one name and
+noise that differ by the seed make one row, mean ± standard deviation. The authors' published rows
+(published.csv, from their README) stand beside them where the test split has the published size.
 """
 
 import csv
@@ -21,51 +19,41 @@ from pathlib import Path
 from statistics import mean, pvariance, stdev
 from typing import NamedTuple
 
-import numpy as np
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks import driver
 from params import Parser
-from utils.cleaning.text import markdown
 from utils.errors import InputError, command
 from utils.files import atomic_write, parsing
 from utils.reading.layout import ratio_name
-from utils.training.history import read_weights
 
 PUBLISHED = Path(__file__).with_name("published.csv")
 METRICS = [f"{way}_R@{k}" for way in ("i2t", "t2i") for k in (1, 5, 10)]
 COLUMNS = [*METRICS, "rsum"]
-RUN_COLUMNS = ["folder", "noise", "seed", "epochs", "best epoch", "dev mean R@1", "mean w"]
+HEAD = ["noise", "method", "seeds", "i2t R@1", "R@5", "R@10", "t2i R@1", "R@5", "R@10", "rsum"]
 TITLES = {"f30k": "Flickr30K", "cc": "CC120K"}
-ROUTINE = {  # options that say where and how fast, but not what is trained; or are columns here
-    "dataset", "dataset_root", "num_anns", "noise_ratio", "seed", "noise_seed", "bank",
-    "num_workers", "data_on", "image_cache", "eval_batch_size", "dev_length", "resume",
-    "force_resume", "device", "accum_steps", "grad_checkpointing", "compile", "checkpoint_path",
-    "experiments", "name", "display", "save_every", "keep_checkpoints", "eval",
-}
-FIRST = ("recipe", "weighting", "memory", "memory_loss_weight", "train_on", "freeze", "epochs",
-         "lr")  # options that a method is named by, if they tell it apart
 PUBLISHED_IMAGES = {"Flickr30K": 1000, "MSCOCO 1K": 5000, "MSCOCO 5K": 5000, "CC120K": 1000}
-STAR = ("\\* The authors' MSCOCO 1K rows repeat image-to-text R@10 in the column of text-to-image "
-        "R@10, as their script sums the wrong one; the true values are not known.")
+WRONG = ("† The authors' MSCOCO 1K rows repeat image-to-text R@10 in the column of text-to-image "
+         "R@10, as their script sums the wrong key; the true values are not known.")
 
 
 class Run(NamedTuple):
-    """A run that was scored. `options` are those of its training, None for a zero-shot model; they
-    and `log`, the lines of log.jsonl, are as written. `scores`: {table: {metric: percent}}."""
+    """A run that was scored. noise and seed are None for a zero-shot model. scores: {table:
+    {metric: percent}}. log: the lines of log.jsonl. test_images: None if not known."""
 
     folder: Path
-    options: dict | None
     name: str
+    noise: float | None
+    seed: int | None
+    epochs: int | None
     scores: dict
     log: list
-    mean_weight: float | None
-    test_images: int | None = None  # in the test split, if that is known
+    test_images: int | None
 
 
 class Row(NamedTuple):
-    """A line of a table. `noise` is None for a zero-shot model, `seeds` the number of runs, 0 for
-    a published row. `mean` and `std`: {column: percent}; std is None where there is one run."""
+    """A line of a table. noise is None for a zero-shot model. seeds: the number of runs, 0 for a
+    published row. mean and std: {column: percent}; std is None where there is one run."""
 
     table: str
     noise: float | None
@@ -77,6 +65,18 @@ class Row(NamedTuple):
     @property
     def label(self):
         return self.method if self.seeds else f"{self.method} (published)"
+
+    @property
+    def cells(self):
+        """The line as text, as `HEAD` has it."""
+        real = self.table == "CC120K" and self.noise == 0
+        return ["real" if real else percent(self.noise), self.label, str(self.seeds or "–"),
+                *map(self.cell, COLUMNS)]
+
+    def cell(self, column):
+        if column not in self.mean:
+            return f"{self.mean['i2t_R@10']:.1f}†" if column == "t2i_R@10" else "–"
+        return f"{self.mean[column]:.1f}" + (f" ± {self.std[column]:.1f}" if self.std else "")
 
 
 # ---- reading ------------------------------------------------------------------------------------
@@ -91,51 +91,41 @@ def read_json(path, lines=False):
 
 
 def read_run(folder):
-    """The `Run` of a folder, None where it was not scored. Raises InputError when a file of it is
-    broken."""
-    try:
-        return _read_run(Path(folder))
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{folder}: a .json file of it lacks what every run writes ({error}); "
-                         "train or evaluate it again") from error
-
-
-def _read_run(folder):
+    """The `Run` of a folder; None, with a line that says so, where it was not scored. Raises
+    InputError when a file of it is broken."""
+    folder = Path(folder)
     if not (folder / "eval_test.json").exists():
         what = shlex.join(["--resume", str(folder / "best.pt"), "--checkpoint_path",
                            str(folder.parent), "--experiments", folder.name])
         print(f"left out {folder}, which has no eval_test.json; make it with the script and the "
               f"data options of that run and --eval {what}")
         return None
-    trained, scored = folder, folder / "options_eval.json"
-    evaluated = read_json(scored) if scored.exists() else {}
-    if (folder / "options.json").exists():
-        options = here = read_json(folder / "options.json")
-        resume = evaluated.get("resume")
-        if resume and Path(resume).parent.name != folder.name:
-            raise InputError(f"{folder}/eval_test.json has the scores of {resume}, which is not "
-                             "of that run; evaluate it with --experiments of its own")
-    else:
-        here = read_json(folder / "options_eval.json")
-        trained = Path(here["resume"]).parent if here["resume"] else folder
-        options = None
-        if (trained / "options.json").exists():
-            options = read_json(trained / "options.json")
-            if os.path.abspath(options["dataset_root"]) != os.path.abspath(here["dataset_root"]):
-                options = None
-    log, weights = trained / "log.jsonl", trained / "weights.npz"
-    if options:
-        options["noise_ratio"], options["seed"] = float(options["noise_ratio"]), options["seed"]
-    return Run(folder, options, options["name"] if options else zero_shot_name(here),
-               tables_of(here, read_json(folder / "eval_test.json"), folder),
-               read_json(log, lines=True) if options and log.exists() else [],
-               np.nanmean(read_weights(weights)) if options and weights.exists() else None,
-               evaluated.get("test_images"))
+    try:
+        return scored_run(folder)
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{folder}: a .json file of it lacks what every run writes ({error}); "
+                         "train or evaluate it again") from error
 
 
-def zero_shot_name(options):
-    """What to call a model that was not trained on the data."""
-    return "zero-shot" + (f" {options['resume']}" if options["resume"] else "")
+def scored_run(folder):
+    """The `Run` of a folder that has scores."""
+    here = read_json(folder / "options_eval.json")
+    scores = tables_of(here, read_json(folder / "eval_test.json"), folder)
+    resume, trained = here["resume"], folder
+    if not (folder / "options.json").exists():
+        trained = Path(resume).parent if resume else folder
+    elif resume != "auto" and Path(resume or "").parent.name != folder.name:
+        raise InputError(f"{folder}/eval_test.json has the scores of {resume or 'a model'}, which "
+                         "is not of that run; evaluate it with --experiments of its own")
+    path = trained / "options.json"
+    options = read_json(path) if path.exists() else None
+    if not options or len({os.path.abspath(o["dataset_root"]) for o in (options, here)}) > 1:
+        name = f"zero-shot {resume}" if resume else "zero-shot"
+        return Run(folder, name, None, None, None, scores, [], here.get("test_images"))
+    log = trained / "log.jsonl"
+    return Run(folder, options["name"], float(options["noise_ratio"]), options["seed"],
+               options["epochs"], scores, read_json(log, lines=True) if log.exists() else [],
+               here.get("test_images"))
 
 
 def tables_of(options, scores, folder):
@@ -144,15 +134,15 @@ def tables_of(options, scores, folder):
         tables = {f"MSCOCO {size}": scores.get(size, {}) for size in ("1K", "5K")}
     else:
         tables = {TITLES.get(options["dataset"], Path(options["dataset_root"]).name): scores}
-    for own in tables.values():
+    for title, own in tables.items():
         if missing := [column for column in COLUMNS if column not in own]:
             raise InputError(f"{folder}/eval_test.json lacks {missing[0]}; run --eval again")
-        own.update({column: float(own[column]) for column in COLUMNS})
+        tables[title] = {column: float(own[column]) for column in COLUMNS}
     return tables
 
 
 def published_rows():
-    """The authors' `Row`s. Where t2i R@10 is wrong (see `STAR`), there is no rsum."""
+    """The authors' `Row`s. Where t2i R@10 is wrong (see `WRONG`), there is no rsum."""
     rows = []
     with open(PUBLISHED, encoding="utf-8", newline="") as f:
         for line in csv.DictReader(f):
@@ -163,61 +153,22 @@ def published_rows():
     return rows
 
 
-def comparable(row, runs):
-    """Whether the test split of all runs in a published row's table has the published size."""
-    return all(run.test_images == PUBLISHED_IMAGES[row.table]
-               for run in runs if row.table in run.scores)
-
-
 # ---- gathering ----------------------------------------------------------------------------------
-
-
-def method_names(runs):
-    """Name of each run's method: --name, and of the options in which runs of that name differ those
-    that it takes to tell them apart."""
-    names = []
-    for run in runs:
-        same_name = [other.options for other in runs if other.name == run.name and other.options]
-        keys = telling_apart(same_name) if run.options else ()
-        names.append(", ".join([run.name, *(f"{k} {in_name(run.options[k])}" for k in keys)]))
-    return names
-
-
-def telling_apart(options):
-    """The names of options, taken in turn, each of which tells dictionaries of options apart that
-    those before it do not: a recipe sets several others, which say no more than it does."""
-    keys = set.intersection(*map(set, options)) - ROUTINE
-    keys = [*(key for key in FIRST if key in keys), *sorted(keys - set(FIRST))]
-
-    def groups(keys):
-        return len({tuple(in_name(own[key]) for key in keys) for own in options})
-
-    chosen = []
-    for key in keys:
-        if groups([*chosen, key]) > groups(chosen):
-            chosen.append(key)
-    return chosen
-
-
-def in_name(value):
-    """An option's value as text; of a checkpoint its file name, as each seed may have its own."""
-    text = str(value)
-    return Path(text).name if Path(text).suffix in (".pt", ".pth") else text
 
 
 def gather(runs):
     """`Row`s of runs, those that differ by the seed in one. Raises InputError when two have the
-    same seed, too."""
+    same name, noise and seed."""
     groups = {}
-    for run, method in zip(runs, method_names(runs), strict=True):
-        noise, seed = ((run.options["noise_ratio"], run.options["seed"]) if run.options
-                       else (None, str(run.folder)))
+    for run in runs:
+        key = str(run.folder) if run.noise is None else run.seed
         for table, scores in run.scores.items():
-            group = groups.setdefault((table, noise, method), {})
-            if seed in group:
-                raise InputError(f"{group[seed][0]} and {run.folder} are the same experiment with "
-                                 f"the same seed {seed}; leave one of them out")
-            group[seed] = run.folder, scores
+            group = groups.setdefault((table, run.noise, run.name), {})
+            if key in group:
+                raise InputError(f"{group[key][0]} and {run.folder} have the same name {run.name}, "
+                                 f"noise and seed {run.seed}; leave one of them out, or train "
+                                 "different methods with different --name")
+            group[key] = run.folder, scores
     rows = []
     for key, group in groups.items():
         values = {c: [scores[c] for _, scores in group.values()] for c in COLUMNS}
@@ -226,14 +177,27 @@ def gather(runs):
     return rows
 
 
+def differences(rows):
+    """Cells of our rows less the published ones of their noise and method: the published method
+    with whose name ours begins, as npc_released begins with NPC."""
+    published = {(row.noise, row.method): row.mean for row in rows if not row.seeds}
+    lines = []
+    for row in rows:
+        other = published.get((row.noise, re.match("[A-Za-z]*", row.method)[0].upper()))
+        if row.seeds and other:
+            lines.append([row.method, percent(row.noise), *(
+                f"{row.mean[c] - other[c]:+.1f}" if c in other else "–" for c in COLUMNS)])
+    return lines
+
+
 def variances(rows):
-    """[(label, noise ratios, variance of i2t R@1 over them)] of a table's methods that have two or
-    more: the paper's measure of robustness."""
+    """Lines of the variance of i2t R@1 over the noise ratios, the paper's measure of robustness, of
+    the methods that have two or more ratios."""
     over = {}
     for row in rows:
         if row.noise is not None:
             over.setdefault(row.label, {})[row.noise] = row.mean["i2t_R@1"]
-    return [(label, sorted(scores), pvariance(scores.values()))
+    return [[label, ", ".join(map(percent, sorted(scores))), f"{pvariance(scores.values()):.2f}"]
             for label, scores in over.items() if len(scores) > 1]
 
 
@@ -244,83 +208,40 @@ def document(tables, runs):
     """All tables as Markdown. tables: {title: [Row]}."""
     parts = []
     for title, rows in tables.items():
-        head = ["noise", "method", "seeds", "i2t R@1", "R@5", "R@10", "t2i R@1", "R@5", "R@10",
-                "rsum"]
-        lines = [[noise_name(row), row.label, str(row.seeds or "–"),
-                  *(cell(row, column) for column in COLUMNS)] for row in rows]
-        parts += [f"### {title}", markdown(head, lines)]
+        parts += [f"### {title}", driver.table(HEAD, [row.cells for row in rows])]
         if any("t2i_R@10" not in row.mean for row in rows):
-            parts.append(STAR)
+            parts.append(WRONG)
         if found := differences(rows):
-            parts.append(markdown(["less the published row", "noise", *head[3:]], found))
+            parts.append(driver.table(["less the published row", "noise", *HEAD[3:]], found))
         if found := variances(rows):
-            parts.append(markdown(["method", "noise ratios", "variance of i2t R@1"],
-                                  [[label, ", ".join(map(percent, ratios)), f"{variance:.2f}"]
-                                   for label, ratios, variance in found]))
-        own = {row.label for row in rows if row.seeds and row.noise is not None}
-        if own and not own & {label for label, *_ in found}:
-            parts.append("A variance over noise ratios takes runs of two or more of them.")
-    parts += ["### Runs", markdown(RUN_COLUMNS, map(run_line, runs))]
-    return "\n\n".join(parts) + "\n"
+            parts.append(driver.table(["method", "noise ratios", "variance of i2t R@1"], found))
+    head = ["folder", "noise", "seed", "epochs", "best epoch", "dev mean R@1"]
+    return "\n\n".join([*parts, "### Runs", driver.table(head, map(run_cells, runs))]) + "\n"
 
 
-def differences(rows):
-    """Cells of our rows less the published ones of their noise and method, where there is one: that
-    whose name ours begins with, as npc_released does with NPC."""
-    published = {(row.noise, row.method): row.mean for row in rows if not row.seeds}
-    lines = []
-    for row in rows:
-        other = published.get((row.noise, re.match("[A-Za-z]*", row.method)[0].upper()))
-        if row.seeds and other:
-            lines.append([row.method, noise_name(row), *(
-                f"{row.mean[c] - other[c]:+.1f}" if c in other else "–" for c in COLUMNS)])
-    return lines
-
-
-def run_line(run):
-    """What a run's log says about it, as text for `RUN_COLUMNS`."""
-    if run.options is None:
-        return [str(run.folder), *["–"] * (len(RUN_COLUMNS) - 1)]
+def run_cells(run):
+    """What a run's log says about it, as text."""
+    if run.noise is None:
+        return [str(run.folder), *["–"] * 5]
     best = max(run.log, key=lambda line: (line["dev"]["mean_R1"], line["epoch"]), default=None)
-    return [str(run.folder), percent(run.options["noise_ratio"]), str(run.options["seed"]),
-            f"{len(run.log)} of {run.options['epochs']}", str(best["epoch"]) if best else "–",
-            f"{best['dev']['mean_R1']:.1f}" if best else "–",
-            "–" if run.mean_weight is None else f"{run.mean_weight:.3f}"]
+    return [str(run.folder), percent(run.noise), str(run.seed), f"{len(run.log)} of {run.epochs}",
+            *([str(best["epoch"]), f"{best['dev']['mean_R1']:.1f}"] if best else ["–", "–"])]
 
 
 def percent(ratio):
-    return f"{100 * ratio:g} %"
+    return "–" if ratio is None else f"{100 * ratio:g} %"
 
 
-def noise_name(row):
-    if row.noise is None:
-        return "–"
-    return "real" if row.table == "CC120K" and row.noise == 0 else percent(row.noise)
-
-
-def cell(row, column):
-    if column not in row.mean:
-        return f"{row.mean['i2t_R@10']:.1f}\\*" if column == "t2i_R@10" else "–"
-    spread = f" ± {row.std[column]:.1f}" if row.std else ""
-    return f"{row.mean[column]:.1f}{spread}"
-
-
-def write_csv(f, tables):
+def write_csv(f, rows):
     """The rows with all digits; an unknown value is an empty field."""
     table = csv.writer(f, lineterminator="\n")
     table.writerow(["table", "noise_ratio", "method", "published", "seeds", *COLUMNS,
                     *(f"{column} std" for column in COLUMNS)])
-    for rows in tables.values():
-        for row in rows:
-            noise = "" if row.noise is None else ratio_name(row.noise)
-            std = row.std or {}
-            table.writerow([row.table, noise, row.method, int(not row.seeds), row.seeds or "",
-                            *(digits(row.mean.get(column)) for column in COLUMNS),
-                            *(digits(std.get(column)) for column in COLUMNS)])
-
-
-def digits(value):
-    return "" if value is None else f"{value:.6g}"
+    for row in rows:
+        values = [own.get(column) for own in (row.mean, row.std or {}) for column in COLUMNS]
+        table.writerow([row.table, "" if row.noise is None else ratio_name(row.noise), row.method,
+                        int(not row.seeds), row.seeds or "",
+                        *("" if value is None else f"{value:.6g}" for value in values)])
 
 
 def figure(tables):
@@ -328,22 +249,24 @@ def figure(tables):
     from matplotlib.figure import Figure
 
     fig = Figure(figsize=(11, 3.6 * len(tables)), layout="constrained")
-    methods = dict.fromkeys(row.method for rows in tables.values() for row in rows)
+    methods = {row.method for rows in tables.values() for row in rows}
     colours = {method: f"C{k}" for k, method in enumerate(sorted(methods, key=str.lower))}
     for (title, rows), axes in zip(tables.items(), fig.subplots(len(tables), 2, squeeze=False),
                                    strict=True):
+        noise = sorted({100 * row.noise for row in rows if row.noise is not None} or {0})
         for ax, metric, way in zip(axes, ("i2t_R@1", "t2i_R@1"),
                                    ("image-to-text", "text-to-image"), strict=True):
             for label in dict.fromkeys(row.label for row in rows):
                 draw(ax, [row for row in rows if row.label == label], metric, colours)
-            ax.set(title=title, xlabel="noise (%)", ylabel=f"{way} R@1 (%)")
+            ax.set(title=title, xlabel="noise (%)", ylabel=f"{way} R@1 (%)", xticks=noise,
+                   xlim=(noise[0] - 5, noise[-1] + 5))
             ax.grid(alpha=0.3)
         axes[1].legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     return fig
 
 
 def draw(ax, rows, metric, colours):
-    """One method's R@1 over the noise; a zero-shot model, which has none, as a level."""
+    """One method's R@1 over the noise; a zero-shot model, which has no noise, as a level."""
     first = rows[0]
     label = first.label.replace("$", r"\$")  # else it is mathematics
     style = {"color": colours[first.method], "label": label}
@@ -358,40 +281,43 @@ def draw(ax, rows, metric, colours):
 
 
 def write_tables(runs, out, published=True):
-    """Write tables.md, tables.csv and the figure of runs to the folder `out`, beside the published
-    rows or without them, and print the tables."""
+    """Write the tables and the figure of runs to the folder `out`, with the published rows or
+    without them, and print the tables."""
     rows = gather(runs)
     titles = sorted({row.table for row in rows})
-    if published:
-        rows += [row for row in published_rows() if row.table in titles and comparable(row, runs)]
-    rows.sort(key=lambda row: (-1 if row.noise is None else row.noise, row.seeds > 0, row.method))
+    for title in titles if published else ():
+        images = {run.test_images for run in runs if title in run.scores}
+        if images == {PUBLISHED_IMAGES.get(title)}:
+            rows += [row for row in published_rows() if row.table == title]
+        elif title in PUBLISHED_IMAGES:
+            print(f"Published rows of {title} omitted: your test set has "
+                  f"{' or '.join(map(str, images))} images, the paper's {PUBLISHED_IMAGES[title]}.")
+    rows.sort(key=lambda row: (row.table, -1 if row.noise is None else row.noise, row.seeds > 0,
+                               row.method))
     tables = {title: [row for row in rows if row.table == title] for title in titles}
-
     text = document(tables, runs)
     with atomic_write(out / "tables.md") as f:
         f.write(text)
     with atomic_write(out / "tables.csv") as f:
-        write_csv(f, tables)
-    with atomic_write(out / "r1_over_noise.png", "wb") as f:
-        figure(tables).savefig(f, format="png", dpi=150)
-    for title in PUBLISHED_IMAGES.keys() & tables.keys():
-        if published and all(row.seeds for row in tables[title]):
-            print(f"{title} has no published rows beside it, whose {PUBLISHED_IMAGES[title]} test "
-                  "images are not those of these runs")
-    print(f"{text}\nwrote tables.md, tables.csv and r1_over_noise.png to {out}")
+        write_csv(f, rows)
+    with atomic_write(out / "tables.tex") as f:
+        f.write("% \\usepackage{booktabs}\n" + "\n\n".join(
+            f"% {title}\n" + driver.table(HEAD, [row.cells for row in own], "latex_booktabs")
+            for title, own in tables.items()) + "\n")
+    driver.save_figure(figure(tables), out / "r1_over_noise")
+    print(f"{text}\nwrote tables.md, .csv and .tex, r1_over_noise.png and .pdf to {out}")
 
 
 @command
 def main(argv=None):
-    parser = Parser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a finished run")
     parser.add_argument("--out", type=Path, default=Path("logs/tables"), metavar="DIR",
-                        help="folder for the tables and the figure (default: %(default)s)")
+                        help="folder for the tables and the figure")
     parser.add_argument("--no_published", action="store_true",
                         help="leave out the authors' rows; for data of your own in the layout of "
                              "one of their data sets")
     args = parser.parse_intermixed_args(argv)
-
     folders = {os.path.realpath(folder): folder for folder in args.runs}
     runs = [run for folder in folders.values() if (run := read_run(folder))]
     if not runs:

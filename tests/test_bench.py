@@ -11,18 +11,12 @@ BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 TINY = ["--vision_model", "tiny", "--batch_size", "4", "--device", "cpu", "--context_length", "77"]
 
 
-def run(name, *options):
-    """What a benchmark of that name prints."""
-    done = subprocess.run([sys.executable, BENCHMARKS / name, *map(str, options)],
-                          capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 def bench(name, tmp_path, *options):
-    """What it prints, and what it writes."""
-    said = run(name, *TINY, *options, "--json", tmp_path / "out.json")
-    return said, json.loads((tmp_path / "out.json").read_text())
+    """What a benchmark prints, and what it writes."""
+    words = [sys.executable, BENCHMARKS / name, *TINY, *options, "--json", tmp_path / "out.json"]
+    done = subprocess.run([str(word) for word in words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, json.loads((tmp_path / "out.json").read_text())
 
 
 @pytest.mark.slow
@@ -30,23 +24,15 @@ def test_the_step_of_every_contender_is_timed(tmp_path):
     said, found = bench("bench.py", tmp_path, "--only", "step", "--rounds", 1, "--noise", 0.2)
     results = found["step"]["0.2"]
     contenders = [name for name, result in results.items() if isinstance(result, dict)]
-    assert len(contenders) == 4 and all(name in said for name in contenders)
+    assert len(contenders) == 4 and all(f"| {name} " in said for name in contenders)
     assert all(results[name]["flops"] > 0 for name in contenders)
-    assert results["difference"] < 1e-6  # between the released recipe and its transcription
     assert (results["released step"]["flops"] > results["ours, --recipe paper"]["flops"]
             > results["plain CLIP step, ours"]["flops"])
 
 
 @pytest.mark.slow
 def test_an_epoch_is_trained_and_taken_apart(tmp_path):
-    said, found = bench("epoch.py", tmp_path, "--num_images", 4, "--num_dev", 5, "--some", 3)
+    said, found = bench("epoch.py", tmp_path, "--num_images", 4, "--num_dev", 5)
     parts = [line.split("|")[4] for line in said.splitlines() if line.count("|") == 5][2:-1]
     assert len(parts) == len(found) - 1 and abs(found["total"] - sum(map(float, parts))) < 0.05 * 9
     assert found["steps"] > 0 and "20 captions" in said
-
-
-@pytest.mark.slow
-def test_judging_from_features_is_timed():
-    said = run("million.py", "--num_pairs", 1000, "--search_among", 100)
-    for name in ("find_noise.py", "get_memorybank.py"):
-        assert next(line for line in said.splitlines() if line.startswith(f"| {name}"))

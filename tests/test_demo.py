@@ -1,46 +1,80 @@
-"""benchmarks/demo.py runs the repository's commands; the whole of it is `make demo`."""
+"""benchmarks/driver.py runs commands and reuses them; the demo's figure. `make demo` runs it all."""
 
-import subprocess
-import sys
-from pathlib import Path
+import functools
+import multiprocessing
+import os
+import time
 
-from matplotlib.figure import Figure
+import pytest
 
-from benchmarks import demo
-
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
-CODE = """
-import sys
-from pathlib import Path
-import demo
-
-folder = Path(sys.argv[1])
-demo.call("dataset/make_scenes.py", ["--out", folder / "data", "--train", 3], folder / "log")
-demo.call("main_CLIP.py", ["--dataset_root", folder / "data", "--epochs", "none"], folder / "log")
-"""
+from benchmarks import demo, driver
+from utils.errors import InputError
 
 
-def test_a_command_that_fails_ends_the_demo_with_its_last_line(tmp_path):
-    done = subprocess.run([sys.executable, "-c", CODE, str(tmp_path)], cwd=BENCHMARKS,
-                          capture_output=True, text=True)
-    assert done.returncode == 1
-    said, where = done.stderr.splitlines()
-    assert said.startswith("error: main_CLIP.py: argument --epochs") and "none" in said
-    assert where == f"all that it printed: {tmp_path / 'log'}"
-    log = (tmp_path / "log").read_text()
-    first, *_, last = log.splitlines()
-    assert "data" in first and last == f"error: {said.split(': ', 2)[2]}"
-    assert len(list((tmp_path / "data" / "images").iterdir())) > 3
+@pytest.fixture(autouse=True)
+def forked(monkeypatch):
+    """Commands are forked from this process, which has imported torch already."""
+    monkeypatch.setattr(driver, "PROCESSES", multiprocessing.get_context("fork"))
+    before = {number: driver.signal.getsignal(number) for number in (1, 2, 15)}
+    yield
+    for number, handler in before.items():
+        driver.signal.signal(number, handler)
 
 
-def test_the_figure_uses_its_space_and_hides_no_error_bar(tmp_path, monkeypatch):
-    shown = []
-    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: shown.extend(self.axes))
+def drawing(folder, count):
+    return driver.Job("drawn", folder / "run", [
+        ("dataset/make_scenes.py", "--out", folder / "run" / "data", "--train", count),
+        ("dataset/make_scenes.py", "--out", folder / "run" / "more", "--train", 1)])
+
+
+def test_finished_commands_are_reused_and_others_start_anew(tmp_path, capfd):
+    driver.run_jobs([drawing(tmp_path, 3)])
+    assert f"{tmp_path}/run/data: 3 train" in (tmp_path / "run" / "output.txt").read_text()
+    assert driver.read_seconds(tmp_path / "run") > 0.1
+    assert len((tmp_path / "run" / "seconds.txt").read_text().split()) == 2
+    before = (tmp_path / "run" / "data").stat().st_mtime_ns
+    driver.run_jobs([drawing(tmp_path, 3)])
+    assert (tmp_path / "run" / "data").stat().st_mtime_ns == before
+    assert "drawn: (reused)" in capfd.readouterr().out
+    driver.run_jobs([drawing(tmp_path, 4)])
+    said = (tmp_path / "run" / "output.txt").read_text()
+    assert "4 train" in said and "3 train" not in said
+
+
+def test_a_command_that_fails_ends_the_others_with_its_last_line(tmp_path):
+    log, waits = tmp_path / "bad" / "output.txt", functools.partial(time.sleep, 60)
+    bad = driver.Job("bad", tmp_path / "bad", [("main_CLIP.py", "--epochs", "none")])
+    others = [driver.Job("slow", tmp_path / "slow", [("main_CLIP.py",)], hook=waits),
+              driver.Job("never", tmp_path / "never", [("main_CLIP.py",)])]
+    start = time.monotonic()
+    with pytest.raises(InputError) as caught:
+        driver.run_jobs([others[0], bad, others[1]], at_once=2)
+    assert str(caught.value).startswith("main_CLIP.py: argument --epochs: expected")
+    assert str(caught.value).endswith(f"{log} has all that it printed")
+    assert time.monotonic() - start < 30 and not bad.finished
+    assert not (tmp_path / "never" / "commands.txt").exists()
+
+
+def test_a_command_without_an_error_line_names_its_status(tmp_path):
+    with pytest.raises(InputError, match="main_CLIP.py: it ended with status -9"):
+        driver.run_jobs([driver.Job("killed", tmp_path / "a", [("main_CLIP.py", "--help")],
+                                    hook=functools.partial(kill, 9))])
+
+
+def kill(number):
+    os.kill(os.getpid(), number)
+
+
+def test_the_demo_s_figure_uses_its_space_and_hides_no_line(tmp_path):
     results = {name: [[{"i2t_R@1": 60.0 + k + seed} for _ in demo.RATIOS] for seed in (0, 1)]
                for k, name in enumerate((demo.ZERO_SHOT, *demo.METHODS))}
-    demo.figure(results, tmp_path / "figure.png")
-    axes, = shown
+    figure = demo.figure(results)
+    figure.draw_without_rendering()
+    axes, = figure.axes
     assert axes.get_ylim()[0] > 50 and "i2t R@1" in axes.get_ylabel()
     assert "2 seeds" in axes.get_title()
     places = [bars.lines[0].get_xdata()[0] for bars in axes.containers]
     assert len(places) == len(set(places)) == len(results)
+    assert figure.legends[0].get_window_extent().y1 < axes.get_window_extent().y0
+    driver.save_figure(figure, tmp_path / "figure")
+    assert (tmp_path / "figure.png").stat().st_size and (tmp_path / "figure.pdf").stat().st_size

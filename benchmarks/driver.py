@@ -1,0 +1,269 @@
+"""Runs commands of this repository, each in a process of its own, and reuses finished runs."""
+
+import argparse
+import json
+import multiprocessing
+import os
+import runpy
+import shlex
+import shutil
+import signal
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from statistics import mean, stdev
+from typing import NamedTuple
+
+from tabulate import tabulate
+from tqdm import tqdm
+
+ROOT = Path(os.path.relpath(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(ROOT.resolve()))
+
+from params import positive_int
+from utils.errors import InputError
+from utils.files import atomic_write
+
+# Commands are forked from a process that has imported what they need: this saves seconds each
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["__main__", "main_NPC", "sklearn.mixture", "torch._dynamo"])
+STOPPED = 75  # exit status after a signal, as of a training that saved a checkpoint
+TRAIN, TEST = 400, 300  # images of the drawn domain that models are fine-tuned on
+BATCH, LR = 128, 3e-4  # of the fine-tuning
+RUNNING, ENDING = [], threading.Event()  # processes of commands; set when no more may start
+
+
+class Job(NamedTuple):
+    """A run: `commands`, each (script, *options), that fill `folder`.
+
+    scored: the folder whose eval_test.json is shown at the end. hook(): called in the process of
+    each command before it starts. resumed: the commands continue what they find and print to the
+    terminal; else they start in an empty folder, print to output.txt and keep no checkpoint.
+    """
+
+    title: str
+    folder: Path
+    commands: list
+    scored: Path | None = None
+    hook: object = None
+    resumed: bool = False
+
+    @property
+    def text(self):
+        """The commands as a shell takes them, a line each."""
+        return "".join(f"python {shlex.join(map(str, (ROOT / script, *options)))}\n"
+                       for script, *options in self.commands)
+
+    @property
+    def finished(self):
+        """Whether exactly these commands have finished."""
+        done = self.folder / "commands.txt"
+        return done.exists() and done.read_text() == self.text
+
+
+class Method(NamedTuple):
+    """How a pre-trained model is fine-tuned on drawings. The folders of its runs begin with
+    `folder`. hook: see `Job`."""
+
+    folder: str
+    script: str = "main_NPC.py"
+    epochs: int = 3
+    options: tuple = ()
+    hook: object = None
+
+
+# ---- running -------------------------------------------------------------------------------------
+
+
+def run_jobs(jobs, at_once=1):
+    """Run `jobs`, `at_once` at a time, except those that are finished. The first that fails ends
+    the others and raises InputError. A signal is passed on to the commands, and the process ends
+    with status `STOPPED`."""
+
+    def stop(*_):
+        end_all()
+        sys.exit(STOPPED)
+
+    ENDING.clear()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as SIGHUP is under nohup
+            signal.signal(number, stop)
+    bar = tqdm(total=len(jobs), unit="run", disable=None)
+    with bar, ThreadPoolExecutor(at_once) as pool:
+        futures = {pool.submit(run_job, job): job for job in jobs}
+        try:
+            for future in as_completed(futures):
+                job, how = futures[future], future.result()
+                score = f"mean R@1 {read_scores(job.scored)['mean_R1']:.1f} " if job.scored else ""
+                bar.write(f"{job.title}: {score}({how})")
+                bar.update()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            if not ENDING.is_set():
+                end_all()
+            raise
+
+
+def end_all():
+    """Start no more commands, and send SIGTERM to those that run: a training saves its state."""
+    ENDING.set()
+    for process in RUNNING:
+        process.terminate()
+
+
+def run_job(job):
+    """Run the commands of a job unless they are finished; returns how long that took. commands.txt
+    in its folder has the commands, seconds.txt the CPU seconds of each."""
+    start = time.perf_counter()
+    if job.finished:
+        return "reused"
+    log = None if job.resumed else job.folder / "output.txt"
+    if not job.resumed:
+        shutil.rmtree(job.folder, ignore_errors=True)
+    job.folder.mkdir(parents=True, exist_ok=True)
+    for words, line in zip(job.commands, job.text.splitlines(), strict=True):
+        if job.resumed:
+            print(f"$ {line}", flush=True)
+        call(words, log, job.hook)
+    for checkpoint in () if job.resumed else job.folder.glob("*.pt"):
+        checkpoint.unlink()  # it is tested, and takes tens of megabytes
+    with atomic_write(job.folder / "commands.txt") as f:
+        f.write(job.text)
+    return f"{time.perf_counter() - start:.0f} s"
+
+
+def call(words, log=None, hook=None):
+    """Run one command, (script, *options), to its end. Raises InputError with its last line when
+    it fails."""
+    if ENDING.is_set():
+        raise InputError("stopped")
+    process = PROCESSES.Process(target=run_script, args=(words, log, hook))
+    process.start()
+    RUNNING.append(process)
+    if ENDING.is_set():  # since just now
+        process.terminate()
+    process.join()
+    RUNNING.remove(process)
+    if process.exitcode:
+        script, last = Path(words[0]).name, f"it ended with status {process.exitcode}"
+        if log is None:
+            raise InputError(f"{script} failed: its last lines stand above ({last})")
+        lines = ["", *log.read_text().splitlines()]
+        if lines[-1].startswith("error: "):  # else it was killed, or has a bug
+            last = lines[-1].removeprefix("error: ")
+        raise InputError(f"{script}: {last}; {log} has all that it printed")
+
+
+def run_script(words, log, hook):
+    """Do as `python SCRIPT OPTIONS` does, in a process of its own that signals of the terminal do
+    not reach. With `log`, print to the end of that file and add the CPU seconds to seconds.txt
+    beside it: other processes on the machine hardly change these."""
+    os.setsid()
+    if log:
+        with open(log, "a") as output:
+            os.dup2(output.fileno(), sys.stdout.fileno())
+            os.dup2(output.fileno(), sys.stderr.fileno())
+    sys.argv = [str(ROOT / words[0]), *map(str, words[1:])]
+    sys.path.insert(0, os.path.dirname(os.path.abspath(sys.argv[0])))
+    if hook:
+        hook()
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    finally:
+        if log:
+            with open(log.with_name("seconds.txt"), "a") as seconds:
+                print(f"{time.process_time():.2f}", file=seconds)
+
+
+# ---- drawings, and the small model that is fine-tuned on them ------------------------------------
+
+
+def pretraining(folder, seed, train=TRAIN, test=TEST):
+    """The `Job` that draws a source and a target domain into `folder` and pre-trains a tiny CLIP,
+    pretrained/best.pt, on the source."""
+    draw = "dataset/make_scenes.py", "--seed", seed
+    return Job(f"seed {seed}, pre-training", folder, [
+        (*draw, "--out", folder / "source", "--domain", "source", "--train", 6000),
+        (*draw, "--out", folder / "target", "--train", train, "--test", test),
+        training("main_CLIP.py", seed, folder, "source", "pretrained", "tiny", 2, 1e-3),
+        testing("main_CLIP.py", seed, folder, "pretrained/best.pt", "zero-shot"),
+    ], folder / "zero-shot")
+
+
+def fine_tuning(folder, seed, what, run, method, options, lr=LR, data="target", hook=None):
+    """The `Job` that fine-tunes the model of `pretraining` in folder/run and tests it there after
+    its last epoch. what: its title, after the seed."""
+    train = training(method.script, seed, folder, data, run, folder / "pretrained" / "best.pt",
+                     method.epochs, lr)
+    test = testing(method.script, seed, folder, f"{run}/epoch{method.epochs}.pt", f"{run}/last")
+    return Job(f"seed {seed}, {what}", folder / run,
+               [(*train, *options, *method.options), test], folder / run / "last",
+               hook or method.hook)
+
+
+def training(script, seed, folder, data, run, model, epochs, lr):
+    return (*common(script, seed, folder, data, run), "--vision_model", model, "--batch_size",
+            BATCH, "--epochs", epochs, "--lr", lr)
+
+
+def testing(script, seed, folder, checkpoint, run):
+    return *common(script, seed, folder, "target", run), "--eval", "--resume", folder / checkpoint
+
+
+def common(script, seed, folder, data, run):
+    """The words that training and testing share."""
+    return (script, "--dataset", "f30k", "--dataset_root", folder / data, "--checkpoint_path",
+            folder, "--experiments", run, "--seed", seed, "--device", "cpu", "--num_workers", 0)
+
+
+# ---- results -------------------------------------------------------------------------------------
+
+
+def options_of(doc, seeds=3):
+    """The parser of a benchmark on drawings; its runs take one thread each."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    parser = argparse.ArgumentParser(description=doc.split("\n")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--out", type=Path, default=Path("demo"), help="folder of all runs and results")
+    add("--seeds", type=positive_int, default=seeds, help="repetitions, each with data of its own")
+    add("--jobs", type=positive_int, default=min(8, os.cpu_count() or 1), help="runs at a time")
+    return parser
+
+
+def read_scores(folder):
+    return json.loads((folder / "eval_test.json").read_text())
+
+
+def read_seconds(folder):
+    """CPU seconds of all commands of a finished run."""
+    return sum(map(float, (folder / "seconds.txt").read_text().split()))
+
+
+def spread(values, digits=1):
+    """Mean ± standard deviation over the seeds; the mean alone where there is one seed."""
+    deviation = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{mean(values):.{digits}f}{deviation}"
+
+
+def table(head, rows, kind="pipe"):
+    """A table of text cells, whose columns after the first are aligned to the right. kind:
+    tabulate's name of the format, `pipe` for Markdown."""
+    return tabulate([list(row) for row in rows], head, tablefmt=kind, disable_numparse=True,
+                    colalign=["left", *["right"] * (len(head) - 1)])
+
+
+def save_figure(figure, path):
+    """Write a matplotlib figure to path.png and, as vectors, to path.pdf."""
+    for kind, settings in (("png", {"dpi": 150}), ("pdf", {"metadata": {"CreationDate": None}})):
+        with atomic_write(Path(path).with_suffix(f".{kind}"), "wb") as f:
+            figure.savefig(f, format=kind, **settings)
+
+
+def write_report(path, text, start):
+    """Print the report of a benchmark that began at `start` and write it to `path`."""
+    with atomic_write(path) as f:
+        f.write(text)
+    print(f"\n{text}\n{time.perf_counter() - start:.0f} s; wrote {path}")
