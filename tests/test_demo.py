@@ -1,4 +1,4 @@
-"""benchmarks/driver.py runs commands and reuses them; the demo's figure. `make demo` runs it all."""
+"""benchmarks/driver.py runs commands and reuses finished ones; the demo's figure."""
 
 import functools
 import multiprocessing

@@ -82,7 +82,8 @@ def train(script, device, steps=4, **changes):
     """Steps of a small model as the loop makes them, with the data on the device; after each one
     it yields."""
     run = StubRun(options(display=10**6, epochs=1, **changes))
-    run.device, run.precision = device, Precision("fp32", device)
+    run.device = run.args.device = device
+    run.precision = Precision("fp32", device)
     pairs, bank = make_data()
     pairs.images = ImagesInMemory(pairs.images.crops, device)
     A = make_model("vit").float().to(device)

@@ -1,12 +1,26 @@
 """Steps of few shapes, and their replay as CUDA graphs."""
 
+import contextlib
 import copy
+import functools
+import gc
+import json
+import os
+import signal
+import weakref
 
 import numpy as np
 import pytest
 import torch
+from conftest import make_dataset
+from processes import CLIP as CLIP_SCRIPT
+from processes import NPC as NPC_SCRIPT
+from processes import run
 from test_npc_step import BATCH, NUM_PAIRS, StubRun, make_data, make_model, options
+from test_resume import after_step
 
+import clip
+import utils.method.optimizer as optimizer_module
 from main_CLIP import Baseline
 from main_NPC import NPC
 from utils import devices
@@ -15,8 +29,10 @@ from utils.method.optimizer import adamw, replays, set_rate
 from utils.method.weightings import WEIGHTINGS, Weighting
 from utils.reading.images import ImagesInMemory
 from utils.training import checkpoints
+from utils.training.interruptions import INTERRUPTED
 from utils.training.precision import Precision
 from utils.training.replay import Replay, shape_of
+from utils.training.run import Run
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -26,7 +42,8 @@ class Trainer:
 
     def __init__(self, script, tower, device, dtype, few_shapes=False, replayed=False, **changes):
         run = StubRun(options(**changes))
-        run.device, run.precision = device, Precision("fp32", device)
+        run.device = run.args.device = device
+        run.precision = Precision(run.args.precision, device)
         self.pairs, bank = make_data()
         self.pairs.images = ImagesInMemory(self.pairs.images.crops, device)
         self.A = make_model(tower).to(device, dtype)
@@ -143,12 +160,129 @@ def test_unfused_adamw_rounds_alike_in_groups_of_tensors():
     torch.testing.assert_close(p, q, rtol=2**-9, atol=1e-5)
 
 
+# ---- without a GPU: stand-ins for torch.cuda ----------------------------------------------------
+
+
+class Cuda:
+    """Stands for what `Replay` uses of torch.cuda. A capture runs the step; `replay` runs it again
+    on the graph's inputs. The n-th capture fails, if wanted, and leaves its stream current."""
+
+    def __init__(self, monkeypatch, failing=None, device=None):
+        self.captures, self.failing, self.stream, self.alive = 0, failing, "main", 0
+        for name, stand_in in {"graph_pool_handle": lambda: "pool", "CUDAGraph": self.Graph,
+                               "graph": self.graph, "current_stream": lambda: self.stream,
+                               "set_stream": lambda stream: setattr(self, "stream", stream),
+                               "current_device": lambda: device}.items():
+            monkeypatch.setattr(torch.cuda, name, stand_in)
+        monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", lambda on: None)
+
+    class Graph:
+        replayed = 0
+
+        def replay(self):
+            self.replayed += 1
+
+    @contextlib.contextmanager
+    def graph(self, graph, pool, capture_error_mode):
+        assert pool == "pool"
+        self.captures += 1
+        self.stream = "capture"
+        yield
+        if self.captures == self.failing:
+            raise torch.OutOfMemoryError("CUDA out of memory\nmore")
+        self.stream = "main"
+
+
+def test_a_shape_is_captured_when_it_is_seen_again_and_then_replayed(monkeypatch):
+    cuda, calls = Cuda(monkeypatch), []
+    pairs, bank = make_data()
+    batch = Batches(pairs, bank)[list(range(BATCH))]
+    other = Batches(pairs, bank)[list(range(BATCH - 1))]
+    replay = Replay(lambda batch: calls.append(batch) or {"loss": torch.zeros(())}, print)
+    for _ in range(4):
+        replay(batch)
+    replay(other)
+    assert len(calls) == 3 and cuda.captures == 1 and cuda.stream == "main"
+    (graph, inputs, _), none = replay.graphs.values()
+    assert graph.replayed == 3 and none is None  # the capture itself runs nothing
+    assert torch.equal(inputs.indices, batch.indices) and inputs.indices is not batch.indices
+
+
+@pytest.mark.parametrize("failing", [1, 2])
+def test_a_capture_that_fails_frees_all_and_goes_on_eagerly(monkeypatch, failing):
+    cuda, said = Cuda(monkeypatch, failing), []
+    plain, replayed = Trainer("npc", "vit", CPU, torch.float64), Trainer("npc", "vit", CPU,
+                                                                         torch.float64)
+    replayed.step = Replay(lambda batch: replayed.method.step(batch), said.append)
+    seen = [Batches(replayed.pairs, plain.batches.bank)[list(range(size))] for size in (6, 7)]
+    graphs = []
+    for batch in seen[:failing]:  # before the failure, in a model of its own
+        own = Trainer("npc", "vit", CPU, torch.float64)
+        replayed.step.step = own.method.step
+        for _ in range(2):
+            replayed.step(batch)
+        graphs += [weakref.ref(entry[0]) for entry in replayed.step.graphs.values() if entry]
+    gc.collect()
+    assert len(graphs) == failing - 1 and not any(graph() for graph in graphs)
+    assert replayed.step.pool is None and cuda.stream == "main"
+    assert len(said) == 1 and "(CUDA out of memory); --eager" in said[0]
+    replayed.step.step = replayed.method.step
+    assert_same(replayed(range(6)), plain(range(6)), 0)
+    assert cuda.captures == failing and len(said) == 1
+
+
+def test_no_graph_is_made_on_another_device(monkeypatch):
+    """Such a graph would be empty, and its replay would return old numbers."""
+    cuda, said = Cuda(monkeypatch, device=0), []
+    replay = Replay(lambda batch: {}, said.append)
+    pairs, bank = make_data()
+    for _ in range(2):
+        replay(Batches(pairs, bank)[list(range(BATCH))])
+    assert cuda.captures == 0 and "the batch is on cpu, the process on cuda:0" in said[0]
+
+
+def test_the_device_is_set_before_anything_is_put_on_it(monkeypatch, tmp_path):
+    done = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: done.append(index))
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", lambda on: done.append("kernels"))
+    monkeypatch.setattr(clip, "load", lambda name, device, **_: done.append(device) or 1 / 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for folder in ("annotations/scan_split", "images"):
+        (tmp_path / folder).mkdir(parents=True)
+    args = options(device="cuda:1", dataset_root=str(tmp_path))
+    with pytest.raises(ZeroDivisionError):
+        Run(args).load_model()
+    assert done == [1, "kernels", torch.device("cuda:1")]
+
+
+@pytest.mark.parametrize("environment, expected", [({}, "cuda:0"), ({"LOCAL_RANK": "1"}, "cuda:1")])
+def test_each_process_has_a_device_of_its_own(monkeypatch, environment, expected):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert options(device="cuda").device == torch.device(expected)
+
+
+def test_the_rate_is_a_tensor_where_steps_are_replayed(monkeypatch):
+    """And AdamW is capturable there alone."""
+    monkeypatch.setattr(optimizer_module, "replays", lambda args: not args.eager)
+    for eager in (False, True):
+        args = options(eager=eager)
+        made = adamw(make_model("vit").float(), args)
+        group = made.param_groups[0]
+        assert group["capturable"] == isinstance(group["lr"], torch.Tensor) == (not eager)
+        set_rate(made, 0.25)
+        assert float(made.param_groups[0]["lr"]) == 0.25
+
+
+# ---- on a GPU -----------------------------------------------------------------------------------
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("script, tower, changes", [
     ("npc", "vit", {}), ("npc", "vit", {"recipe": "released"}), ("npc", "vit", {"accum_steps": 2}),
     ("npc", "vit", {"grad_checkpointing": True}), ("npc", "vit", {"weighting": "none"}),
-    ("npc", "rn", {}), ("npc", "rn", {"recipe": "released"}), ("clip", "vit", {}),
-    ("npc", "vit", {"freeze": "image"})])
+    ("npc", "rn", {}), ("clip", "vit", {}), ("npc", "vit", {"freeze": "image"})])
 def test_replayed_steps_are_those_without(monkeypatch, script, tower, changes):
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     plain = Trainer(script, tower, GPU, torch.float32, few_shapes=True, **changes)
@@ -157,6 +291,51 @@ def test_replayed_steps_are_those_without(monkeypatch, script, tower, changes):
     for p, q in zip(replayed.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=0, atol=1e-6)
     assert len(plain.shapes) > 1 and any(replayed.step.graphs.values()) and not replayed.said
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("script, changes", [
+    ("npc", {}), ("npc", {"recipe": "released"}), ("clip", {})])
+def test_replayed_steps_in_amp_bf16_differ_no_more_than_two_eager_runs(script, changes):
+    """The default precision, over 20 steps of changing shapes."""
+    found = [Trainer(script, "vit", GPU, torch.float32, True, replayed, precision="amp_bf16",
+                     **changes) for replayed in (False, False, True)]
+    for trainer in found:
+        trainer(range(20))
+    eager, again, replayed = (torch.cat([p.flatten() for p in trainer.parameters()])
+                              for trainer in found)
+    assert found[2].step.graphs and not found[2].said
+    assert (replayed - eager).norm() <= 2 * (again - eager).norm() + 1e-6 * eager.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("script, more", [
+    ("NPC", []), ("NPC", ["--recipe", "released"]), ("CLIP", []), ("CLIP", ["--recipe", "robust"])])
+def test_a_run_around_replayed_steps(tmp_path, script, more):
+    """Log, dev scores and checkpoints of a whole run; a run that is interrupted and resumed ends
+    with the same scores, and its weights differ by no more than rounding."""
+    main = NPC_SCRIPT if script == "NPC" else CLIP_SCRIPT
+    data = make_dataset(tmp_path / "data", "f30k")
+    common = [*data.options, "--vision_model", "tiny", "--epochs", "2", "--batch_size", "8",
+              "--noise_ratio", "0.2", "--lr", "1e-4", "--save_every", "3", "--keep_checkpoints",
+              "0", "--device", "cuda:0", "--checkpoint_path", str(tmp_path), *more]
+    run(main, [*common, "--experiments", "whole"], tmp_path / "out1")
+    run(main, [*common, "--experiments", "cut"], tmp_path / "out2", INTERRUPTED,
+        functools.partial(after_step, 4, terminate))
+    said = run(main, [*common, "--experiments", "cut", "--resume", "auto"], tmp_path / "out3")
+    assert "cannot be captured" not in said
+    lines = [[json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+             for name in ("whole", "cut")]
+    for whole, cut in zip(*lines, strict=True):
+        assert whole["batch_loss"] == pytest.approx(cut["batch_loss"], rel=1e-2)
+    states = [clip.read_checkpoint(tmp_path / name / "epoch2.pt")["state_dict"]
+              for name in ("whole", "cut")]
+    for name, value in states[0].items():
+        torch.testing.assert_close(value, states[1][name], rtol=1e-2, atol=1e-3)
+
+
+def terminate():
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 @pytest.mark.gpu

@@ -17,22 +17,22 @@ def adamw(model, args):
     """AdamW over all parameters of `model` that are trained, decayed alike, as CLIP's fine-tuners
     do.
 
-    With half weights it is the unfused one, whose every operation rounds to half, as released. The
-    fused kernel computes in fp32 and rounds what it stores, so that a second moment still counts in
-    its own step if it underflows. On a GPU its rate is a tensor, which a CUDA graph reads anew.
-    Raises InputError when eps is zero in half.
+    Half weights take the unfused one, whose every operation rounds to half, as released. The fused
+    kernel computes in fp32 and rounds what it stores, so that a second moment still counts in its
+    own step if it underflows. Where steps are replayed the rate is a tensor, which a CUDA graph
+    reads anew. Raises InputError when eps is zero in half.
     """
-    parameters = trained(model)
+    parameters, rate = trained(model), args.lr
     half = any(p.dtype == torch.float16 for p in parameters)
-    on_gpu, rate = parameters[0].is_cuda, args.lr
     if half and not torch.tensor(args.eps).half():
         raise InputError(f"--eps {args.eps:g} is zero in half precision, where second moments are "
                          "too; use 1e-6, or another --precision")
-    if half:
-        kind = {"fused": False, "foreach": on_gpu}  # without a word torch loops over the tensors
+    if half:  # torch's default is one kernel per tensor where `fused` is given
+        kind = {"fused": False, "foreach": parameters[0].is_cuda}
     else:
-        kind = {"fused": True, "capturable": on_gpu}
-        rate = torch.tensor(args.lr, device=parameters[0].device) if on_gpu else args.lr
+        kind = {"fused": True, "capturable": replays(args)}
+    if replays(args):
+        rate = torch.tensor(args.lr, device=parameters[0].device)
     return torch.optim.AdamW(parameters, lr=rate, betas=(args.beta1, args.beta2), eps=args.eps,
                              weight_decay=args.weight_decay, **kind)
 
@@ -59,8 +59,7 @@ def prepare_training(model, args, recipe):
     for name, parameter in model.named_parameters():
         tower = "image" if name.startswith("visual.") else "text"
         parameter.requires_grad_(tower != args.freeze or name == "logit_scale")
-    if (recipe.batch_norm_trains and args.freeze != "image"
-            and any(isinstance(m, BatchNorm2d) for m in model.modules())):
+    if trains_batch_norm(model, args, recipe):
         memory = recipe.trains_on_memory and getattr(args, "memory_loss_weight", 0)
         pieces = world() > 1 or args.accum_steps > 1 or args.grad_checkpointing
         if memory or pieces:
@@ -71,6 +70,12 @@ def prepare_training(model, args, recipe):
     model.grad_checkpointing = args.grad_checkpointing
     if args.compile:
         compile_blocks(model)
+
+
+def trains_batch_norm(model, args, recipe):
+    """Whether `model` has BatchNorm layers that use and update batch statistics in training."""
+    return (recipe.batch_norm_trains and args.freeze != "image"
+            and any(isinstance(m, BatchNorm2d) for m in model.modules()))
 
 
 def compile_blocks(model):

@@ -7,7 +7,7 @@ import torch
 from tqdm.auto import tqdm
 
 from utils.distributed import is_main, leave_processes
-from utils.method.optimizer import replays, set_rate
+from utils.method.optimizer import replays, set_rate, trains_batch_norm
 from utils.reading.images import check_images
 from utils.scoring.retrieval import evaluate
 from utils.training import checkpoints
@@ -35,7 +35,7 @@ def fit(run, model, dev, optimizers, loader, step):
     history = History(run, pairs, epoch_steps)
     state = checkpoints.TrainingState(run, model, optimizers, history, loader, dev)
     state.restore()
-    if replays(args):
+    if replays(args) and not trains_batch_norm(model, args, run.recipe):
         step = Replay(step, run.log)
     check_images(args, pairs.images, dev.images)
     run.write_options("options.json")
@@ -51,7 +51,7 @@ def fit(run, model, dev, optimizers, loader, step):
         first_batch = epoch_steps if resumed_at_end else state.batch
         for epoch in range(first_epoch, args.epochs):
             loader.sampler.epoch, loader.sampler.first = epoch, first_batch
-            model.train(run.recipe.batch_norm_trains and args.freeze != "image")
+            model.train(trains_batch_norm(model, args, run.recipe))
             history.start_epoch(epoch, resumed=first_batch > 0)
             bar = tqdm(loader, f"epoch {epoch + 1}/{args.epochs}", initial=first_batch, unit="pair",
                        unit_scale=args.batch_size, disable=None if is_main() else True)
