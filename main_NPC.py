@@ -44,7 +44,7 @@ def main(argv=None):
 
     npc = NPC(A, run, bank)
     loader = training_loader(args, pairs, bank, with_memory=npc.uses_memory)
-    fit(run, A, dev, npc.optimizers, loader, npc.step)
+    fit(run, A, dev, npc.optimizers, loader, npc.step, npc.kept)
 
 
 class NPC:
@@ -56,6 +56,8 @@ class NPC:
         self.A, self.siamese, self.run = A, None, run
         self.weighting, self.num_pairs = WEIGHTINGS[args.weighting], len(bank.caption_entry)
         self.of_bank = arrays_on(run.device, bank, self.weighting.of_bank)  # (n,) each
+        self.kept = {name: torch.zeros(self.num_pairs, device=run.device)
+                     for name in self.weighting.keeps}
         self.trains_on_memory = run.recipe.trains_on_memory and args.memory_loss_weight > 0
         self.uses_memory = self.weighting.looks_ahead or self.trains_on_memory
         prepare_training(A, args, run.recipe)
@@ -80,7 +82,7 @@ class NPC:
         memory_i, memory_t = passes.memory      # l(M^I; A), l(M^T; A)  (B,), (B,)
         known = {"batch": loss, "memory_i": memory_i, "memory_t": memory_t,
                  "indices": batch.indices, "step": steps_of(self.optimizer),
-                 "num_pairs": self.num_pairs,
+                 "num_pairs": self.num_pairs, **self.kept,
                  **{name: array[batch.indices] for name, array in self.of_bank.items()}}
 
         # A' takes its AdamW step on mean l(batch; A'), and shows what that does to the memory

@@ -26,6 +26,7 @@ from params import parse_args
 from utils.errors import InputError
 from utils.method import passes
 from utils.method.memorybank import bank_path
+from utils.method.weightings import weighting
 from utils.training import checkpoints, history, loop
 from utils.training.interruptions import INTERRUPTED
 from utils.training.schedule import warmup_cosine
@@ -83,7 +84,7 @@ def read(path):
     """The content of a checkpoint but for options that say nothing about the result."""
     content = clip.read_checkpoint(path)
     for name in ("resume", "save_every", "keep_checkpoints", "checkpoint_path", "num_workers",
-                 "data_on", "dataset_root"):
+                 "data_on", "dataset_root", "experiments"):
         content["args"].pop(name)
     return content
 
@@ -148,6 +149,33 @@ def test_resumed_run_ends_where_an_uninterrupted_one_does(
     said = run(main, argv, tmp_path / "second")
     assert (f"resuming from {before}" if before else "nothing to resume from") in said
     assert_same(tmp_path / "x", whole[script])
+
+
+def keeps_a_history():
+    """Hook: a weighting that depends on the mean loss of a pair in earlier epochs."""
+    @weighting("history", "half for pairs whose loss grew", keeps=("mean", "seen"))
+    def history(batch, indices, mean, seen, **_):
+        grew = (seen[indices] > 0) & (batch > mean[indices])
+        mean[indices] = (mean[indices] * seen[indices] + batch) / (seen[indices] + 1)
+        seen[indices] += 1
+        return 1 - grew.to(batch.dtype) / 2
+
+
+def test_what_a_weighting_keeps_comes_back(data, tmp_path):
+    """Killed and resumed, a run whose w depends on a history ends like an uninterrupted one."""
+    argv = arguments(data, "npc", tmp_path, "--weighting", "history", "--save_every", 5)
+    run(NPC, [*argv, "--experiments", "whole"], tmp_path / "out", hook=keeps_a_history)
+    run(NPC, argv, tmp_path / "first", -signal.SIGKILL, killed_with_a_history)
+    run(NPC, [*argv, "--resume", "auto"], tmp_path / "second", hook=keeps_a_history)
+    assert_same(tmp_path / "x", tmp_path / "whole")
+    kept = read(tmp_path / "x" / "epoch3.pt")["kept"]
+    assert (kept["seen"] >= 1).all() and kept["seen"].sum() == EPOCHS * STEPS * BATCH
+    assert (np.load(tmp_path / "x" / "weights.npz")["w"] == 0.5).any()
+
+
+def killed_with_a_history():
+    keeps_a_history()
+    signalled(17, signal.SIGKILL)()
 
 
 def test_resume_by_path_continues_in_another_folder(data, whole, tmp_path):

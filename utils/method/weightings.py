@@ -4,33 +4,37 @@ here, or in a script of your own that then calls main_NPC.main, is a choice of t
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
+
 
 class Weighting(NamedTuple):
     """function(**known) gives w (B,); `help` says what it is. looks_ahead: A' takes its step
-    before, so after_i and after_t are known. of_bank: arrays of the `MemoryBank` that it needs."""
+    before, so after_i and after_t are known. of_bank: arrays of the `MemoryBank` that it needs.
+    keeps: names of its own numbers of each pair, which live on from step to step."""
 
     function: Callable
     help: str
     looks_ahead: bool
     of_bank: tuple
+    keeps: tuple = ()
 
 
 WEIGHTINGS = {}
 
 
-def weighting(name, help, looks_ahead=False, of_bank=()):
+def weighting(name, help, looks_ahead=False, of_bank=(), keeps=()):
     """Decorator that puts a function in the table.
 
     It gets as keywords, (B,) each: `batch`, l(batch; A); `memory_i` and `memory_t`, l(M^I; A) and
     l(M^T; A), zeros where nobody looks ahead or trains on the memory; with looks_ahead `after_i`
     and `after_t`, the same under A'; `indices`, which of the `num_pairs` training pairs these are;
     and the entries of the batch's pairs in the arrays `of_bank`: posterior, cosine, loss or clean.
-    `step`, a scalar tensor, is the number of steps made so far. What lives on from step to step, as
-    a history of each pair's loss, belongs into tensors that are changed in place; a checkpoint does
-    not hold them.
+    `step`, a scalar tensor, is the number of steps made so far. For each name in `keeps` it also
+    gets a tensor (num_pairs,), zeros at first, that it may change in place, such as a history of
+    each pair's loss. Checkpoints hold these tensors, and a resumed run goes on with them.
     """
     def register(function):
-        WEIGHTINGS[name] = Weighting(function, help, looks_ahead, of_bank)
+        WEIGHTINGS[name] = Weighting(function, help, looks_ahead, of_bank, keeps)
         return function
     return register
 
@@ -68,8 +72,6 @@ def one_step_anti_noise(cosine, beta, **_):
     frozen model: how far the logit lies above that of random pixels with random tokens, over the
     batch's largest, is s; w = s^2 (1 - s^2). The best pair of a batch weighs 0. The temperature
     cancels: cosines (B,) do, and their mean beta over random inputs."""
-    import torch  # a --help, which lists these functions, does without
-
     s = (cosine - beta).clamp(min=0)
     s = s / s.max().clamp(min=torch.finfo(s.dtype).tiny)
     return s.square() * (1 - s.square())

@@ -3,7 +3,8 @@
 `epoch{N}.pt` after each epoch and `step{S}.pt` in between hold `epoch` (epochs done), `batch`
 (batches done of the next one), `step` (optimiser steps in all), `epoch_steps`, `name`,
 `state_dict`, `config` (the model's), the optimisers, the gradient scaler, `args` (options), `data`
-and `dev` (hashes of what is trained and scored on) and `history` (see utils.training.history). The
+and `dev` (hashes of what is trained and scored on), `kept` (what the weighting keeps of each pair)
+and `history` (see utils.training.history). The
 order of the pairs depends on seed and epoch alone and nothing else is random, so no random state is
 kept. clip.read_checkpoint reads them and runs none of their code.
 """
@@ -35,8 +36,9 @@ OF_A_RUN = ("epoch*.pt", "step*.pt", "best.pt", "log.jsonl", "weights.npz", "eva
 class TrainingState:
     """What a checkpoint holds of a run: `epoch`, `batch` and `step` say how far it is."""
 
-    def __init__(self, run, model, optimizers, history, loader, dev):
+    def __init__(self, run, model, optimizers, history, loader, dev, kept):
         self.run, self.model, self.optimizers, self.history = run, model, optimizers, history
+        self.kept = kept
         self.data, self.dev, self.epoch_steps = hash_of_data(loader), fingerprint(dev), len(loader)
         self.epoch = self.batch = self.step = 0
 
@@ -56,7 +58,7 @@ class TrainingState:
             "state_dict": self.model.state_dict(), "config": self.model.config,
             **{name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
             "scaler": run.precision.scaler.state_dict(), "args": stored_options(run.options()),
-            "data": self.data, "dev": self.dev, "history": self.history.state(),
+            "data": self.data, "dev": self.dev, "kept": self.kept, "history": self.history.state(),
         }
 
     def save(self, name):
@@ -123,6 +125,8 @@ class TrainingState:
         if self.step < 1 or self.epoch + (self.batch > 0) > epochs:
             raise ValueError(f"{self.epoch} epochs and {self.step} steps of --epochs {epochs} are "
                              "done")
+        for name, tensor in self.kept.items():
+            tensor.copy_(state["kept"][name])
         self.history.load(state["history"])
         if state["dev"] != self.dev:
             self.history.ignore_scores()

@@ -17,13 +17,14 @@ from utils.training.replay import Replay
 from utils.training.schedule import Schedule
 
 
-def fit(run, model, dev, optimizers, loader, step):
+def fit(run, model, dev, optimizers, loader, step, kept=()):
     """Train `model` for the steps that remain.
 
     dev: the `Pairs` that choose the best epoch. optimizers: name in the checkpoint -> optimiser,
     all on one schedule. step(batch) makes one optimiser step on a `Batch` and returns its numbers:
     scalar tensors by name, `batch_loss` and `grad_norm` among them, and under "w" the weights (B,)
-    of its pairs if it has any.
+    of its pairs if it has any. kept: tensors by name that the step changes in place; checkpoints
+    hold them.
 
     SIGTERM, SIGINT and SIGHUP save a checkpoint after the step at hand and exit with status
     `INTERRUPTED`. Raises InputError when a loss or gradient is not finite, or a checkpoint cannot
@@ -33,7 +34,7 @@ def fit(run, model, dev, optimizers, loader, step):
     started = time.monotonic()
     schedule = Schedule(args, run.recipe, epoch_steps, len(loader.sampler.chosen))
     history = History(run, pairs, epoch_steps)
-    state = checkpoints.TrainingState(run, model, optimizers, history, loader, dev)
+    state = checkpoints.TrainingState(run, model, optimizers, history, loader, dev, dict(kept))
     state.restore()
     if replays(args) and not trains_batch_norm(model, args, run.recipe):
         step = Replay(step, run.log)
