@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from utils.method.losses import pair_losses
 from utils.method.recipes import RECIPES
 from utils.method.weightings import negative_impact, one_step_anti_noise
-from utils.training.schedule import Schedule, warmup_cosine
+from utils.training.loop import Schedule, warmup_cosine
 
 F64 = torch.float64
 

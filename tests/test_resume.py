@@ -29,7 +29,7 @@ from utils.method.memorybank import bank_path
 from utils.method.weightings import weighting
 from utils.training import checkpoints, history, loop
 from utils.training.interruptions import INTERRUPTED
-from utils.training.schedule import warmup_cosine
+from utils.training.loop import warmup_cosine
 
 EPOCHS, BATCH, STEPS = 3, 7, 8  # 60 pairs: 8 steps an epoch
 SCRIPTS = {"npc": (NPC, ["--recipe", "paper"]), "clip": (CLIP, ["--recipe", "released"]),
