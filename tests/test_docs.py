@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import processes
 import pytest
+from conftest import ROOT
 from torch.distributed.run import get_args_parser as torchrun_parser
 
 import params
 
-ROOT = Path(__file__).resolve().parents[1]
 README, DATA = ROOT / "README.md", ROOT / "dataset" / "README.md"
 PAGES = [README, DATA, ROOT / "benchmarks" / "README.md",
          ROOT / "pre-trained_models" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -98,7 +98,17 @@ def test_there_are_commands():
     assert {"make", "main_NPC.py", "main_CLIP.py", "find_noise.py", "search.py",
             "benchmarks/table.py"} <= {word for words in commands(README) for word in words}
     found = {word for page in PAGES for words in commands(page) for word in words}
-    assert {"benchmarks/bench.py", "dataset/prepare_cc120k.py", "--nproc_per_node"} <= found
+    assert {"benchmarks/bench.py", "dataset/prepare_pairs.py", "--nproc_per_node"} <= found
+
+
+def test_no_test_can_write_into_the_checkout(monkeypatch, tmp_path):
+    (tmp_path / "link").symlink_to(ROOT)
+    for path in (ROOT / "pairs.csv", tmp_path / "link" / "mine.py"):
+        with pytest.raises(PermissionError, match="into the checkout"):
+            path.write_text("x")
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(PermissionError, match="into the checkout"):
+        Path("photos").mkdir()
 
 
 def test_the_readme_s_weighting_trains(dataset, tmp_path):
