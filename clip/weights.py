@@ -1,6 +1,7 @@
 """CLIP models by name or from a file or folder: architectures, downloads, loading."""
 
 import hashlib
+import os
 import re
 from pathlib import Path
 
@@ -24,7 +25,8 @@ SHA256 = {
     "ViT-L/14@336px": "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02",
 }
 PRETRAINED = Path(__file__).resolve().parents[1] / "pre-trained_models"
-CACHE = Path("~/.cache/clip").expanduser()
+HOME = Path(os.path.expanduser("~"))  # stays "~" where a user has none
+CACHE = HOME / ".cache" / "clip" if HOME.is_absolute() else PRETRAINED
 ON_THE_HUB = re.compile(r"(hf-hub:)?([\w.-]+)/[\w.-]+")
 FILES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")  # suffixes that no model of the hub has
 

@@ -1,7 +1,9 @@
 """Small data sets in the three layouts of the released data, made on the fly."""
 
+import os
 import re
 import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,6 +29,21 @@ TEMPLATES = ("a {c} bar at the {p}", "the {p} of the picture is {c}", "{c} paint
              "something {c} ({p})", "grey, but {c} at the {p}: café")
 NUM_IMAGES = {"train": 12, "dev": 4, "test": 6}
 NUM_ANNS = {"coco": 5, "f30k": 5, "cc": 1}
+ROOT = Path(__file__).resolve().parents[1]
+CACHES = re.compile(r"/(__pycache__|\.pytest_cache|\.hypothesis)\b")
+WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+
+
+def keep_checkout(event, arguments):
+    """Audit hook of all processes of the tests that lets none of them write into the checkout,
+    where users have files of their own."""
+    if event == "os.mkdir" or event == "open" and arguments[2] and arguments[2] & WRITES:
+        path = os.fsdecode(arguments[0]) if not isinstance(arguments[0], int) else os.devnull
+        if not CACHES.search(path) and os.path.realpath(path).startswith(f"{ROOT}/"):
+            raise PermissionError(f"a test writes {path} into the checkout")
+
+
+sys.addaudithook(keep_checkout)
 
 
 def image_ids(layout):

@@ -1,5 +1,5 @@
-"""Commands as processes of their own, forked by a server that has imported torch already, so that
-each starts at once; and a CLIP that is small enough for many of them."""
+"""Commands as processes of their own, forked from a server that has imported torch already, and a
+small CLIP for them."""
 
 import multiprocessing
 import os
@@ -11,6 +11,7 @@ import zlib
 from pathlib import Path
 
 import torch
+from conftest import ROOT
 from torch.utils.tensorboard import SummaryWriter
 
 import clip
@@ -20,7 +21,6 @@ import main_NPC
 from utils.scoring import diagnostics
 
 START_METHOD = multiprocessing.get_context().get_start_method()
-ROOT = Path(__file__).resolve().parents[1]
 NPC, CLIP, BANK = main_NPC.main, main_CLIP.main, get_memorybank.main
 CONTEXT, VOCABULARY = 12, 64
 SMALL = {"embed_dim": 16, "image_resolution": 32, "context_length": CONTEXT,
@@ -38,7 +38,7 @@ def save_small(path, tower=VIT, seed=0):
 
 
 def small_tokens(texts, context_length=CONTEXT, vocabulary=VOCABULARY):
-    """Stands for clip.tokenize_with_lengths: a word is one of few tokens."""
+    """Replaces clip.tokenize_with_lengths: each word becomes one of few tokens."""
     rows = [[zlib.crc32(word.encode()) % (vocabulary - 3) + 1 for word in text.split()]
             for text in texts]
     lengths = torch.tensor([len(row) + 2 for row in rows])
@@ -50,7 +50,7 @@ def small_tokens(texts, context_length=CONTEXT, vocabulary=VOCABULARY):
 
 
 def go(function, argv, output, environment=(), hook=None):
-    """Do as a new process that is started in a terminal; does not return."""
+    """Run a command in this new process as if a terminal had started it; does not return."""
     os.setsid()
     for number in (signal.SIGHUP, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
@@ -128,8 +128,8 @@ def run(function, argv, output, status=0, hook=None):
 
 
 def run_in_two(function, argv, output, status=0, hooks=(None, None)):
-    """The same in two processes that work together, as under torchrun; returns what each said.
-    `status` may be a pair."""
+    """Run a command in two processes that work together, as under torchrun; returns what each
+    said. `status` may be a pair."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]

@@ -6,12 +6,11 @@ import os
 import pickle
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import banks, make_dataset, options, tree, write_lines
+from conftest import ROOT, banks, make_dataset, options, tree, write_lines
 
 import clip
 import construct_noise
@@ -22,7 +21,6 @@ from clip.weights import CONFIGS
 from data import retrieval_split
 from utils.method.memorybank import bank_path
 
-ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = {"construct_noise": construct_noise.main, "get_memorybank": get_memorybank.main,
             "main_CLIP": main_CLIP.main, "main_NPC": main_NPC.main}
 TRAINING = ["main_CLIP", "main_NPC"]

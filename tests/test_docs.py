@@ -1,20 +1,22 @@
 """README and docs: their commands parse, their links lead somewhere, their example trains."""
 
 import argparse
+import os
 import re
 import runpy
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import processes
 import pytest
+from conftest import ROOT
 from torch.distributed.run import get_args_parser as torchrun_parser
 
 import params
 
-ROOT = Path(__file__).resolve().parents[1]
 README, DATA = ROOT / "README.md", ROOT / "dataset" / "README.md"
 PAGES = [README, DATA, ROOT / "benchmarks" / "README.md",
          ROOT / "pre-trained_models" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -98,33 +100,47 @@ def test_there_are_commands():
     assert {"make", "main_NPC.py", "main_CLIP.py", "find_noise.py", "search.py",
             "benchmarks/table.py"} <= {word for words in commands(README) for word in words}
     found = {word for page in PAGES for words in commands(page) for word in words}
-    assert {"benchmarks/bench.py", "dataset/prepare_cc120k.py", "--nproc_per_node"} <= found
+    assert {"benchmarks/bench.py", "dataset/prepare_pairs.py", "--nproc_per_node"} <= found
+
+
+def test_no_test_can_write_into_the_checkout(monkeypatch, tmp_path):
+    (tmp_path / "link").symlink_to(ROOT)
+    for path in (ROOT / "pairs.csv", tmp_path / "link" / "mine.py"):
+        with pytest.raises(PermissionError, match="into the checkout"):
+            path.write_text("x")
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(PermissionError, match="into the checkout"):
+        Path("photos").mkdir()
+
+
+def run_elsewhere(folder, *words):
+    """Run a script of `folder`, which knows the repository by PYTHONPATH alone; returns what it
+    printed."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *map(str, words)], cwd=folder, env=environment,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def test_the_readme_s_weighting_trains(dataset, tmp_path):
+    """In a folder of one's own, beside a data.py that has nothing to do with ours."""
     name, source = example()
     assert len(source.splitlines()) <= 12
     (tmp_path / name).write_text(source)
+    (tmp_path / "data.py").write_text("raise ImportError('not that of the repository')")
     (options,) = [words[2:] for words in commands(README) if words[1] == name]
-    more = [*dataset("f30k").options, "--vision_model", processes.save_small(tmp_path / "a.pt"),
-            "--context_length", processes.CONTEXT, "--batch_size", 4, "--num_workers", 0,
-            "--device", "cpu", "--epochs", 1, "--lr", 1e-4, "--checkpoint_path", tmp_path]
-    processes.run(run_script, [str(tmp_path / name), *options, *map(str, more)], tmp_path / "out")
-    w = np.load(tmp_path / "ex0" / "weights.npz")["w"]
+    run_elsewhere(tmp_path, name, *options, *dataset("f30k").options, "--vision_model", "tiny",
+                  "--batch_size", 4, "--num_workers", 0, "--device", "cpu", "--epochs", 1)
+    w = np.load(tmp_path / "logs" / "ex0" / "weights.npz")["w"]
     assert (w == 1).sum() == (w == 0).sum() == w.size / 2  # half of each batch counts
 
 
-def test_the_example_from_python_runs(dataset, tmp_path, capsys, monkeypatch):
-    """docs/python.md on a small data set and model."""
+def test_the_example_from_python_runs(tmp_path):
+    """docs/python.md in an empty folder."""
     (source,) = blocks((ROOT / "docs" / "python.md").read_text(encoding="utf-8"), "python")
-    options = [*dataset("f30k").options, "--device", "cpu", "--num_workers", "0",
-               "--judge_rounds", "0"]
-    for old, new in (('"--dataset_root", "dataset/mine"', ", ".join(map(repr, options))),
-                     ("ViT-B/32", "tiny")):
-        assert old in source
-        source = source.replace(old, new)
-    exec(compile(source, "python.md", "exec"), {})
-    said = capsys.readouterr().out.splitlines()
+    (tmp_path / "mine.py").write_text(source)
+    said = run_elsewhere(tmp_path, "mine.py").splitlines()
     assert "clean pairs; nearest to the first image:" in said[-1]
     assert len([line for line in said if line[:2] in ("0.", "1.")]) == 10
 

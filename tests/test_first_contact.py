@@ -1,16 +1,20 @@
-"""What a newcomer sees: no arguments, typing errors, the help; and how a failing command ends."""
+"""What a newcomer sees: no arguments, mistyped options, the help, an environment that lacks
+something; and how a failing command ends."""
 
 import errno
 import json
+import os
 import re
 import subprocess
 import sys
 import threading
-from pathlib import Path
 from zipfile import BadZipFile
 
+import processes
 import pytest
 import torch
+from conftest import ROOT
+from test_docs import run_script
 
 import construct_noise
 import get_memorybank
@@ -18,7 +22,8 @@ import main_CLIP
 import main_NPC
 from utils.errors import InputError, command
 
-ROOT = Path(__file__).resolve().parents[1]
+COMMANDS = [str(path.relative_to(ROOT)) for folder in (".", "dataset", "benchmarks")
+            for path in sorted((ROOT / folder).glob("*.py")) if "\n    main()" in path.read_text()]
 
 
 @pytest.mark.parametrize("module", [main_NPC, main_CLIP])
@@ -33,24 +38,39 @@ def test_no_arguments_say_in_five_lines_what_to_do(module):
         assert word in text
 
 
-@pytest.mark.parametrize("argv, near", [
-    (["--datset", "coco"], "--dataset"), (["--batchsize", "8"], "--batch_size"),
-    (["--dataset", "coca"], "coco"), (["--dataset", "f30"], "f30k"),
-    (["--recipe", "papper"], "paper"), (["--precision", "amp_bf6"], "amp_bf16")])
-def test_typing_errors_suggest_the_near_word(argv, near, capsys):
+def refusal(argv, capsys):
+    """The one line with which main_NPC.py refuses its options."""
     with pytest.raises(SystemExit) as caught:
         main_NPC.main(argv)
     error = capsys.readouterr().err
-    assert caught.value.code == 2
-    assert error.count("\n") == 1
-    assert f"did you mean {near}?" in error
+    assert caught.value.code == 2 and error.count("\n") == 1
+    return error
 
 
-@pytest.mark.parametrize("argv", [["--zzzz"], ["--device", "cuda:99"], ["--lr", "seed"]])
+@pytest.mark.parametrize("argv, near", [
+    (["--datset", "coco"], "--dataset"), (["--batch-size", "8"], "--batch_size"),
+    (["--dataset_rot", "dataset/mine"], "--dataset_root"), (["--learning_rate=1e-5"], "--lr"),
+    (["--name", "x", "configs/robust.args"], "@configs/robust.args"),
+    (["--dataset", "coca"], "coco"), (["--dataset", "f30"], "f30k"),
+    (["--recipe", "papper"], "paper"), (["--precision", "amp_bf6"], "amp_bf16")])
+def test_mistyped_words_suggest_the_near_one(argv, near, capsys):
+    assert f"did you mean {near}?" in refusal(argv, capsys)
+
+
+@pytest.mark.parametrize("argv", [["--zzzz", "seed"], ["--device", "cuda:99"], ["--lr", "seed"],
+                                  ["nowhere/robust.args"], ["--data_on", "--eager"]])
 def test_nothing_else_suggests_a_word(argv, capsys):
-    with pytest.raises(SystemExit):
-        main_NPC.main(argv)
-    assert "did you mean" not in capsys.readouterr().err
+    assert "did you mean" not in refusal(argv, capsys)
+
+
+@pytest.mark.parametrize("content, said", [
+    (None, "No such file"), (b"--name 'x\n", "the line '--name 'x'"), (b"\xff\xfe", "not a text")])
+def test_a_file_of_options_that_cannot_be_read(tmp_path, content, said, capsys):
+    """A text that begins with @, as a query of search.py may, is taken for such a file."""
+    if content:
+        (tmp_path / "x").write_bytes(content)
+    line = refusal([f"@{tmp_path}/x"], capsys)
+    assert said in line and "@FILE" in line and (content or "a space before it" in line)
 
 
 @pytest.mark.parametrize("module, groups", [
@@ -66,35 +86,55 @@ def test_help_is_grouped_and_every_option_is_explained(module, groups, capsys):
         assert f"\n{group}:\n" in text
     for block in text.split("\n  --")[1:]:
         assert len(" ".join(block.split()).split(" ", 1)[-1]) > 15, block
+    assert "without it" not in text
 
 
-COMMANDS = [str(path.relative_to(ROOT)) for folder in (".", "dataset", "benchmarks")
-            for path in sorted((ROOT / folder).glob("*.py")) if "\n    main()" in path.read_text()]
-SLOW = {"benchmarks/bench.py", "benchmarks/epoch.py", "benchmarks/million.py",
-        "benchmarks/ablation.py", "benchmarks/lowest_weights.py"}  # for who changes the code
-RUN = """
-import runpy, sys
-sys.path[:0] = [{root!r}, {folder!r}]
-sys.argv = [{script!r}, "--help"]
-try:
-    runpy.run_path({script!r}, run_name="__main__")
-except SystemExit as end:
-    assert not end.code
-print([name for name in ("torch", "sklearn", "matplotlib") if name in sys.modules])
-"""
-
-
-@pytest.mark.parametrize("script", [c for c in COMMANDS if c not in SLOW])
-def test_help_comes_before_what_takes_seconds_to_import(script):
-    path = ROOT / script
-    code = RUN.format(root=str(ROOT), folder=str(path.parent), script=str(path))
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
-    assert said.startswith("usage: ") and said.splitlines()[-1] == "[]"
-    if path.parent == ROOT:  # an example is the first line
+@pytest.mark.parametrize("script", COMMANDS)
+def test_every_script_has_a_help(script, tmp_path):
+    said = processes.run(run_script, [str(ROOT / script), "--help"], tmp_path / "out")
+    assert said.startswith("usage: ")
+    if "/" not in script:  # an example is the first line
         assert said.startswith(f"usage: python {script} --")
 
 
-# ---- the net under every command ----------------------------------------------------------------
+# ---- an environment that lacks something --------------------------------------------------------
+
+
+def ended_early(script, *options, **environment):
+    """(status, stderr) of a script without any installed package."""
+    done = subprocess.run([sys.executable, "-S", ROOT / script, *options], capture_output=True,
+                          text=True, env={"PATH": os.environ["PATH"], **environment})
+    assert done.stdout == ""
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize("script", [c for c in COMMANDS if not c.startswith("benchmarks")])
+def test_a_missing_package_and_ctrl_c_during_imports_are_one_line(script, tmp_path):
+    """Where Python puts no script's folder on its path (python -P), too."""
+    status, said = ended_early(script, PYTHONSAFEPATH="1")
+    assert status == 2 and said.count("\n") == 1 and "pip install -r requirements.txt" in said
+    package = re.match(r"error: No module named '(\w+)', which ", said)[1]
+    assert not list(ROOT.glob(f"{package}*"))  # none of ours
+    (tmp_path / f"{package}.py").write_text("raise KeyboardInterrupt")
+    assert ended_early(script, PYTHONPATH=str(tmp_path)) == (130, "interrupted\n")
+
+
+def test_a_user_without_home_and_name(dataset, tmp_path):
+    """In a container with --user: neither HOME nor a line of /etc/passwd."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import pwd\ndef unknown(uid):\n    raise KeyError(uid)\npwd.getpwuid = unknown\n")
+    keep = {k: v for k, v in os.environ.items() if k not in ("HOME", "USER", "LOGNAME")}
+    argv = [*dataset("cc").options, "--vision_model", "tiny", "--device", "cpu", "--num_workers",
+            "0", "--batch_size", "8", "--epochs", "1"]
+    for more, status in (([], 0), (["--resume=~/x.pt"], 2)):
+        done = subprocess.run([sys.executable, ROOT / "main_CLIP.py", *argv, *more], cwd=tmp_path,
+                              env={**keep, "PYTHONPATH": str(tmp_path)}, capture_output=True,
+                              text=True)
+        assert done.returncode == status and "Traceback" not in done.stderr, done.stderr
+    assert (tmp_path / "logs" / "ex0" / "best.pt").exists() and "HOME is not set" in done.stderr
+
+
+# ---- how a failing command ends -----------------------------------------------------------------
 
 
 def ended(error, capsys):
@@ -119,6 +159,7 @@ MENDABLE = [
     (InputError("x.txt, line 3: expected a number"), "x.txt, line 3: expected a number"),
     (OSError(errno.ENOSPC, "No space left on device", "a.pt"), "a.pt: No space left .*make room"),
     (PermissionError(errno.EACCES, "Permission denied", "a"), "a: Permission denied; choose"),
+    (ModuleNotFoundError("No module named 'pyarrow'"), "No module named 'pyarrow'.*pip install"),
     (MemoryError(), "out of memory.*--batch_size"),
     (torch.cuda.OutOfMemoryError("CUDA out of memory"), "out of memory.*--batch_size"),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out of memory.*--batch_size")]
@@ -142,3 +183,15 @@ def test_a_bug_keeps_its_traceback(error, capsys):
     status, said = ended(error, capsys)
     assert status == 1 and "Traceback" in said
     assert said.splitlines()[-1].endswith(f"{type(error).__name__}: {error}")
+
+
+@pytest.mark.parametrize("both", [False, True], ids=["stdout", "both streams"])
+def test_a_closed_pipe_ends_a_command_quietly(both):
+    code = ("import itertools; from utils.errors import command\n"
+            "command(lambda: [print('line', k) for k in itertools.count()])()")
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True,
+                          stderr=subprocess.STDOUT if both else subprocess.PIPE) as process:
+        assert process.stdout.readline() == "line 0\n"
+        process.stdout.close()
+        assert process.wait(60) == 1
+        assert both or process.stderr.read().count("\n") == 1

@@ -1,5 +1,5 @@
-"""The README's blocks run as they stand, from top to bottom, each on what stands above it: drawn
-data take the place of one's own, and a small CLIP, trained on other drawings, that of OpenAI's."""
+"""The README's blocks run as they stand, from top to bottom, in a copy of the repository: on drawn
+data, with a small CLIP, trained on other drawings, in place of OpenAI's."""
 
 import csv
 import functools
@@ -9,6 +9,7 @@ import os
 import random
 import re
 import shlex
+import shutil
 
 import numpy as np
 import processes
@@ -38,14 +39,16 @@ def use(model, place):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder like that of the repository, with MSCOCO, photos/ and pairs.csv as the README has
-    them, a larger test set in scenes/, and model.pt."""
+    """A copy of the repository with MSCOCO, photos/ and pairs.csv as the README has them, a larger
+    test set in scenes/, and model.pt."""
     place = tmp_path_factory.mktemp("first_day")
-    for path in [*ROOT.iterdir(), *(ROOT / "dataset").glob("*.py")]:
-        if path.name not in ("dataset", "logs", ".git"):
-            target = place / path.relative_to(ROOT)
-            target.parent.mkdir(exist_ok=True)
-            target.symlink_to(path)
+    tracked = [*ROOT.glob("*.py"), *(ROOT / "dataset").glob("*.py"),
+               *(path for room in ("benchmarks", "clip", "configs", "utils")
+                 for path in (ROOT / room).rglob("*") if path.is_file())]
+    for path in tracked:
+        target = place / path.relative_to(ROOT)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, target)
     coco = make_dataset(place / "dataset" / "MSCOCO", "coco")
     for kind in ("ids", "caps"):  # half precision is slow without a GPU
         file = coco.split_folder / f"train_{kind}.txt"

@@ -376,9 +376,3 @@ def test_fp32_on_a_gpu_is_that_of_a_cpu(tower):
     way, off = (sum((p - q).square().sum() for p, q in zip(host.parameters(), others, strict=True))
                 for others in (start, gpu.parameters()))
     assert off.sqrt() < 1e-4 * way.sqrt()
-
-
-def test_compile_is_refused_where_nothing_is_replayed(capsys):
-    with pytest.raises(SystemExit):
-        options(compile=True)
-    assert "--compile is for steps that are replayed" in capsys.readouterr().err
