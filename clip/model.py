@@ -2,9 +2,8 @@
 Supervision", 2021): a Vision Transformer or a modified ResNet for images, a causal transformer for
 text, both projected into one space of `embed_dim` dimensions.
 
-Parameter names and numerics are those of OpenAI's released weights, so that these load with
-strict=True.  The residual stream has the dtype of the weights; layer norms are computed in at least
-float32.
+Parameter names and numerics are those of OpenAI's released weights, which load with strict=True.
+The residual stream has the dtype of the weights; layer norms are computed in at least float32.
 
 Shapes in the comments: n images or texts, L tokens, d width of a tower, h heads, D embed_dim.
 """
@@ -19,8 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 from .preprocess import MEAN, RESIZES, STD
 
-HEAD_WIDTH = 64  # in every model of OpenAI's, in both towers
-POOLING = 32  # width and stride of a ResNet's attention pooling, in those of its stem's input
+HEAD_WIDTH = 64  # in both towers of all of OpenAI's models
+POOLING = 32  # at the attention pooling of a ResNet: its stride, and its width per width of the stem
 WIDE_HEADS = {1280: 80, 1408: 88, 1664: 104, 1792: 112}  # by width: ViT-H, g, bigG and e
 
 
@@ -37,7 +36,7 @@ class QuickGELU(nn.Module):
     """x * sigmoid(1.702 x), the sigmoid approximation of GELU (Hendrycks & Gimpel, 2016)."""
 
     def forward(self, x):
-        return F.silu(1.702 * x).div_(1.702)  # keeps one tensor for the backward pass, not two
+        return F.silu(1.702 * x).div_(1.702)  # saves one tensor for the backward pass, not two
 
 
 ACTIVATIONS = {"quick_gelu": QuickGELU, "gelu": nn.GELU}
@@ -45,7 +44,7 @@ ACTIVATIONS = {"quick_gelu": QuickGELU, "gelu": nn.GELU}
 
 def attend(q, k, v, heads, causal=False):
     """Multi-head attention (Vaswani et al., 2017) of q (n, Lq, d) over k and v (n, Lk, d)."""
-    if len(q) == 0:  # which some CUDA kernels refuse; all three stay in the graph
+    if len(q) == 0:  # some CUDA kernels refuse an empty batch; all three stay in the graph
         return q + 0 * (k.sum() + v.sum())
     q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))  # (n, h, L, d/h)
     out = F.scaled_dot_product_attention(q, k, v, is_causal=causal)  # (n, h, Lq, d/h)
@@ -105,7 +104,7 @@ class Transformer(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """ViT (Dosovitskiy et al., 2021) with a layer norm before the blocks as well: (n, 3, R, R) ->
+    """ViT (Dosovitskiy et al., 2021) with another layer norm before the blocks: (n, 3, R, R) ->
     (n, D), the projected class token."""
 
     def __init__(self, input_resolution, patch_size, width, layers, heads, mlp_width, activation,
@@ -134,8 +133,8 @@ class VisionTransformer(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """ResNet bottleneck whose stride is an average pooling before the last convolution, and before
-    the one on the shortcut (anti-aliasing; Zhang, 2019)."""
+    """ResNet bottleneck. Its stride is an average pooling before the last convolution, and before
+    the convolution of the shortcut (anti-aliasing; Zhang, 2019)."""
 
     def __init__(self, inplanes, planes, stride):
         super().__init__()
@@ -225,8 +224,8 @@ class CLIP(nn.Module):
     """The two encoders and the temperature.
 
     `config` holds the arguments of `complete_config`: CLIP(**model.config) is the same
-    architecture.  Initialisation is that of OpenAI's release.  With `grad_checkpointing = True`,
-    training keeps only the input of each residual block and recomputes the rest in the backward
+    architecture. Initialisation is that of OpenAI's release. With `grad_checkpointing = True`,
+    training saves only the input of each residual block and recomputes the rest in the backward
     pass.
     """
 
@@ -275,16 +274,17 @@ class CLIP(nn.Module):
         return self.visual.conv1.weight.dtype
 
     def encode_image(self, images):
-        """Floating-point images (n, 3, R, R), normalised as by `clip.normalize` with `image_mean`
-        and `image_std`, R = visual.input_resolution -> embeddings (n, D), not normalised."""
+        """Floating-point images (n, 3, R, R) -> embeddings (n, D), not normalised. R is
+        visual.input_resolution; the images come from `clip.normalize` with `image_mean` and
+        `image_std`."""
         return self.visual(images.to(self.dtype), self.grad_checkpointing)
 
     def encode_text(self, tokens):
         """Integer tokens (n, L) with L <= context_length -> embeddings (n, D), not normalised.
 
-        A text is read at its end token, the largest id.  As attention is causal, nothing behind
-        that matters: a batch may be cut at the end of its longest text.  Raises ValueError if L is
-        too large.
+        A text's embedding is taken at its end token, the largest id. Attention is causal, so the
+        tokens after it have no effect: a batch may be cut at the end of its longest text. Raises
+        ValueError if L is too large.
         """
         length = tokens.shape[1]
         if length > self.context_length:
@@ -308,9 +308,9 @@ class CLIP(nn.Module):
 
 
 def run_blocks(blocks, x, recompute):
-    """Apply `blocks` one after the other; with `recompute`, keep only their inputs for the backward
-    pass, which computes the rest again.  Batch norms in training mode would then count each batch
-    twice in their running statistics."""
+    """Output of `blocks` applied in order. With `recompute`, only their inputs are saved for the
+    backward pass, which computes the rest again; batch norms in training mode would then count each
+    batch twice in their running statistics."""
     for block in blocks:
         if recompute and torch.is_grad_enabled():
             x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)
@@ -320,9 +320,9 @@ def run_blocks(blocks, x, recompute):
 
 
 def convert_weights_to_fp16(model):
-    """Put a CLIP model's convolutions, linear layers, attention weights and projections into half
-    precision, in place, as OpenAI's loader does for a GPU.  Layer and batch norms, embeddings of
-    tokens and positions, and logit_scale keep their dtype.  Returns the model."""
+    """Convert a CLIP model's convolutions, linear layers, attention weights and projections to half
+    precision, in place, as OpenAI's loader does on a GPU. Layer and batch norms, embeddings of
+    tokens and positions, and logit_scale keep their dtype. Returns the model."""
     for module in model.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             module.half()
@@ -352,12 +352,12 @@ def complete_config(
     image_std=STD,
     image_resize="shortest",
 ):
-    """What describes a CLIP model, as a dict with all of these names.
+    """The `config` of a CLIP model: a dict with all of these names.
 
     vision_layers is an int for a Vision Transformer, four ints for a ResNet, whose patch size and
-    MLP width are None.  Heads are as wide as in the published models and MLPs four times as wide as
-    their tower, unless given.  activation: of the transformers, "quick_gelu" or "gelu" (the exact
-    one).  image_mean, image_std: of red, green, blue in [0, 1]; image_resize: as for `Preprocess`.
+    MLP width are None. Default: heads as wide as in the published models, MLPs four times as wide
+    as their tower. activation of the transformers: "quick_gelu" or "gelu" (exact). image_mean,
+    image_std: of red, green, blue in [0, 1]; image_resize: as for `Preprocess`.
     """
     config = dict(locals())
     if isinstance(vision_layers, int):
@@ -376,15 +376,15 @@ def _quotient(width, head_width):
     return width // head_width if width % head_width == 0 else None
 
 
-# what the shapes of the weights do not tell
+# names of a config's entries that cannot be read off the shapes of the weights
 SETTINGS = ("activation", "vision_heads", "transformer_heads", "image_resolution", "image_mean",
             "image_std", "image_resize")
 
 
 def infer_config(state_dict, settings):
-    """The `config` of the CLIP model that `state_dict` (with OpenAI's names) belongs to: from the
-    shapes of its tensors and, for what these do not tell, from `settings`, a dict of some of
-    `SETTINGS`.  Raises ValueError if these are not a CLIP model's."""
+    """The `config` of the CLIP model whose weights are `state_dict` (OpenAI's names): from the
+    shapes of its tensors and from `settings`, a dict of some of `SETTINGS`. Raises ValueError if
+    they are not a CLIP model's."""
     shape = {key: tuple(value.shape) for key, value in state_dict.items()}
 
     def count(prefix):

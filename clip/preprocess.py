@@ -1,9 +1,9 @@
 """CLIP's image preprocessing: bicubic resize of the shorter side, centre crop, RGB, scaling to
 [0, 1] and normalisation with the mean and standard deviation of the model's training images.
 
-The resize happens in the image's own mode and the conversion to RGB after it, as in OpenAI's
-release.  EXIF rotation is not applied, as there.  Of an animation, the current frame is used (the
-first one, after Image.open).
+The resize happens in the image's own mode, the conversion to RGB after it, and EXIF rotation is not
+applied: all as in OpenAI's release. An animation gives its current frame (the first one, after
+Image.open).
 """
 
 import functools
@@ -17,12 +17,12 @@ from torchvision.transforms import functional as TF
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # red, green, blue, in [0, 1]
 STD = (0.26862954, 0.26130258, 0.27577711)
 RESIZES = ("shortest", "squash")
-MAX_ASPECT = 1000  # long side over short side; resized, a thinner image would fill the memory
+MAX_ASPECT = 1000  # long side over short side; a thinner image would fill the memory when resized
 
 
 def normalize(images, dtype=torch.float32, mean=MEAN, std=STD):
-    """uint8 images (..., 3, H, W), on any device -> the same scaled to [0, 1], less the mean (of
-    red, green, blue), over the standard deviation, as `dtype`; computed in at least float32."""
+    """(images / 255 - mean) / std as `dtype`, computed in at least float32. images: uint8 (..., 3,
+    H, W), on any device; mean and std: of red, green, blue."""
     wide = torch.promote_types(dtype, torch.float32)
     mean, std = (_channels(tuple(x), wide, images.device) for x in (mean, std))
     return images.to(wide).div_(255).sub_(mean).div_(std).to(dtype)
@@ -31,12 +31,13 @@ def normalize(images, dtype=torch.float32, mean=MEAN, std=STD):
 @functools.cache
 @torch.inference_mode(False)
 def _channels(values, dtype, device):
-    """Three numbers as (3, 1, 1) on a device, shipped there once, as each time waits for it."""
+    """Three numbers as a (3, 1, 1) tensor on a device. Cached: each copy to a GPU waits for it."""
     return torch.tensor(values, dtype=dtype, device=device).view(3, 1, 1)
 
 
 def check_usable(image):
-    """Raise ValueError for a PIL image, not decoded yet, that must not be decoded and resized."""
+    """Raise ValueError for a PIL image (not decoded yet) that cannot be decoded and resized
+    safely."""
     if image.format == "EPS":
         raise ValueError("EPS, which only Ghostscript can draw")
     if image.mode in ("I", "F"):
@@ -47,22 +48,22 @@ def check_usable(image):
 
 
 def to_8_bit(image):
-    """A PIL image of 16 bits a pixel -> of 8, mode "L"; any other as it is.  Pillow's own
-    conversion would clip at 255, and so turn it white."""
+    """A PIL image of 16 bits a pixel -> one of 8 bits, mode "L"; any other image unchanged.
+    Pillow's own conversion would clip at 255: a white image."""
     if not image.mode.startswith("I;16"):
         return image
     return Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
 
 
 class Preprocess:
-    """PIL image of any mode and size -> what a CLIP model takes.
+    """PIL image of any mode and size -> input of a CLIP model.
 
     preprocess(image): float32 tensor (3, R, R), normalised.
-    preprocess.crop(image): uint8 array (3, R, R), RGB, everything but the normalisation; then
+    preprocess.crop(image): uint8 array (3, R, R), RGB, before the normalisation;
     normalize(torch.from_numpy(crop), mean=..., std=...) is preprocess(image) exactly.
 
-    resize: "shortest": of the shorter side to R, then the centre is cropped, as OpenAI does;
-    "squash": of both sides, whatever shape that gives, as the makers of DFN's largest models do.
+    resize: "shortest" resizes the shorter side to R and crops the centre, as OpenAI does; "squash"
+    resizes both sides to R, as DFN's largest models do.
     """
 
     def __init__(self, resolution, resize="shortest", mean=MEAN, std=STD):
@@ -70,11 +71,11 @@ class Preprocess:
 
     @classmethod
     def of(cls, config):
-        """What belongs to the model of a `config`."""
+        """The preprocessing of the model with this `config`."""
         return cls(*(config[f"image_{key}"] for key in ("resolution", "resize", "mean", "std")))
 
     def crop(self, image):
-        """See the class.  Raises ValueError for an image that `check_usable` does not let pass."""
+        """See the class. Raises ValueError for an image that `check_usable` refuses."""
         check_usable(image)
         image = to_8_bit(image)
         size = self.resolution if self.resize == "shortest" else [self.resolution] * 2

@@ -27,10 +27,8 @@ SPACE = regex.compile(r"\s+")
 
 
 def byte_symbols():
-    """{byte: the character that stands for it in the vocabulary}, in the order of the ids.
-
-    Visible Latin-1 characters stand for themselves; the other bytes get characters from U+0100 on.
-    """
+    """{byte: its character in the vocabulary}, in the order of the ids. Visible Latin-1 characters
+    are their own; the other bytes get characters from U+0100 on."""
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = sorted(set(range(256)) - set(visible))
     symbols = {byte: chr(byte) for byte in visible}
@@ -38,29 +36,28 @@ def byte_symbols():
 
 
 def clean_text(text):
-    """Repair mis-encoded Unicode, resolve HTML entities (twice), collapse white space, lower."""
-    if text.isascii() and text.isprintable() and "&" not in text:  # which the slow ones leave alone
+    """Text with broken Unicode repaired, HTML entities resolved (twice), white space collapsed, in
+    lower case."""
+    if text.isascii() and text.isprintable() and "&" not in text:  # ftfy and html change nothing
         return " ".join(text.split()).lower()
     text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return SPACE.sub(" ", text).strip().lower()
 
 
 class SimpleTokenizer:
-    """Text to ids and back.  `encoder` maps symbols to ids, `decoder` ids to symbols.  The ids of
-    what stands between two spaces are computed once and kept."""
+    """Text to ids. `encoder` maps symbols to ids, `ranks` merges to their order. `cache` keeps the
+    ids of each piece of text between two spaces."""
 
     def __init__(self):
         with gzip.open(VOCABULARY, "rt", encoding="utf-8") as file:
             merges = [tuple(line.split()) for line in itertools.islice(file, 1, N_MERGES + 1)]
         self.byte_symbols = byte_symbols()
-        symbols = list(self.byte_symbols.values())
+        symbols = [*self.byte_symbols.values()]
         symbols += [symbol + "</w>" for symbol in symbols]
         symbols += ["".join(pair) for pair in merges]
         symbols += [START, END]
         self.encoder = {symbol: i for i, symbol in enumerate(symbols)}
-        self.decoder = dict(enumerate(symbols))
         self.ranks = {pair: rank for rank, pair in enumerate(merges)}
-        self.symbol_bytes = {symbol: byte for byte, symbol in self.byte_symbols.items()}
         self.start, self.end = self.encoder[START], self.encoder[END]
         self.cache = {}
 
@@ -91,27 +88,20 @@ class SimpleTokenizer:
             parts = merged
         return parts
 
-    def decode(self, ids):
-        """Text of `ids` (iterable of int); the end of a word becomes a space, special tokens show
-        as they are written.  Bytes that are not UTF-8 become U+FFFD."""
-        text = "".join(self.decoder[int(i)] for i in ids)
-        text = bytes(self.symbol_bytes[symbol] for symbol in text).decode("utf-8", "replace")
-        return text.replace("</w>", " ")
-
 
 @functools.cache
 def default_tokenizer():
-    """The one tokenizer that `tokenize` uses; read from disk at the first call."""
+    """The tokenizer that `tokenize` uses, read from disk at the first call."""
     return SimpleTokenizer()
 
 
 def tokenize_with_lengths(texts, context_length=77):
-    """Tokens of one text or a sequence of texts, and how long these would be without a limit.
+    """Tokens of one text or a sequence of texts, and their number before any cut.
 
     Returns (tokens, lengths): tokens int32 (n, context_length), each row start token, text, end
-    token, zeros; lengths int64 (n,), start and end token included.  Where lengths >
-    context_length, the row is cut and its last token is the end token.  Raises TypeError for
-    anything but text, ValueError if context_length < 2.
+    token, zeros; lengths int64 (n,), start and end token included. A row whose length exceeds
+    context_length is cut; its last token is the end token. Raises TypeError for anything but text,
+    ValueError if context_length < 2.
     """
     texts = [texts] if isinstance(texts, str) else list(texts)
     if not all(isinstance(text, str) for text in texts):
@@ -130,8 +120,8 @@ def tokenize_with_lengths(texts, context_length=77):
 
 def tokenize(texts, context_length=77, truncate=False):
     """Tokens int32 (n, context_length) of one text or a sequence of texts, zeros behind the end
-    token.  A text that is too long is cut (its last token is still the end token) with `truncate`,
-    and a RuntimeError without.  TypeError, ValueError: as tokenize_with_lengths."""
+    token. With `truncate`, a text that is too long is cut; its last token is the end token. Raises
+    RuntimeError for it otherwise; TypeError and ValueError as tokenize_with_lengths."""
     texts = [texts] if isinstance(texts, str) else list(texts)
     tokens, lengths = tokenize_with_lengths(texts, context_length)
     if not truncate and (lengths > context_length).any():

@@ -76,23 +76,20 @@ def architecture(name_or_path, activation=None):
     return _understand(_read(name_or_path), name_or_path, activation)[1]
 
 
-def load(name_or_path, device=None, jit=False, download_root=None, activation=None, log=print):
+def load(name_or_path, device=None, activation=None, log=print):
     """A model and the preprocessing that belongs to it: (CLIP, Preprocess).
 
     `name_or_path` is one of
 
-    - available_models(): looked up in `download_root` (if given), pre-trained_models/ and
-      ~/.cache/clip, and otherwise downloaded to the first or last of these;
+    - available_models(): looked up in pre-trained_models/ and ~/.cache/clip, otherwise downloaded
+      to the latter;
     - "tiny": a small architecture for tests with random weights from torch's global generator;
     - a file or folder that read_checkpoint reads;
     - a model on the Hugging Face hub: "hf-hub:ORG/NAME", or "ORG/NAME" if that is no path.
 
     The model is in float32, in evaluation mode, on `device` (default: "cuda" if available, else
-    "cpu"). activation, log: as for `build`. Raises CheckpointError; ValueError for jit=True, which
-    would run code from the file.
+    "cpu"). activation, log: as for `build`. Raises CheckpointError.
     """
-    if jit:
-        raise ValueError("jit=True is not supported: it would execute code stored with the weights")
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if name_or_path == "tiny":
@@ -100,7 +97,7 @@ def load(name_or_path, device=None, jit=False, download_root=None, activation=No
         return model.eval().to(device), Preprocess.of(model.config)
     if name_or_path not in SHA256:
         return build(_read(name_or_path), name_or_path, device, activation, log)
-    path = _find(name_or_path, download_root)
+    path = _find(name_or_path)
     known = {key: CONFIGS[name_or_path][key] for key in ("activation", "image_mean", "image_std")}
     checkpoint = {"state_dict": read_checkpoint(path), "config": known}
     return build(checkpoint, path, device, activation, log)
@@ -164,18 +161,15 @@ def _read(name_or_path):
     return read_checkpoint(path)
 
 
-def _find(name, download_root):
+def _find(name):
     """Path of the weights of one of OpenAI's models, downloaded if no folder has them."""
     file = re.sub("[/@]", "-", name) + ".pt"
-    folders = [Path(download_root)] if download_root else []
-    folders += [PRETRAINED, CACHE]
-    for folder in folders:
+    for folder in (PRETRAINED, CACHE):
         if (folder / file).is_file():
             if _sha256(folder / file) == SHA256[name]:
                 return folder / file
             print(f"{folder / file} is not OpenAI's file (its SHA-256 differs): not used")
-    target = (Path(download_root) if download_root else CACHE) / file
-    url = URL.format(sha256=SHA256[name], file=file)
+    target, url = CACHE / file, URL.format(sha256=SHA256[name], file=file)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(url, str(target), hash_prefix=SHA256[name])

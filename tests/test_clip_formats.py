@@ -489,13 +489,3 @@ def test_a_model_is_found_below_the_names_of_wrappers(tmp_path, wrap):
     torch.save(wrap(model.state_dict()), tmp_path / "c.pt")
     found, _ = clip.load(tmp_path / "c.pt", "cpu", log=lambda _: None)
     torch.testing.assert_close(found.state_dict(), model.state_dict(), rtol=0, atol=0)
-
-
-def test_what_is_found_instead_of_a_model_is_named(tmp_path):
-    weights = build().state_dict()
-    for content, said in (({"epoch": 1, "args": {"a": 1}}, "holds no state dict, but epoch, args"),
-                          ({"conv.weight": weights[SCALE]}, "first names in it are conv.weight"),
-                          ({"a.logit_scale": weights[SCALE], "b.logit_scale": weights[SCALE]},
-                           "several models, below a., b.")):
-        torch.save(content, tmp_path / "c.pt")
-        refused(tmp_path / "c.pt", said)

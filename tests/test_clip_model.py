@@ -1,6 +1,7 @@
 """The encoders against the papers' equations, written out here with loops and einsum."""
 
 import math
+import re
 from collections import Counter
 
 import pytest
@@ -229,77 +230,18 @@ def test_text_too_long_and_empty_batches():
     assert model.encode_image(torch.zeros(0, 3, 16, 16)).shape == (0, 24)
 
 
-def test_released_vit_names_and_shapes():
+@pytest.mark.parametrize("name", clip.available_models())
+def test_names_and_shapes_of_the_released_weights(name):
+    """open_clip's models have them too."""
+    open_clip = pytest.importorskip("open_clip")
+    theirs = open_clip.get_model_config(re.sub("[/@]", "-", name).removesuffix("px")
+                                        + "-quickgelu")
     with torch.device("meta"):
-        model = clip.CLIP(**CONFIGS["ViT-B/32"])
-    shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    expected = {
-        "positional_embedding": (77, 512),
-        "text_projection": (512, 512),
-        "logit_scale": (),
-        "token_embedding.weight": (49408, 512),
-        "ln_final.weight": (512,),
-        "ln_final.bias": (512,),
-        "visual.class_embedding": (768,),
-        "visual.positional_embedding": (50, 768),
-        "visual.proj": (768, 512),
-        "visual.conv1.weight": (768, 3, 32, 32),
-    }
-    expected |= {f"visual.ln_{a}.{b}": (768,) for a in ("pre", "post") for b in ("weight", "bias")}
-    for prefix, d in (("", 512), ("visual.", 768)):
-        for n in range(12):
-            p = f"{prefix}transformer.resblocks.{n}."
-            expected |= {f"{p}ln_{i}.{b}": (d,) for i in (1, 2) for b in ("weight", "bias")}
-            expected |= {
-                p + "attn.in_proj_weight": (3 * d, d),
-                p + "attn.in_proj_bias": (3 * d,),
-                p + "attn.out_proj.weight": (d, d),
-                p + "attn.out_proj.bias": (d,),
-                p + "mlp.c_fc.weight": (4 * d, d),
-                p + "mlp.c_fc.bias": (4 * d,),
-                p + "mlp.c_proj.weight": (d, 4 * d),
-                p + "mlp.c_proj.bias": (d,),
-            }
-    assert shapes == expected
-    assert sum(math.prod(shape) for shape in shapes.values()) == 151_277_313
-
-
-def test_released_resnet_names_and_shapes():
-    with torch.device("meta"):
-        model = clip.CLIP(**CONFIGS["RN50"])
-    shapes = {key: tuple(value.shape) for key, value in model.visual.state_dict().items()}
-
-    def norm(name, d):
-        kinds = ("weight", "bias", "running_mean", "running_var")
-        return {f"{name}.{kind}": (d,) for kind in kinds} | {f"{name}.num_batches_tracked": ()}
-
-    expected = {
-        "conv1.weight": (32, 3, 3, 3),
-        "conv2.weight": (32, 32, 3, 3),
-        "conv3.weight": (64, 32, 3, 3),
-        "attnpool.positional_embedding": (50, 2048),
-    }
-    expected |= norm("bn1", 32) | norm("bn2", 32) | norm("bn3", 64)
-    for c, out in (("q", 2048), ("k", 2048), ("v", 2048), ("c", 1024)):
-        expected |= {f"attnpool.{c}_proj.weight": (out, 2048), f"attnpool.{c}_proj.bias": (out,)}
-    inplanes = 64
-    for stage, blocks in enumerate((3, 4, 6, 3), start=1):
-        planes = 32 * 2**stage
-        for n in range(blocks):
-            p = f"layer{stage}.{n}."
-            expected |= {
-                p + "conv1.weight": (planes, inplanes, 1, 1),
-                p + "conv2.weight": (planes, planes, 3, 3),
-                p + "conv3.weight": (4 * planes, planes, 1, 1),
-            }
-            expected |= norm(p + "bn1", planes) | norm(p + "bn2", planes)
-            expected |= norm(p + "bn3", 4 * planes)
-            if n == 0:
-                expected |= {p + "downsample.0.weight": (4 * planes, inplanes, 1, 1)}
-                expected |= norm(p + "downsample.1", 4 * planes)
-            inplanes = 4 * planes
-    assert shapes == expected
-    assert sum(value.numel() for value in model.parameters()) == 102_007_137
+        own, theirs = clip.CLIP(**CONFIGS[name]), open_clip.CLIP(**theirs)
+    assert ({key: value.shape for key, value in own.state_dict().items()}
+            == {key: value.shape for key, value in theirs.state_dict().items()})
+    if numbers := {"ViT-B/32": 151_277_313, "RN50": 102_007_137}.get(name):
+        assert sum(value.numel() for value in own.parameters()) == numbers
 
 
 @pytest.mark.parametrize("name", CONFIGS)
