@@ -11,6 +11,7 @@ help:
 	@echo "make demo [SEEDS=3]  compare CLIP and NPC on synthetic scenes; results in demo/"
 	@echo "make reproduce DATASET=f30k ROOT=dataset/Flickr30K [METHODS=...] [NOISE=...] [SEEDS=3]"
 	@echo "                     [OUT=...] [OPTIONS=...]  a table of the paper (docs/reproduce.md)"
+	@echo "make reproduce DATASET=scenes  the same on drawings with a small model, in minutes"
 	@echo "make test            run the tests"
 	@echo "make lint            check the style"
 	@echo "make clean           remove .venv, demo/ and caches"
@@ -20,8 +21,9 @@ demo: $(READY)
 	$(VENV)/bin/python benchmarks/demo.py --seeds $(SEEDS)
 
 reproduce: $(READY)
-	$(VENV)/bin/python benchmarks/reproduce.py --dataset $(DATASET) --dataset_root $(ROOT) \
-		--methods $(METHODS) $(if $(NOISE),--noise $(NOISE)) --seeds $(SEEDS) --out $(OUT) $(OPTIONS)
+	$(VENV)/bin/python benchmarks/reproduce.py $(if $(DATASET),--dataset $(DATASET)) \
+		$(if $(ROOT),--dataset_root $(ROOT)) --methods $(METHODS) $(if $(NOISE),--noise $(NOISE)) \
+		--seeds $(SEEDS) --out $(OUT) $(OPTIONS)
 
 test: $(READY)
 	$(VENV)/bin/python -m pytest -n auto --maxprocesses 8 --dist worksteal

@@ -117,7 +117,7 @@ class Ablation:
         return driver.fine_tuning(
             folder, seed, f"{ratio:.0%} noise, lr {rate:g}, {row}", run, ROWS[row],
             ("--noise_ratio", ratio), rate, data,
-            functools.partial(prepare, folder / "target", folder / data, ROWS[row].hook))
+            functools.partial(prepare, folder / driver.DRAWN, folder / data, ROWS[row].hook))
 
     @staticmethod
     def run_of(row, rate, ratio):

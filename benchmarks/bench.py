@@ -13,6 +13,7 @@ import json
 import platform
 import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -36,6 +37,7 @@ from utils.method.memorybank import MemoryBank
 from utils.method.optimizer import replays
 from utils.method.pairs import Pairs
 from utils.reading.images import ImagesInMemory
+from utils.reading.layout import split_folder
 from utils.training.replay import Replay
 from utils.training.run import Run
 
@@ -64,6 +66,12 @@ def make_pairs(num_images, resolution, rng, device):
     images, n = ImagesInMemory(crops, device), num_images * CAPTIONS
     return Pairs(images, list(map(str, range(num_images))), np.arange(n) // CAPTIONS,
                       [str(i) for i in range(n)], np.arange(n), caption_tokens(n, rng), Path("-"))
+
+
+def make_empty_set(root):
+    """Make the folders of a data set, which a run asks for, without any pair."""
+    split_folder(root).mkdir(parents=True)
+    (Path(root) / "images").mkdir()
 
 
 def make_bank(pairs, noise, rng):
@@ -301,12 +309,14 @@ def main():
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds")
     parser.add_argument("--json", help="write the results to this file")
     options, words = parser.parse_known_args()
-    options.words = ["--vision_model", "ViT-B/32", "--lr", "2e-7", *words]
-    options.run = parse_args("npc", options.words)
-    print(f"{options.run.vision_model}, random weights, {options.run.precision}, "
-          f"{machine(options.run.device)}, {options.rounds} rounds")
-
-    results = {"step": {str(noise): bench_step(options, noise) for noise in options.noise}}
+    with tempfile.TemporaryDirectory() as root:
+        make_empty_set(root)
+        options.words = ["--dataset_root", root, "--vision_model", "ViT-B/32", "--lr", "2e-7",
+                         *words]
+        options.run = parse_args("npc", options.words)
+        print(f"{options.run.vision_model}, random weights, {options.run.precision}, "
+              f"{machine(options.run.device)}, {options.rounds} rounds")
+        results = {"step": {str(noise): bench_step(options, noise) for noise in options.noise}}
     if options.json:
         Path(options.json).write_text(json.dumps(results, indent=1, default=float))
 

@@ -9,9 +9,8 @@ import shlex
 import shutil
 import signal
 import sys
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from multiprocessing import connection
 from pathlib import Path
 from statistics import mean, stdev
 from typing import NamedTuple
@@ -30,9 +29,9 @@ from utils.files import atomic_write
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["__main__", "main_NPC", "sklearn.mixture", "torch._dynamo"])
 STOPPED = 75  # exit status after a signal, as of a training that saved a checkpoint
-TRAIN, TEST = 400, 300  # images of the drawn domain that models are fine-tuned on
+DRAWN = "drawings"  # folder of the set that models are fine-tuned on
+TRAIN, TEST = 400, 300  # images in it
 BATCH, LR = 128, 3e-4  # of the fine-tuning
-RUNNING, ENDING = [], threading.Event()  # processes of commands; set when no more may start
 
 
 class Job(NamedTuple):
@@ -79,81 +78,77 @@ class Method(NamedTuple):
 
 def run_jobs(jobs, at_once=1):
     """Run `jobs`, `at_once` at a time, except those that are finished. The first that fails ends
-    the others and raises InputError. A signal is passed on to the commands, and the process ends
-    with status `STOPPED`."""
+    the others and raises InputError. A signal is passed on to the commands, so that a training
+    saves its state, and ends the process with status `STOPPED`."""
+    todo, running, stopped = list(jobs), {}, []
 
-    def stop(*_):
-        end_all()
-        sys.exit(STOPPED)
+    def stop(number, _):
+        for process in running if stopped else ():  # a second signal ends them at once
+            process.kill()
+        stopped.append(number)
 
-    ENDING.clear()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # as SIGHUP is under nohup
             signal.signal(number, stop)
-    bar = tqdm(total=len(jobs), unit="run", disable=None)
-    with bar, ThreadPoolExecutor(at_once) as pool:
-        futures = {pool.submit(run_job, job): job for job in jobs}
+    with tqdm(total=len(jobs), unit="run", disable=None) as bar:
         try:
-            for future in as_completed(futures):
-                job, how = futures[future], future.result()
-                score = f"mean R@1 {read_scores(job.scored)['mean_R1']:.1f} " if job.scored else ""
-                bar.write(f"{job.title}: {score}({how})")
-                bar.update()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            if not ENDING.is_set():
-                end_all()
-            raise
-
-
-def end_all():
-    """Start no more commands, and send SIGTERM to those that run: a training saves its state."""
-    ENDING.set()
-    for process in RUNNING:
-        process.terminate()
+            while (todo or running) and not stopped:
+                if todo and len(running) < at_once:
+                    job = todo.pop(0)
+                    steps = run_job(job)
+                elif ended := connection.wait([p.sentinel for p in running], timeout=1):
+                    process = next(p for p in running if p.sentinel == ended[0])
+                    job, steps = running.pop(process)
+                else:
+                    continue
+                process = next(steps)
+                if isinstance(process, str):
+                    scores = read_scores(job.scored) if job.scored else {}
+                    said = [f"mean R@1 {scores['mean_R1']:.1f}"] if scores else []
+                    bar.write(f"{job.title}: {', '.join([*said, process])}")
+                    bar.update()
+                else:
+                    running[process] = job, steps
+        finally:
+            for process in running:
+                process.terminate()
+            for process in running:
+                process.join()
+    if stopped:
+        sys.exit(STOPPED)
 
 
 def run_job(job):
-    """Run the commands of a job unless they are finished; returns how long that took. commands.txt
-    in its folder has the commands, seconds.txt the CPU seconds of each."""
-    start = time.perf_counter()
+    """Yields the process of each command of a job when it has started, to be resumed when it has
+    ended, and at last how long that took, as text. Raises InputError when a command fails.
+
+    commands.txt in the job's folder has the commands, seconds.txt the CPU seconds of each.
+    """
+    start, log = time.perf_counter(), None if job.resumed else job.folder / "output.txt"
     if job.finished:
-        return "reused"
-    log = None if job.resumed else job.folder / "output.txt"
+        yield "reused"
     if not job.resumed:
         shutil.rmtree(job.folder, ignore_errors=True)
     job.folder.mkdir(parents=True, exist_ok=True)
     for words, line in zip(job.commands, job.text.splitlines(), strict=True):
         if job.resumed:
             print(f"$ {line}", flush=True)
-        call(words, log, job.hook)
+        process = PROCESSES.Process(target=run_script, args=(words, log, job.hook))
+        process.start()
+        yield process
+        process.join()
+        if process.exitcode:
+            last = f"it ended with status {process.exitcode}"
+            lines = ["", *log.read_text().splitlines()] if log else [""]
+            if lines[-1].startswith("error: "):  # else it was killed, or has a bug
+                last = lines[-1].removeprefix("error: ")
+            raise InputError(f"{job.title}: {Path(words[0]).name}: {last}; all that it printed "
+                             f"{f'is in {log}' if log else 'stands above'}")
     for checkpoint in () if job.resumed else job.folder.glob("*.pt"):
         checkpoint.unlink()  # it is tested, and takes tens of megabytes
     with atomic_write(job.folder / "commands.txt") as f:
         f.write(job.text)
-    return f"{time.perf_counter() - start:.0f} s"
-
-
-def call(words, log=None, hook=None):
-    """Run one command, (script, *options), to its end. Raises InputError with its last line when
-    it fails."""
-    if ENDING.is_set():
-        raise InputError("stopped")
-    process = PROCESSES.Process(target=run_script, args=(words, log, hook))
-    process.start()
-    RUNNING.append(process)
-    if ENDING.is_set():  # since just now
-        process.terminate()
-    process.join()
-    RUNNING.remove(process)
-    if process.exitcode:
-        script, last = Path(words[0]).name, f"it ended with status {process.exitcode}"
-        if log is None:
-            raise InputError(f"{script} failed: its last lines stand above ({last})")
-        lines = ["", *log.read_text().splitlines()]
-        if lines[-1].startswith("error: "):  # else it was killed, or has a bug
-            last = lines[-1].removeprefix("error: ")
-        raise InputError(f"{script}: {last}; {log} has all that it printed")
+    yield f"{time.perf_counter() - start:.0f} s"
 
 
 def run_script(words, log, hook):
@@ -180,19 +175,19 @@ def run_script(words, log, hook):
 # ---- drawings, and the small model that is fine-tuned on them ------------------------------------
 
 
-def pretraining(folder, seed, train=TRAIN, test=TEST):
-    """The `Job` that draws a source and a target domain into `folder` and pre-trains a tiny CLIP,
-    pretrained/best.pt, on the source."""
+def pretraining(folder, seed, source=6000):
+    """The `Job` that draws `source` images of one domain and, in `folder`/drawings, a set of
+    another one, and that pre-trains a tiny CLIP, `folder`/pretrained/best.pt, on the first."""
     draw = "dataset/make_scenes.py", "--seed", seed
     return Job(f"seed {seed}, pre-training", folder, [
-        (*draw, "--out", folder / "source", "--domain", "source", "--train", 6000),
-        (*draw, "--out", folder / "target", "--train", train, "--test", test),
+        (*draw, "--out", folder / "source", "--domain", "source", "--train", source),
+        (*draw, "--out", folder / DRAWN, "--train", TRAIN, "--test", TEST),
         training("main_CLIP.py", seed, folder, "source", "pretrained", "tiny", 2, 1e-3),
         testing("main_CLIP.py", seed, folder, "pretrained/best.pt", "zero-shot"),
     ], folder / "zero-shot")
 
 
-def fine_tuning(folder, seed, what, run, method, options, lr=LR, data="target", hook=None):
+def fine_tuning(folder, seed, what, run, method, options, lr=LR, data=DRAWN, hook=None):
     """The `Job` that fine-tunes the model of `pretraining` in folder/run and tests it there after
     its last epoch. what: its title, after the seed."""
     train = training(method.script, seed, folder, data, run, folder / "pretrained" / "best.pt",
@@ -209,7 +204,7 @@ def training(script, seed, folder, data, run, model, epochs, lr):
 
 
 def testing(script, seed, folder, checkpoint, run):
-    return *common(script, seed, folder, "target", run), "--eval", "--resume", folder / checkpoint
+    return *common(script, seed, folder, DRAWN, run), "--eval", "--resume", folder / checkpoint
 
 
 def common(script, seed, folder, data, run):
@@ -248,11 +243,11 @@ def spread(values, digits=1):
     return f"{mean(values):.{digits}f}{deviation}"
 
 
-def table(head, rows, kind="pipe"):
-    """A table of text cells, whose columns after the first are aligned to the right. kind:
+def table(head, rows, kind="pipe", left=1):
+    """A table of text cells; columns after the first `left` are aligned to the right. kind:
     tabulate's name of the format, `pipe` for Markdown."""
     return tabulate([list(row) for row in rows], head, tablefmt=kind, disable_numparse=True,
-                    colalign=["left", *["right"] * (len(head) - 1)])
+                    colalign=["left"] * left + ["right"] * (len(head) - left))
 
 
 def save_figure(figure, path):

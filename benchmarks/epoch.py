@@ -19,7 +19,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.bench import CAPTIONS, machine, make_bank, make_pairs, new_model
+from benchmarks.bench import (
+    CAPTIONS,
+    machine,
+    make_bank,
+    make_empty_set,
+    make_pairs,
+    new_model,
+)
 from benchmarks.driver import table
 from main_NPC import NPC
 from params import parse_args
@@ -51,7 +58,7 @@ def two_epochs(args, run, num_images, num_dev):
         seconds[name] = time.perf_counter() - start
         return found
 
-    verdict, features, _ = timed(FEATURES, lambda: judge_pairs(
+    verdict, features, *_ = timed(FEATURES, lambda: judge_pairs(
         model, pairs, args, run.precision, lambda _: None))
     # which pairs are clean is made up, as random weights know nothing
     verdict = verdict._replace(clean=rng.random(len(pairs)) < 0.8 * (1 - NOISE))
@@ -61,10 +68,11 @@ def two_epochs(args, run, num_images, num_dev):
     begun = []  # when each step did; on a GPU none does before the last but one is computed
     memory = loader.dataset.memory  # of each batch asked for once
     loader.dataset.memory = lambda indices: begun.append(time.perf_counter()) or memory(indices)
+    start = time.perf_counter()
     fit(run, model, dev, npc.optimizers, loader, npc.step)
     end, n = time.perf_counter(), len(loader)
     step = (begun[-1] - begun[n]) / (n - 1)  # in the second epoch, when most shapes have been met
-    seconds |= {"steps": step * n,
+    seconds |= {"before the first step: dev scores": begun[0] - start, "steps": step * n,
                 "meeting shapes for the first time": begun[n - 1] - begun[0] - step * (n - 1),
                 BETWEEN: begun[n] - begun[n - 1] - step,
                 "after the last epoch: the same": end - begun[-1] - step}
@@ -80,8 +88,9 @@ def main():
     parser.add_argument("--json", help="write the results to this file")
     options, words = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as folder:
-        args = parse_args("npc", ["--vision_model", "ViT-B/32", *words, "--epochs", "2",
-                                  "--checkpoint_path", folder])
+        make_empty_set(folder)
+        args = parse_args("npc", ["--dataset_root", folder, "--vision_model", "ViT-B/32", *words,
+                                  "--epochs", "2", "--checkpoint_path", folder])
         run = Run(args, folder=True)
         measured = options.measured or options.num_images
         seconds, steps = two_epochs(args, run, measured, options.num_dev)

@@ -2,8 +2,9 @@
 
     python benchmarks/near_misses.py [--seeds 3]
 
-The demo's pre-trained models judge its target domain (find_noise.py) with random and with similar
-captions exchanged, and are fine-tuned on it with similar ones. Finished runs are reused.
+The demo's pre-trained models judge its drawings (find_noise.py), where random captions and where
+similar ones are exchanged. They are then fine-tuned where similar ones are exchanged. Finished runs
+are reused.
 """
 
 import re
@@ -38,9 +39,9 @@ def trained(name, ratio):
 
 
 def judging(folder, seed, name, kind, ratio):
-    """The `Job` that ranks the pairs of the target."""
+    """The `Job` that ranks the pairs of the drawings."""
     out = judged(folder, name, kind, ratio)
-    options = ("--dataset", "f30k", "--dataset_root", folder / "target", "--vision_model",
+    options = ("--dataset", "f30k", "--dataset_root", folder / driver.DRAWN, "--vision_model",
                folder / "pretrained" / "best.pt", "--seed", seed, "--device", "cpu",
                "--num_workers", 0, "--batch_size", driver.BATCH, "--noise_kind", kind,
                "--noise_ratio", ratio, "--worst", 1, "--out", out, *JUDGES[name])

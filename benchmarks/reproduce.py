@@ -59,7 +59,7 @@ def make_job(args, more, method, noise, seed):
     script, config = config_of(method)
     run = f"{args.dataset}_{config.stem}_{ratio_name(noise)}_seed{seed}"
     data = "pairs" if args.dataset == "scenes" else args.dataset
-    words = [script.resolve(), f"@{config}", "--dataset", data, "--dataset_root",
+    words = [script.resolve(), f"@{config.resolve()}", "--dataset", data, "--dataset_root",
              args.dataset_root, "--noise_ratio", ratio_name(noise), "--seed", seed,
              "--checkpoint_path", args.out, *more]
     folder = args.out / run
@@ -76,8 +76,11 @@ def scored(job):
 
 
 def finished(job):
-    """Whether the run of a job is finished: by these commands, as far as that is known."""
-    return scored(job) and (job.finished or not (job.folder / "commands.txt").exists())
+    """Whether the run of a job is finished. Raises InputError where other commands finished it."""
+    if (job.folder / "commands.txt").exists() and not job.finished:
+        raise InputError(f"{job.folder} was made with other options, see commands.txt in it; "
+                         "repeat these, give another --out, or delete the folder")
+    return scored(job)
 
 
 def make_table(jobs, args):
@@ -116,8 +119,8 @@ def main(argv=None):
         if option in more:
             parser.error(f"{option} is set for each run; give --seeds, --noise or --out")
     if args.dataset == "scenes":
-        scenes = driver.pretraining(args.out / "scenes", 0)
-        args.dataset_root = args.out / "scenes" / "target"
+        scenes = driver.pretraining(args.out / "scenes", 0, source=2000)
+        args.dataset_root = args.out / "scenes" / driver.DRAWN
         more = ["--vision_model", args.out / "scenes/pretrained/best.pt", *SCENES, *more]
     elif not args.dataset_root:
         parser.error("--dataset_root is missing: the folder of the data set; with make, "

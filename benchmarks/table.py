@@ -208,7 +208,7 @@ def document(tables, runs):
     """All tables as Markdown. tables: {title: [Row]}."""
     parts = []
     for title, rows in tables.items():
-        parts += [f"### {title}", driver.table(HEAD, [row.cells for row in rows])]
+        parts += [f"### {title}", driver.table(HEAD, [row.cells for row in rows], left=2)]
         if any("t2i_R@10" not in row.mean for row in rows):
             parts.append(WRONG)
         if found := differences(rows):
@@ -302,7 +302,7 @@ def write_tables(runs, out, published=True):
         write_csv(f, rows)
     with atomic_write(out / "tables.tex") as f:
         f.write("% \\usepackage{booktabs}\n" + "\n\n".join(
-            f"% {title}\n" + driver.table(HEAD, [row.cells for row in own], "latex_booktabs")
+            f"% {title}\n" + driver.table(HEAD, [row.cells for row in own], "latex_booktabs", 2)
             for title, own in tables.items()) + "\n")
     driver.save_figure(figure(tables), out / "r1_over_noise")
     print(f"{text}\nwrote tables.md, .csv and .tex, r1_over_noise.png and .pdf to {out}")

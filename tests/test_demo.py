@@ -1,8 +1,9 @@
-"""benchmarks/driver.py runs commands and reuses finished ones; the demo's figure."""
+"""benchmarks/driver.py runs and reuses commands; the demo's figure. `make demo` runs all of it."""
 
 import functools
 import multiprocessing
 import os
+import signal
 import time
 
 import pytest
@@ -15,10 +16,10 @@ from utils.errors import InputError
 def forked(monkeypatch):
     """Commands are forked from this process, which has imported torch already."""
     monkeypatch.setattr(driver, "PROCESSES", multiprocessing.get_context("fork"))
-    before = {number: driver.signal.getsignal(number) for number in (1, 2, 15)}
+    before = {number: signal.getsignal(number) for number in (1, 2, 15)}
     yield
     for number, handler in before.items():
-        driver.signal.signal(number, handler)
+        signal.signal(number, handler)
 
 
 def drawing(folder, count):
@@ -35,30 +36,35 @@ def test_finished_commands_are_reused_and_others_start_anew(tmp_path, capfd):
     before = (tmp_path / "run" / "data").stat().st_mtime_ns
     driver.run_jobs([drawing(tmp_path, 3)])
     assert (tmp_path / "run" / "data").stat().st_mtime_ns == before
-    assert "drawn: (reused)" in capfd.readouterr().out
+    assert "drawn: reused" in capfd.readouterr().out
     driver.run_jobs([drawing(tmp_path, 4)])
     said = (tmp_path / "run" / "output.txt").read_text()
     assert "4 train" in said and "3 train" not in said
 
 
 def test_a_command_that_fails_ends_the_others_with_its_last_line(tmp_path):
-    log, waits = tmp_path / "bad" / "output.txt", functools.partial(time.sleep, 60)
+    log = tmp_path / "bad" / "output.txt"
     bad = driver.Job("bad", tmp_path / "bad", [("main_CLIP.py", "--epochs", "none")])
-    others = [driver.Job("slow", tmp_path / "slow", [("main_CLIP.py",)], hook=waits),
+    others = [driver.Job("slow", tmp_path / "slow", [("main_CLIP.py",)], hook=wait),
               driver.Job("never", tmp_path / "never", [("main_CLIP.py",)])]
     start = time.monotonic()
     with pytest.raises(InputError) as caught:
         driver.run_jobs([others[0], bad, others[1]], at_once=2)
-    assert str(caught.value).startswith("main_CLIP.py: argument --epochs: expected")
-    assert str(caught.value).endswith(f"{log} has all that it printed")
+    assert str(caught.value).startswith("bad: main_CLIP.py: argument --epochs: expected")
+    assert str(caught.value).endswith(f"all that it printed is in {log}")
     assert time.monotonic() - start < 30 and not bad.finished
     assert not (tmp_path / "never" / "commands.txt").exists()
 
 
 def test_a_command_without_an_error_line_names_its_status(tmp_path):
-    with pytest.raises(InputError, match="main_CLIP.py: it ended with status -9"):
+    with pytest.raises(InputError, match="killed: main_CLIP.py: it ended with status -9"):
         driver.run_jobs([driver.Job("killed", tmp_path / "a", [("main_CLIP.py", "--help")],
                                     hook=functools.partial(kill, 9))])
+
+
+def wait():
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a fork inherits the handler of the driver
+    time.sleep(60)
 
 
 def kill(number):
