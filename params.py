@@ -448,23 +448,25 @@ def parse_args(command, argv=None):
     parser = parser_of(command)
     args = parser.parse_args(argv)
     if command in HALF_LR and args.resume:  # options that are not given are the checkpoint's
-        parser.set_defaults(**options_of_checkpoint(args))
+        parser.set_defaults(**options_of_checkpoint(parser, args))
         args = parser.parse_args(argv)
     fill_in(parser, command, args)
     return args
 
 
-def options_of_checkpoint(args):
-    """Options of the run that wrote the checkpoint `--resume`, which lies in the run's folder; {}
-    where there is no training state."""
-    auto = args.resume == "auto"
-    folder = Path(args.checkpoint_path, args.experiments)
-    saved = options_of(args.resume, folder)
-    if saved and not auto:
+def options_of_checkpoint(parser, args):
+    """Options of the run that wrote the checkpoint `--resume`, {} where it holds no training state.
+    Its folder is that run's, unless another one is given."""
+    saved = options_of(args.resume, Path(args.checkpoint_path, args.experiments))
+    elsewhere = any(getattr(args, name) != parser.get_default(name)
+                    for name in ("checkpoint_path", "experiments"))
+    if saved and args.resume != "auto" and not elsewhere:
         folder = Path(args.resume).parent
         if folder.name in ("", ".."):  # as typed where that says enough
             folder = folder.resolve()
         saved |= {"checkpoint_path": str(folder.parent), "experiments": folder.name}
+    else:
+        saved |= {"checkpoint_path": args.checkpoint_path, "experiments": args.experiments}
     return {name: value for name, value in saved.items()
             if name in args and name not in OF_THIS_COMMAND}
 

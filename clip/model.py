@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from .preprocess import MEAN, RESIZES, STD
 
 HEAD_WIDTH = 64  # in both towers of all of OpenAI's models
-POOLING = 32  # at the attention pooling of a ResNet: its stride, and its width per width of the stem
+POOLING = 32  # of a ResNet's attention pooling: its stride, and its width over the stem's
 WIDE_HEADS = {1280: 80, 1408: 88, 1664: 104, 1792: 112}  # by width: ViT-H, g, bigG and e
 
 

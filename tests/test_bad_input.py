@@ -463,20 +463,6 @@ def test_process_with_workers_ends_with_a_status_and_one_line(dataset, tmp_path)
     assert not banks(data.root)
 
 
-def test_a_system_without_what_unix_alone_has(dataset, tmp_path):
-    """What Windows lacks is taken away; nothing else of Windows is tried."""
-    data = dataset("f30k")
-    code = ("import sys, os, signal; sys.modules['fcntl'] = None; import torch; "
-            "del os.sysconf, os.posix_fallocate, signal.SIGHUP, signal.SIGCHLD; "
-            "sys.path.insert(0, sys.argv[1]); sys.argv = ['main_CLIP.py', *sys.argv[2:]]; "
-            "import main_CLIP; main_CLIP.main()")
-    result = subprocess.run(
-        [sys.executable, "-c", code, str(ROOT), *data.options, "--vision_model", "tiny", "--device",
-         "cpu", "--num_workers", "0", "--batch_size", "8", "--epochs", "1", "--warmup", "1"],
-        cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-
-
 def test_helpers_of_these_tests_make_valid_data(datasets):
     for data in datasets.values():
         pairs = retrieval_split(options(data), "dev", clip.Preprocess(32), lambda _: None)
