@@ -39,5 +39,6 @@ $(READY): requirements.txt requirements-dev.txt $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install -r requirements-dev.txt $(CONSTRAINTS:%=-c %)
 	touch $@
+	@echo "For the commands of README.md: . $(VENV)/bin/activate"
 
 .PHONY: help demo reproduce test lint clean
