@@ -336,7 +336,8 @@ option("--checkpoint_path", type=path, default="./logs", metavar="DIR", help="""
 option("--experiments", type=path, default="ex0", metavar="NAME", help="""
     name of this experiment's folder in --checkpoint_path; a new one for each run""")
 option("--name", help="""
-    name of the method, in checkpoints, options.json and the tables of benchmarks/table.py""")
+    name of the method, in checkpoints, options.json and the tables of benchmarks/table.py; default:
+    NPC or CLIP, with the recipe where it is not the paper's""")
 option("--wandb", metavar="PROJECT", help="""
     also send TensorBoard's curves to this project of Weights & Biases (pip install wandb)""")
 option("--display", type=positive_int, metavar="STEPS", help="""
@@ -404,10 +405,10 @@ COMMANDS = {  # name: what it does, its options by group, defaults of its own
     "npc": ("Train or evaluate NPC.",
             {"data": DATA, "model": MODEL, **TRAINING,
              "method": f"recipe weighting memory memory_loss_weight train_on {CLEAN}",
-             "judge": JUDGE}, {"name": "NPC", "recipe": "paper", **ADAMW}),
+             "judge": JUDGE}, {"recipe": "paper", **ADAMW}),
     "clip": ("Train or evaluate the CLIP baseline.",
              {"data": DATA, "model": MODEL, **TRAINING, "method": f"recipe train_on {CLEAN}",
-              "judge": JUDGE}, {"name": "CLIP", "recipe": "paper", **ADAMW}),
+              "judge": JUDGE}, {"recipe": "paper", **ADAMW}),
     "memorybank": ("Build the memory bank of a training set.",
                    {"data": DATA, "model": MODEL, "method": f"recipe format {CLEAN}",
                     "judge": f"{JUDGE} {SAVERS}", "run": "seed batch_size",
@@ -508,6 +509,8 @@ def fill_in(parser, command, args):
         "vision_model": lambda: DEFAULT_MODEL if args.resume in (None, "auto") else args.resume,
         "precision": lambda: "amp_bf16" if args.device.type == "cuda" else "fp32",
         "eval_batch_size": lambda: 512 if args.device.type == "cuda" else 64,
+        "name": lambda: {"paper": command.upper(), "released": f"{command.upper()} released",
+                         "robust": "robust"}[args.recipe],
         "batch_size": lambda: min(256, max(8, number_of_pairs(args.dataset_root) // 16)),
         "lr": lambda: HALF_LR[command] if args.precision == "fp16" else 1e-5,
         **{name: of_recipe(name) for name in ("weighting", "memory_loss_weight", "train_on",

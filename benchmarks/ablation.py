@@ -1,6 +1,6 @@
 """Measures what each part of the method brings, and what simpler methods do, on the demo's data.
 
-    python benchmarks/ablation.py [--seeds 3] [--only robust passes]
+    python benchmarks/ablation.py [--seeds 3] [--only robust passes] [--noise_kind similar]
 
 Every row fine-tunes the demo's pre-trained models at each noise ratio. The learning rate of a row
 is the one of a grid, the same for all rows, with the best dev score on seed 0 at 40 % noise.
@@ -23,8 +23,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import driver
 from benchmarks.demo import METHODS, NPC_COMPUTE, PASSES, RATIOS
 from benchmarks.driver import Method, spread, table
-from utils.errors import InputError, command
+from utils.errors import command
 from utils.reading.layout import split_folder
+from utils.reading.noise import KINDS
 
 RATES = (1e-4, 3e-4, 1e-3)
 GRID_SEED, GRID_RATIO = 0, 0.4
@@ -89,85 +90,61 @@ ROWS = {
 }
 
 
-class Ablation:
-    """The runs of chosen rows, at their best rates, below the folders of the demo's seeds."""
+def job_of(folder, seed, row, kind, rate, ratio):
+    """The run of a row, in a folder below that of its seed."""
+    run = f"ablation/{ROWS[row].folder}_{rate:g}_{kind}_{ratio}"
+    data = f"{run}/data"
+    return driver.fine_tuning(
+        folder, seed, f"{ratio:.0%} noise, lr {rate:g}, {row}", run, ROWS[row],
+        ("--noise_ratio", ratio, "--noise_kind", kind), rate, data,
+        functools.partial(prepare, folder / driver.DRAWN, folder / data, ROWS[row].hook))
 
-    def __init__(self, args):
-        if unknown := [word for word in args.only if not any(word in row for row in ROWS)]:
-            raise InputError(f"--only {unknown[0]}: no row has this word; rows are {[*ROWS]}")
-        self.rows = [row for row in ROWS if not args.only or any(w in row for w in args.only)]
-        self.folders = [args.out / f"seed{seed}" for seed in range(args.seeds)]
-        self.ratios, self.jobs, self.rates = args.noise, args.jobs, {}
 
-    def run(self):
-        """Choose the rates and make all runs."""
-        driver.run_jobs([driver.pretraining(folder, seed)
-                         for seed, folder in enumerate(self.folders)], self.jobs)
-        driver.run_jobs([self.job(GRID_SEED, row, rate, GRID_RATIO)
-                         for row in self.rows for rate in RATES], self.jobs)
-        self.rates = {row: max(RATES, key=functools.partial(self.dev, row)) for row in self.rows}
-        driver.run_jobs([self.job(seed, row, self.rates[row], ratio)
-                         for seed in range(len(self.folders)) for ratio in self.ratios
-                         for row in self.rows], self.jobs)
+def dev(job):
+    """Dev score after the last epoch of a run."""
+    return json.loads((job.folder / "log.jsonl").read_text().splitlines()[-1])["dev"]["mean_R1"]
 
-    def job(self, seed, row, rate, ratio):
-        """The run of a row."""
-        folder, run = self.folders[seed], self.run_of(row, rate, ratio)
-        data = f"{run}/data"
-        return driver.fine_tuning(
-            folder, seed, f"{ratio:.0%} noise, lr {rate:g}, {row}", run, ROWS[row],
-            ("--noise_ratio", ratio), rate, data,
-            functools.partial(prepare, folder / driver.DRAWN, folder / data, ROWS[row].hook))
 
-    @staticmethod
-    def run_of(row, rate, ratio):
-        """Folder of a run, below that of its seed."""
-        return f"ablation/{ROWS[row].folder}_{rate:g}_{ratio}"
-
-    def found(self, row, ratio):
-        """Folders of a row's runs at its chosen rate, one for each seed."""
-        return [folder / self.run_of(row, self.rates[row], ratio) for folder in self.folders]
-
-    def dev(self, row, rate):
-        """Dev score after the last epoch, by which the rate is chosen."""
-        log = self.folders[GRID_SEED] / self.run_of(row, rate, GRID_RATIO) / "log.jsonl"
-        return json.loads(log.read_text().splitlines()[-1])["dev"]["mean_R1"]
-
-    def scores(self, row, ratio):
-        """Mean R@1 of a row after the last epoch (seeds,)."""
-        return np.array([driver.read_scores(run / "last")["mean_R1"]
-                         for run in self.found(row, ratio)])
-
-    def seconds(self, row):
-        """CPU seconds of a run of a row, mean over noise and seeds."""
-        return mean(driver.read_seconds(run) for ratio in self.ratios
-                    for run in self.found(row, ratio))
-
-    def report(self):
-        """The tables as text."""
-        percent = [f"{ratio:.0%}" for ratio in self.ratios]
-        parts = [table(["mean R@1, last epoch", *percent, "lr", "seconds"], [
-            [row, *(spread(self.scores(row, ratio)) for ratio in self.ratios),
-             f"{self.rates[row]:g}", f"{self.seconds(row):.0f}"]
-            for row in self.rows])]
-        if BEST in self.rows:
-            parts.append(table([f"{BEST}, less", *percent], [
-                [row, *(spread(self.scores(BEST, ratio) - self.scores(row, ratio))
-                        for ratio in self.ratios)] for row in self.rows if row != BEST]))
-        return "\n\n".join(parts) + "\n"
+def report(jobs, rates, ratios):
+    """The tables as text. jobs: {(row, noise ratio): [the job of each seed]}."""
+    scores = {key: np.array([driver.read_scores(job.scored)["mean_R1"] for job in own])
+              for key, own in jobs.items()}
+    seconds = {row: mean(driver.read_seconds(job.folder) for ratio in ratios
+                         for job in jobs[row, ratio]) for row in rates}
+    percent = [f"{ratio:.0%}" for ratio in ratios]
+    parts = [table(["mean R@1, last epoch", *percent, "lr", "seconds"], [
+        [row, *(spread(scores[row, ratio]) for ratio in ratios), f"{rate:g}",
+         f"{seconds[row]:.0f}"] for row, rate in rates.items()])]
+    if BEST in rates:
+        parts.append(table([f"{BEST}, less", *percent], [
+            [row, *(spread(scores[BEST, ratio] - scores[row, ratio]) for ratio in ratios)]
+            for row in rates if row != BEST]))
+    return "\n\n".join(parts) + "\n"
 
 
 @command
 def main():
     parser = driver.options_of(__doc__)
-    parser.add_argument("--only", nargs="+", default=[], metavar="WORD",
+    parser.add_argument("--only", nargs="+", default=[""], metavar="WORD",
                         help="rows whose name has one of these words")
     parser.add_argument("--noise", nargs="+", type=float, default=RATIOS, help="noise ratios")
+    parser.add_argument("--noise_kind", choices=KINDS, default=KINDS[0],
+                        help="wrong captions: random ones, or near misses")
     args, start = parser.parse_args(), time.perf_counter()
-    ablation = Ablation(args)
-    ablation.run()
-    name = "_".join(["ablation", *args.only]).replace(" ", "_") + ".md"
-    driver.write_report(args.out / name, ablation.report(), start)
+    rows = [row for row in ROWS if any(word in row for word in args.only)]
+    folders = [args.out / f"seed{seed}" for seed in range(args.seeds)]
+    driver.run_jobs([driver.pretraining(folder, seed) for seed, folder in enumerate(folders)],
+                    args.jobs)
+    grid = {row: {rate: job_of(folders[GRID_SEED], GRID_SEED, row, args.noise_kind, rate,
+                               GRID_RATIO) for rate in RATES} for row in rows}
+    driver.run_jobs([job for own in grid.values() for job in own.values()], args.jobs)
+    rates = {row: max(RATES, key=lambda rate, row=row: dev(grid[row][rate])) for row in rows}
+    jobs = {(row, ratio): [job_of(folder, seed, row, args.noise_kind, rates[row], ratio)
+                           for seed, folder in enumerate(folders)]
+            for row in rows for ratio in args.noise}
+    driver.run_jobs(sum(jobs.values(), []), args.jobs)
+    name = "_".join(["ablation", args.noise_kind, *filter(None, args.only)]).replace(" ", "_")
+    driver.write_report(args.out / f"{name}.md", report(jobs, rates, args.noise), start)
 
 
 if __name__ == "__main__":

@@ -20,8 +20,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -151,38 +149,28 @@ def machine(device):
 
 
 def clock(function, device, steps=1):
-    """Seconds that each of `steps` calls in a row takes: by CUDA events on a GPU, which is not
-    waited for in between."""
-    if device.type == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(steps):
-            function()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1000 / steps
+    """Seconds that each of `steps` calls in a row takes; a GPU is waited for at the end alone."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait()
     start = time.perf_counter()
     for _ in range(steps):
         function()
+    wait()
     return (time.perf_counter() - start) / steps
 
 
 def compare(contenders, device, rounds, prepare, steps, warm_up):
     """{name: numbers} of functions that run in turn, `steps` calls each, round by round.
 
-    The numbers are `seconds` of a call in each round and `flops` of a call; on a GPU also `memory`,
-    the largest in MB, and `busy`, the seconds that the GPU computes during a call. prepare() comes
-    before each round. A first round is not timed; on a GPU warm_up() follows, which meets what is
-    captured and compiled.
+    The numbers are `seconds` of a call in each round and on a GPU `memory`, the peak in MB.
+    prepare() comes before each round. A first round is not timed; on a GPU warm_up() follows,
+    which meets what is captured and compiled.
     """
     on_gpu = device.type == "cuda"
-    results = {name: {"seconds": [], "memory": 0} for name in contenders}
+    results = {name: {"seconds": [], "memory": None} for name in contenders}
     prepare()
-    for name, function in contenders.items():
-        with (FlopCounterMode(display=False) as counter,
-              torch.compiler.set_stance("force_eager")):  # the counter sees no compiled code
-            function()
-        results[name]["flops"] = counter.get_total_flops()
+    for function in contenders.values():
+        function()
     if on_gpu:
         warm_up()
     for _ in range(rounds):
@@ -193,8 +181,6 @@ def compare(contenders, device, rounds, prepare, steps, warm_up):
             results[name]["seconds"].append(clock(function, device, steps))
             if on_gpu:
                 results[name]["memory"] = torch.cuda.max_memory_allocated() / 1e6
-    for name, function in contenders.items() if on_gpu else ():
-        results[name]["busy"] = busy(function)
     return results
 
 
@@ -206,28 +192,16 @@ def ratio(results, name, reference):
     return statistics.median(ratios), min(ratios), max(ratios)
 
 
-def busy(function):
-    """Seconds that a GPU computes during a call."""
-    function()
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        function()
-        torch.cuda.synchronize()
-    return sum(event.self_device_time_total for event in profiler.key_averages()) / 1e6
-
-
 def show(title, results, batch_size):
     """Print the numbers as a Markdown table; ratios are to the first contender."""
-    reference = next(iter(results))
-    head, rows = ["", "ms: median (spread)", f"of {reference}", "pairs/s", "TFLOP/s"], []
+    reference, rows = next(iter(results)), []
     for name, r in results.items():
         t, (middle, low, high) = 1000 * np.array(r["seconds"]), ratio(results, name, reference)
-        seconds = np.median(r["seconds"])
-        rows.append([name, f"{1000 * seconds:.1f} ({t.min():.1f}-{t.max():.1f})",
-                     f"{middle:.3f} ({low:.3f}-{high:.3f})", f"{batch_size / seconds:.1f}",
-                     f"{r['flops'] / seconds / 1e12:.2f}"])
-        if "busy" in r:
-            rows[-1] += [f"{r['memory']:.0f}", f"{max(0, 1 - r['busy'] / seconds):.0%}"]
-    head += ["peak MB", "GPU idle"][: len(rows[0]) - len(head)]
+        rows.append([name, f"{np.median(t):.1f} ({t.min():.1f}-{t.max():.1f})",
+                     f"{middle:.3f} ({low:.3f}-{high:.3f})",
+                     f"{1000 * batch_size / np.median(t):.1f}",
+                     f"{r['memory']:.0f}" if r["memory"] else "–"])
+    head = ["", "ms: median (spread)", f"of {reference}", "pairs/s", "peak MB"]
     print(f"\n### {title}\n\n{table(head, rows)}", flush=True)
 
 

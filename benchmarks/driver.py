@@ -199,18 +199,19 @@ def fine_tuning(folder, seed, what, run, method, options, lr=LR, data=DRAWN, hoo
 
 
 def training(script, seed, folder, data, run, model, epochs, lr):
-    return (*common(script, seed, folder, data, run), "--vision_model", model, "--batch_size",
-            BATCH, "--epochs", epochs, "--lr", lr)
+    return command(script, seed, folder, data, run, "--vision_model", model, "--batch_size", BATCH,
+                   "--epochs", epochs, "--lr", lr)
 
 
 def testing(script, seed, folder, checkpoint, run):
-    return *common(script, seed, folder, DRAWN, run), "--eval", "--resume", folder / checkpoint
+    return command(script, seed, folder, DRAWN, run, "--eval", "--resume", folder / checkpoint)
 
 
-def common(script, seed, folder, data, run):
-    """The words that training and testing share."""
+def command(script, seed, folder, data, run, *more):
+    """The words of a command that reads folder/data and writes to folder/run."""
     return (script, "--dataset", "f30k", "--dataset_root", folder / data, "--checkpoint_path",
-            folder, "--experiments", run, "--seed", seed, "--device", "cpu", "--num_workers", 0)
+            folder, "--experiments", run, "--seed", seed, "--device", "cpu", "--num_workers", 0,
+            *more)
 
 
 # ---- results -------------------------------------------------------------------------------------

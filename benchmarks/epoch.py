@@ -19,14 +19,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.bench import (
-    CAPTIONS,
-    machine,
-    make_bank,
-    make_empty_set,
-    make_pairs,
-    new_model,
-)
+from benchmarks import bench
+from benchmarks.bench import CAPTIONS
 from benchmarks.driver import table
 from main_NPC import NPC
 from params import parse_args
@@ -45,10 +39,10 @@ BETWEEN = "between epochs: checkpoint, dev scores"
 def two_epochs(args, run, num_images, num_dev):
     """{part: seconds} of two epochs on so many made-up images, and how many steps it has."""
     seconds, rng = {}, np.random.default_rng(args.seed)
-    model = run.precision.prepare(new_model(args))
+    model = run.precision.prepare(bench.new_model(args))
     resolution = model.visual.input_resolution
-    pairs = make_pairs(num_images, resolution, rng, args.device)
-    dev = make_pairs(num_dev, resolution, rng, args.device)
+    pairs = bench.make_pairs(num_images, resolution, rng, args.device)
+    dev = bench.make_pairs(num_dev, resolution, rng, args.device)
 
     def timed(name, function):
         start = time.perf_counter()
@@ -63,7 +57,7 @@ def two_epochs(args, run, num_images, num_dev):
     # which pairs are clean is made up, as random weights know nothing
     verdict = verdict._replace(clean=rng.random(len(pairs)) < 0.8 * (1 - NOISE))
     timed(ENTRIES, lambda: bank_of(verdict, *features, pairs, args, {}))
-    bank = make_bank(pairs, NOISE, rng)
+    bank = bench.make_bank(pairs, NOISE, rng)
     npc, loader = NPC(model, run, bank), training_loader(args, pairs, bank)
     begun = []  # when each step did; on a GPU none does before the last but one is computed
     memory = loader.dataset.memory  # of each batch asked for once
@@ -88,7 +82,7 @@ def main():
     parser.add_argument("--json", help="write the results to this file")
     options, words = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as folder:
-        make_empty_set(folder)
+        bench.make_empty_set(folder)
         args = parse_args("npc", ["--dataset_root", folder, "--vision_model", "ViT-B/32", *words,
                                   "--epochs", "2", "--checkpoint_path", folder])
         run = Run(args, folder=True)
@@ -101,7 +95,7 @@ def main():
              f"{value * factors.get(name, 1):.1f}"] for name, value in seconds.items()]
     head = [f"{measured:,} images", "s", "times", f"s of {EPOCHS} epochs"]
     print(f"\n### {options.num_images:,} images, {captions:,} captions, batch {args.batch_size}, "
-          f"{args.vision_model}, {args.precision}, {machine(args.device)}\n\n"
+          f"{args.vision_model}, {args.precision}, {bench.machine(args.device)}\n\n"
           f"{table(head, [*rows, ['all', '', '', f'{total:.1f}']])}\n\n"
           f"A step takes {seconds['steps'] / steps * 1000:.1f} ms, "
           f"{args.batch_size * steps / seconds['steps']:.0f} pairs/s; {EPOCHS} epochs take "

@@ -1,22 +1,20 @@
-"""Measures judges, and training, where wrong captions are random and where they are near misses.
+"""Measures judges where wrong captions are random, and where they are near misses.
 
     python benchmarks/near_misses.py [--seeds 3]
 
 The demo's pre-trained models judge its drawings (find_noise.py), where random captions and where
-similar ones are exchanged. They are then fine-tuned where similar ones are exchanged. Finished runs
-are reused.
+similar ones are exchanged. Finished runs are reused.
 """
 
 import re
 import sys
 import time
 from pathlib import Path
-from statistics import mean
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import driver
-from benchmarks.demo import METHODS, RATIOS
+from benchmarks.demo import RATIOS
 from benchmarks.driver import Job, spread, table
 from utils.errors import command
 
@@ -31,11 +29,6 @@ SAID = {"AUC": (r"AUC ([\d.]+)", 3), "average precision": (r"average precision (
 def judged(folder, name, kind, ratio):
     """Folder of a judge's run."""
     return folder / "near_misses" / f"{[*JUDGES].index(name)}_{kind}_{ratio}"
-
-
-def trained(name, ratio):
-    """Folder of a method's run, below that of its seed."""
-    return f"near_misses/{METHODS[name].folder}_{ratio}"
 
 
 def judging(folder, seed, name, kind, ratio):
@@ -62,13 +55,6 @@ def report(folders, noise):
         [name, *(spread(values, digits) if values else "–"
                  for values in (said(name, *column, pattern) for column in noise))]
         for name in JUDGES]) for what, (pattern, digits) in SAID.items()]
-    seconds = {name: mean(driver.read_seconds(judged(folder, name, *column))
-                          for folder in folders for column in noise) for name in JUDGES}
-    tables += [table(["", "CPU seconds"], [[name, f"{seconds[name]:.0f}"] for name in JUDGES])]
-    similar = [ratio for kind, ratio in noise if kind == "similar"]
-    tables += [table(["mean R@1, near misses", *(f"{ratio:.0%}" for ratio in similar)], [
-        [name, *(spread([driver.read_scores(folder / trained(name, ratio) / "last")["mean_R1"]
-                         for folder in folders]) for ratio in similar)] for name in METHODS])]
     return "\n\n".join(tables) + "\n"
 
 
@@ -84,11 +70,6 @@ def main():
                     args.jobs)
     driver.run_jobs([judging(folder, seed, name, *column) for seed, folder in enumerate(folders)
                      for name in JUDGES for column in noise], args.jobs)
-    driver.run_jobs([
-        driver.fine_tuning(folder, seed, f"{ratio:.0%} near misses, {name}", trained(name, ratio),
-                           method, ("--noise_kind", "similar", "--noise_ratio", ratio))
-        for seed, folder in enumerate(folders) for kind, ratio in noise if kind == "similar"
-        for name, method in METHODS.items()], args.jobs)
     driver.write_report(args.out / "near_misses.md", report(folders, noise), start)
 
 

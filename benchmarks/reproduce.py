@@ -1,14 +1,13 @@
-"""Trains and tests the runs of a table of the paper, and sets their scores beside the published
-ones.
+"""Trains and tests the runs of a table of the paper, and sets them beside the published scores.
 
     python benchmarks/reproduce.py --dataset f30k --dataset_root dataset/Flickr30K
     python benchmarks/reproduce.py --dataset scenes    # on drawings: minutes on a CPU
 
-A method is a file of options, configs/NAME.args or NAME.args in the working folder; its first line
-may name the script that trains it, "# script: mine.py", which is looked for beside the file, in the
-working folder and in the repository (default: main_NPC.py). Each run is tested at its best epoch
-and at its last one. Finished runs are skipped, and a stopped one goes on where it was. Options that
-are not listed below go to every run. For the job array of a cluster, --print lists the commands:
+A method is a file of options, configs/NAME.args or NAME.args in the working folder. Its first line
+may name the script that trains it, "# script: mine.py" (default: main_NPC.py), which is looked for
+beside the file, in the working folder and in the repository. Each run is tested at its best epoch
+and at its last one. Finished runs are skipped, and a stopped one is continued. Options that are not
+listed below go to every run. For the job array of a cluster, --print lists the commands:
 
     python benchmarks/reproduce.py --dataset f30k --dataset_root DIR --print > jobs.txt
     sed -n "${SLURM_ARRAY_TASK_ID}p" jobs.txt | bash

@@ -95,10 +95,8 @@ def read_run(folder):
     InputError when a file of it is broken."""
     folder = Path(folder)
     if not (folder / "eval_test.json").exists():
-        what = shlex.join(["--resume", str(folder / "best.pt"), "--checkpoint_path",
-                           str(folder.parent), "--experiments", folder.name])
-        print(f"left out {folder}, which has no eval_test.json; make it with the script and the "
-              f"data options of that run and --eval {what}")
+        print(f"left out {folder}, which has no eval_test.json; score it with --eval --resume "
+              f"{shlex.quote(str(folder / 'best.pt'))} --experiments {shlex.quote(folder.name)}")
         return None
     try:
         return scored_run(folder)
@@ -254,29 +252,27 @@ def figure(tables):
     for (title, rows), axes in zip(tables.items(), fig.subplots(len(tables), 2, squeeze=False),
                                    strict=True):
         noise = sorted({100 * row.noise for row in rows if row.noise is not None} or {0})
-        for ax, metric, way in zip(axes, ("i2t_R@1", "t2i_R@1"),
-                                   ("image-to-text", "text-to-image"), strict=True):
+        for ax, metric in zip(axes, ("i2t_R@1", "t2i_R@1"), strict=True):
             for label in dict.fromkeys(row.label for row in rows):
                 draw(ax, [row for row in rows if row.label == label], metric, colours)
-            ax.set(title=title, xlabel="noise (%)", ylabel=f"{way} R@1 (%)", xticks=noise,
-                   xlim=(noise[0] - 5, noise[-1] + 5))
+            ax.set(title=title, xlabel="noise (%)", ylabel=f"{metric.replace('_', ' ')} (%)",
+                   xticks=noise, xlim=(noise[0] - 5, noise[-1] + 5))
             ax.grid(alpha=0.3)
         axes[1].legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     return fig
 
 
 def draw(ax, rows, metric, colours):
-    """One method's R@1 over the noise; a zero-shot model, which has no noise, as a level."""
-    first = rows[0]
-    label = first.label.replace("$", r"\$")  # else it is mathematics
-    style = {"color": colours[first.method], "label": label}
-    values = [row.mean[metric] for row in rows]
+    """Draw one method's R@1 over the noise; a zero-shot model, which has no noise, is a level."""
+    first, values = rows[0], [row.mean[metric] for row in rows]
+    style = {"color": colours[first.method],
+             "label": first.label.replace("$", r"\$")}  # else it is mathematics
     if first.noise is None:
         ax.axhline(values[0], linestyle=":", **style)
         return
-    error = [row.std[metric] if row.std else 0 for row in rows]
-    ax.errorbar([100 * row.noise for row in rows], values, error if any(error) else None,
-                fmt="o-" if first.seeds else "o--", markersize=5, capsize=3,
+    ax.errorbar([100 * row.noise for row in rows], values, capsize=3, markersize=5,
+                yerr=[row.std[metric] if row.std else float("nan") for row in rows],
+                fmt="o-" if first.seeds else "o--",
                 markerfacecolor=None if first.seeds else "white", **style)
 
 

@@ -25,9 +25,8 @@ def test_the_step_of_every_contender_is_timed(tmp_path):
     results = found["step"]["0.2"]
     contenders = [name for name, result in results.items() if isinstance(result, dict)]
     assert len(contenders) == 4 and all(f"| {name} " in said for name in contenders)
-    assert all(results[name]["flops"] > 0 for name in contenders)
-    assert (results["released step"]["flops"] > results["ours, --recipe paper"]["flops"]
-            > results["plain CLIP step, ours"]["flops"])
+    assert all(len(results[name]["seconds"]) == 1 for name in contenders)
+    assert 1 < results["u_image"] < results["u_text"] < 3  # five captions share an image
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from benchmarks import table
+from params import parse_args
 
 OPTIONS = {"dataset": "f30k", "dataset_root": "data", "noise_ratio": 0.2, "seed": 1, "lr": 1e-6,
            "name": "NPC", "epochs": 2, "resume": None}
@@ -81,6 +82,15 @@ def test_mean_and_deviation_over_seeds(run, tables):
     assert float(row["rsum std"]) == pytest.approx(6 * stdev(firsts), abs=1e-3)
     assert line(text, "NPC", "20 %, 60 %")[2] == f"{pvariance([mean(firsts), 60]):.2f}"
     assert line(text, str(folders[0]))[1:6] == ["20 %", "0", "2 of 2", "1", "49.0"]
+
+
+@pytest.mark.parametrize("command, recipe, name", [
+    ("npc", "paper", "NPC"), ("npc", "released", "NPC released"), ("npc", "robust", "robust"),
+    ("clip", "paper", "CLIP"), ("clip", "released", "CLIP released"), ("clip", "robust", "robust")])
+def test_a_row_is_called_by_script_and_recipe_unless_named(run, tables, command, recipe, name):
+    own = parse_args(command, ["--recipe", recipe, "--device", "cpu"]).name
+    assert own == name and line(tables(run("a", 70, name=own), "--no_published")[0], "20 %", name)
+    assert parse_args(command, ["--recipe", recipe, "--name", "x", "--device", "cpu"]).name == "x"
 
 
 def test_published_rows(run, tables, capsys):
