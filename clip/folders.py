@@ -193,7 +193,6 @@ def save_hf(model, folder):
             "num_attention_heads": config[f"{name}_heads"],
             "num_hidden_layers": config[f"{name}_layers"],
             "hidden_act": config["activation"],
-            "layer_norm_eps": 1e-5,
             "projection_dim": config["embed_dim"],
         }
 
@@ -215,14 +214,9 @@ def save_hf(model, folder):
     square = {"height": resolution, "width": resolution}
     preprocessing = {
         "image_processor_type": "CLIPImageProcessor",
-        "do_resize": True,
         "size": square if squash else {"shortest_edge": resolution},
-        "resample": 3,  # bicubic
-        "do_center_crop": not squash,
+        "do_center_crop": not squash,  # all else is CLIPImageProcessor's default
         "crop_size": square,
-        "do_convert_rgb": True,
-        "do_rescale": True,
-        "do_normalize": True,
         "image_mean": config["image_mean"],
         "image_std": config["image_std"],
     }
@@ -293,7 +287,7 @@ def download(name):
         raise CheckpointError(f"{name} is no file here, and models of the Hugging Face hub need a "
                               "package: pip install huggingface_hub") from None
     try:
-        files = {file.rfilename for file in hub.model_info(name, timeout=30).siblings}
+        files = {file.rfilename for file in hub.model_info(name, timeout=10).siblings}
         described, weights = _choose(files, name)
         for file in sorted({described, *PROCESSOR, *TOKENIZER} & files):
             hub.hf_hub_download(name, file)
@@ -304,7 +298,7 @@ def download(name):
         return path.parent
     except CheckpointError:
         raise
-    except hub.errors.RepositoryNotFoundError:
+    except (hub.errors.RepositoryNotFoundError, hub.errors.HFValidationError):
         raise CheckpointError(
             f"{name}: no such file or folder, and no such model on {hub.constants.ENDPOINT} "
             "(for a private or gated one: hf auth login)") from None

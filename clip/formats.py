@@ -122,12 +122,8 @@ def _model_in(content, path):
             start = before.pop()
             return {key.removeprefix(start): value for key, value in tensors.items()
                     if key.startswith(start)}
-    entry = entries[0]
-    if not any(isinstance(value, torch.Tensor) for value in entry.values()):
-        names = ", ".join(list(map(str, content))[:5]) or "nothing"
-        raise CheckpointError(f"{path} holds no state dict, but {names}")
-    return {str(key).removeprefix("module."): value for key, value in entry.items()
-            if isinstance(value, torch.Tensor)}
+    names = ", ".join(map(str, list(entries[0])[:5])) or "nothing"
+    raise CheckpointError(f"{path} holds no CLIP model (no logit_scale), but {names}")
 
 
 # ------------------------------------------------------------------------------ torch.save

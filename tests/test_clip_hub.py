@@ -140,6 +140,7 @@ def without_the_package():
 
 @pytest.mark.parametrize("problem, words", [
     ("unknown", "org/none: no such file or folder, and no such model on http://127.0.0.1"),
+    ("no name", "org/no..ne: no such file or folder, and no such model on http://127.0.0.1"),
     ("offline", "org/none: no such file or folder, and it cannot be downloaded from http://127"),
     ("down", "org/none: no such file or folder, and it cannot be downloaded from http://127"),
     ("no package", "pip install huggingface_hub"),
@@ -165,8 +166,9 @@ def test_what_cannot_be_had_is_one_line(hub, options, tmp_path, problem, words, 
         with socketserver.TCPServer(("127.0.0.1", 0), None) as unused:
             port = unused.server_address[1]
         environment = {"HF_ENDPOINT": f"http://127.0.0.1:{port}"}
-    said = command(NPC, [*options, "--vision_model", "org/none", "--checkpoint_path",
-                         str(tmp_path)], tmp_path, hub, 2,
+    name = "org/no..ne" if problem == "no name" else "org/none"
+    said = command(NPC, [*options, "--vision_model", name, "--checkpoint_path", str(tmp_path)],
+                   tmp_path, hub, 2,
                    without_the_package if problem == "no package" else None, **environment)
     assert words in said.splitlines()[-1] and said.splitlines()[-1].startswith("error: ")
     assert "Traceback" not in said and (problem != "a path" or "http" not in said)
