@@ -128,6 +128,7 @@ class TrainingState:
         for name, tensor in self.kept.items():
             tensor.copy_(state["kept"][name])
         self.history.load(state["history"])
+        self.history.best()  # raises for lines that are none
         if state["dev"] != self.dev:
             self.history.ignore_scores()
 
@@ -229,8 +230,10 @@ def options_of(resume, folder):
     in `folder`: a dictionary, empty where there is no training state."""
     readable = [path for step, path in by_step(folder) if step < math.inf]
     paths = readable[:1] if resume == "auto" else [resume]
-    contents = [peek(path) for path in paths]
-    return dict(contents[0]["args"]) if contents and "history" in contents[0] else {}
+    content = peek(paths[0]) if paths else {}
+    saved = content.get("args") if "history" in content else {}
+    return {name: value for name, value in dict(saved).items()
+            if isinstance(value, str | int | float | None)}
 
 
 def require_free(folder, resume, overwrite):
