@@ -1,5 +1,6 @@
 """CLIP models by name or from a file or folder: architectures, downloads, loading."""
 
+import difflib
 import hashlib
 import os
 import re
@@ -154,8 +155,10 @@ def _read(name_or_path):
                                      or Path(on_hub[2]).is_dir() or on_hub[2].startswith("ViT-"))):
         return read_checkpoint(download(str(name_or_path).removeprefix("hf-hub:")))
     if not path.suffix and not path.exists():
+        near = difflib.get_close_matches(str(path), CONFIGS, 1)  # as for open_clip's ViT-B-32
         raise CheckpointError(
-            f"{path}: no such file, nor a model of that name: there are {', '.join(CONFIGS)}, and "
+            f"{path}: no such file, nor a model of that name"
+            f"{f' (did you mean {near[0]}?)' if near else ''}: there are {', '.join(CONFIGS)}, and "
             "hf-hub:ORG/NAME"
         )
     return read_checkpoint(path)

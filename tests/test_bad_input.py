@@ -61,18 +61,21 @@ def refused(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_missing_dataset_root(refused, command, tmp_path):
-    root = tmp_path / "nowhere"
+@pytest.mark.parametrize("what", ["nothing", "file", "no images"])
+def test_wrong_dataset_root_is_told_first(refused, command, what, dataset, tmp_path, monkeypatch):
+    """Before a model is fetched; the experiment gets no folder."""
+    root = tmp_path / "there"
+    if what == "file":
+        root.write_text("hello")
+    elif what == "no images":
+        root = dataset("cc").root
+        os.rename(root / "images", root / "pictures")
+        if command == "construct_noise":  # which needs none
+            return
+    monkeypatch.setattr(clip, "load", None)
     refused(command, None, "--dataset_root", root, "--noise_ratio", "0.2",
-            words=[root, "does not exist", "--dataset_root"])
-    assert not root.exists()
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_dataset_root_that_is_a_file(refused, command, tmp_path):
-    root = tmp_path / "file"
-    root.write_text("hello")
-    refused(command, None, "--dataset_root", root, "--noise_ratio", "0.2", words=[root])
+            words=[root / "images" if what == "no images" else root, "--dataset_root"])
+    assert not (tmp_path / "logs").exists() and (what != "nothing" or not root.exists())
 
 
 @pytest.mark.parametrize("command, file, more", [
@@ -107,12 +110,6 @@ def test_missing_images_of_the_evaluated_split(refused, dataset):
     data = dataset("cc")
     (data.root / "images" / data.name(data.ids["test"][2])).unlink()
     refused("main_CLIP", data, "--eval", words=[data.name(data.ids["test"][2]), "1 image"])
-
-
-def test_missing_folder_of_images(refused, dataset):
-    data = dataset("cc")
-    os.rename(data.root / "images", data.root / "pictures")
-    refused("main_CLIP", data, words=[data.root / "images", "does not exist"])
 
 
 @pytest.mark.parametrize("command", ["get_memorybank", "main_CLIP", "main_NPC"])
@@ -235,21 +232,22 @@ def test_dataset_of_another_layout(refused, dataset):
 # ---- options ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-@pytest.mark.parametrize("ratio", ["1", "1.5", "-0.1", "nan", "inf", "half", ""])
-def test_noise_ratio_outside_its_range(refused, datasets, command, ratio):
-    refused(command, datasets["cc"], f"--noise_ratio={ratio}",
-            words=["--noise_ratio", f"'{ratio}'", "0 to below 1"])
+OUT_OF_RANGE = {
+    "--noise_ratio": ["1", "1.5", "-0.1", "nan", "inf", "half", ""], "--batch_size": ["0", "1"],
+    "--epochs": ["0", "2.5"], "--lr": ["nan", "-1"], "--beta2": ["1"], "--context_length": ["1"],
+    "--seed": [str(2**32), "-1"], "--num_workers": ["-1"], "--dev_length": ["0"],
+    "--display": ["0"], "--num_anns": ["0"], "--dataset": ["flickr"], "--precision": ["fp8"],
+    "--device": ["abacus"], "--recipe": ["mine"], "--eval_batch_size": ["0"], "--warmup": ["-1"],
+    "--eps": ["x"], "--weight_decay": ["-0.1"], "--weighting": ["soft"],
+    "--memory_loss_weight": ["-1"], "--clean_threshold": ["1.5"], "--min_clean": ["2"]}
 
 
-@pytest.mark.parametrize("option, value", [
-    ("--batch_size", "0"), ("--epochs", "0"), ("--epochs", "2.5"), ("--lr", "nan"), ("--lr", "-1"),
-    ("--beta2", "1"), ("--context_length", "1"), ("--seed", str(2**32)), ("--seed", "-1"),
-    ("--num_workers", "-1"), ("--dev_length", "0"), ("--display", "0"), ("--num_anns", "0"),
-    ("--dataset", "flickr"), ("--precision", "fp8"), ("--device", "abacus"), ("--recipe", "mine"),
-    ("--eval_batch_size", "0"), ("--warmup", "-1"), ("--eps", "x"), ("--weight_decay", "-0.1")])
-def test_option_outside_its_range(refused, datasets, option, value):
-    refused("main_CLIP", datasets["cc"], f"{option}={value}", words=[option, f"'{value}'"])
+@pytest.mark.parametrize("command, option, value", [
+    *(("main_NPC", option, value) for option, values in OUT_OF_RANGE.items() for value in values),
+    *((command, "--noise_ratio", "1") for command in COMMANDS if command != "main_NPC")])
+def test_option_outside_its_range(refused, datasets, command, option, value):
+    expected = "0 to below 1" if option == "--noise_ratio" else ""
+    refused(command, datasets["cc"], f"{option}={value}", words=[option, f"'{value}'", expected])
 
 
 @pytest.mark.parametrize("command, option", [
@@ -257,12 +255,6 @@ def test_option_outside_its_range(refused, datasets, option, value):
     ("construct_noise", "--epochs=3")])
 def test_unknown_option(refused, datasets, command, option):
     refused(command, datasets["cc"], option, words=[option])
-
-
-@pytest.mark.parametrize("option, value", [("--weighting", "soft"), ("--memory_loss_weight", "-1"),
-                                           ("--clean_threshold", "1.5"), ("--min_clean", "2")])
-def test_option_of_npc_outside_its_range(refused, datasets, option, value):
-    refused("main_NPC", datasets["cc"], f"{option}={value}", words=[option, f"'{value}'"])
 
 
 def test_context_length_beyond_the_model(refused, datasets):
@@ -358,17 +350,14 @@ def checkpoint(tmp_path_factory):
     return path
 
 
-def test_checkpoint_of_another_architecture(refused, datasets, checkpoint):
+@pytest.mark.parametrize("other, named", [("RN50", "RN50"), ("small.pt", "vision_layers 1")])
+def test_checkpoint_of_another_architecture(refused, datasets, checkpoint, tmp_path, other, named):
+    if other == "small.pt":
+        other = tmp_path / other
+        torch.save(clip.CLIP(**CONFIGS["tiny"] | {"vision_layers": 1}).state_dict(), other)
     for command in TRAINING:
-        refused(command, datasets["cc"], "--resume", checkpoint, "--vision_model", "RN50",
-                words=[checkpoint, "tiny", "RN50"])
-
-
-def test_checkpoint_of_another_unnamed_architecture(refused, datasets, checkpoint, tmp_path):
-    small = {**CONFIGS["tiny"], "vision_layers": 1}
-    torch.save(clip.CLIP(**small).state_dict(), tmp_path / "small.pt")
-    refused("main_CLIP", datasets["cc"], "--resume", checkpoint, "--vision_model",
-            tmp_path / "small.pt", words=[checkpoint, "tiny", "vision_layers 1"])
+        refused(command, datasets["cc"], "--resume", checkpoint, "--vision_model", other,
+                words=[checkpoint, "tiny", named])
 
 
 @pytest.mark.parametrize("option", ["--resume", "--vision_model"])
@@ -384,12 +373,8 @@ def test_not_a_checkpoint(refused, datasets, checkpoint, tmp_path, content, opti
         whole = checkpoint.read_bytes()
         path.write_bytes({"text": b"hello", "empty": b"", "cut": whole[: len(whole) // 2]}[content])
     refused("main_CLIP", datasets["cc"], "--eval", option, path, words=[path])
-
-
-def test_not_a_checkpoint_beside_a_good_one(refused, datasets, checkpoint, tmp_path):
-    torch.save({"a": torch.ones(2)}, tmp_path / "what.pt")
-    refused("main_CLIP", datasets["cc"], "--resume", checkpoint, "--vision_model",
-            tmp_path / "what.pt", words=[tmp_path / "what.pt"])
+    if option == "--vision_model" and content == "tensors":
+        refused("main_CLIP", datasets["cc"], "--resume", checkpoint, option, path, words=[path])
 
 
 class Harm:
@@ -406,9 +391,10 @@ def test_checkpoint_with_code_is_refused_and_not_run(refused, datasets, tmp_path
     assert not (tmp_path / "harm_was_done").exists()
 
 
-def test_unknown_model(refused, datasets):
-    line = refused("main_CLIP", datasets["cc"], "--vision_model", "ViT-B/33", words=["ViT-B/33"])
-    assert "ViT-B/32" in line
+@pytest.mark.parametrize("name", ["ViT-B/33", "ViT-B-32"])  # the latter is open_clip's spelling
+def test_unknown_model(refused, datasets, name):
+    refused("main_CLIP", datasets["cc"], "--vision_model", name,
+            words=[f"{name}: no such file", "did you mean ViT-B/32?"])
 
 
 def test_model_with_broken_weights(refused, datasets, tmp_path):

@@ -1,12 +1,15 @@
 """The commands on small data sets: what they write, and what equals what."""
 
 import json
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import banks, make_dataset, options, tree, write_lines
+from conftest import ROOT, banks, make_dataset, options, tree, write_lines
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import clip
@@ -212,6 +215,26 @@ def test_log_txt_tells_the_epochs_and_the_mixture(trained):
     text = (trained.npc / "log.txt").read_text(encoding="utf-8")
     assert text.count(": dev R@1") == 2 and text.count("mixture: mean") == 2
     assert "strict clean set" in text and "precision" in text and "lr" in text
+
+
+def test_wandb_is_sent_what_tensorboard_gets(trained, tmp_path):
+    """With the package itself, offline: its file of records has the curves."""
+    pytest.importorskip("wandb")
+    argv = ["main_CLIP.py", *trained.data.options, *TRAINING, "--epochs", "1", "--wandb", "mine",
+            "--checkpoint_path", tmp_path, "--experiments", "x"]
+    environment = {**os.environ, "HOME": str(tmp_path), "WANDB_MODE": "offline"}
+    done = subprocess.run([sys.executable, *map(str, argv)], cwd=ROOT, env=environment,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (records,) = (tmp_path / "x").glob("wandb/offline-run-*/*.wandb")
+    for name in (b"train/batch_loss", b"dev/mean_R1", b"mine"):
+        assert name in records.read_bytes()
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "NETRC"):
+        environment.pop(name, None)
+    done = subprocess.run([sys.executable, *map(str, argv), "--overwrite"], cwd=ROOT,
+                          env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "error: --wandb mine: " in done.stderr and "WANDB_MODE=offline" in done.stderr
 
 
 # ---- what equals what ---------------------------------------------------------------------------
