@@ -27,6 +27,7 @@ from processes import (
 )
 
 import clip
+import search
 from utils import distributed
 from utils.devices import HostCopy
 from utils.training.checkpoints import newest
@@ -181,6 +182,14 @@ def test_scores_are_the_same(data, tmp_path):
         runner(NPC, argv, tmp_path / f"out{k}")
     one, two = (json.loads((tmp_path / str(k) / "eval_test.json").read_text()) for k in (0, 1))
     assert one == two and 0 < one["mean_R1"] < 100
+
+
+def test_search_prints_and_draws_once(data, tmp_path):
+    argv = [*data.options, "--vision_model", data.model, "--context_length", "12", "--device",
+            "cpu", "--num_workers", "0", "--out", tmp_path / "found.png", "a red bar"]
+    said = run(search.main, [*map(str, argv)], tmp_path / "out")
+    both = run_in_two(search.main, [*map(str, argv)], tmp_path / "two")
+    assert both == [said, ""] and "wrote" in said
 
 
 def test_any_number_of_processes_resumes(data, tmp_path):
