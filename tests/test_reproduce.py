@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import banks, make_dataset
 from processes import Started
-from test_docs import ROOT, run_script
+from test_docs import ROOT, blocks, run_script
 
 from benchmarks import driver, reproduce
 from params import parse_args
@@ -21,17 +21,7 @@ from params import parse_args
 METHODS = sorted(path.stem for path in (ROOT / "configs").glob("*.args"))
 SMALL = ["--vision_model", "tiny", "--device", "cpu", "--num_workers", "0", "--precision", "fp32",
          "--batch_size", "4", "--lr", "1e-3", "--warmup", "1", "--epochs", "3"]
-MINE = """
-import main_NPC
-from utils.method.weightings import weighting
-
-@weighting("halves", "1 for the half of the batch with the smaller loss, else 0")
-def halves(batch, **_):
-    return (batch <= batch.median()).float()
-
-if __name__ == "__main__":
-    main_NPC.main()
-"""
+PAGE = (ROOT / "docs" / "reproduce.md").read_text(encoding="utf-8")
 
 
 def arguments(data, out, methods, *more):
@@ -148,8 +138,10 @@ def kill(started):
     pytest.param("coco", ["npc_paper"], "0.2", marks=pytest.mark.slow),
     pytest.param("cc", ["npc_paper"], "0", marks=pytest.mark.slow)])
 def test_a_table_from_nothing_after_kills_and_twice(tmp_path, layout, methods, noise):
-    (tmp_path / "mine.py").write_text(MINE)
-    (tmp_path / "mine.args").write_text("# script: mine.py\n--name mine --weighting halves\n")
+    (source,) = blocks(PAGE, "python")
+    (options,) = [block for block in blocks(PAGE) if block.startswith("# script: mine.py")]
+    (tmp_path / "mine.py").write_text(source)
+    (tmp_path / "mine.args").write_text(options)
     words = [tmp_path / "mine" if method == "mine" else method for method in methods]
     tables = []
     for name in ("whole", "killed"):
