@@ -48,7 +48,8 @@ def load(root, pairs, log=quiet, **changes):
 
 
 def kept_bank(model, pairs, args, log=quiet):
-    run = SimpleNamespace(args=args, device=args.device, precision=FP32, log=log, state={}, found={})
+    run = SimpleNamespace(args=args, device=args.device, precision=FP32, log=log, state={},
+                          found={})
     return memory_bank(model, pairs, run), bank_path(args.dataset_root, run.found["bank"])
 
 
@@ -313,9 +314,10 @@ def test_memory_bank_is_built_once_and_kept(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("change, other", [
-    ({"noise_seed": 4}, True), ({"config": {"activation": "gelu"}}, True), ({"clean_threshold": 0.7}, True),
-    ({"recipe": "released"}, True), ({"batch_size": 20}, True), ({"judge_neighbours": 3}, True),
-    ({"weighting": "osa"}, True), ({"weights": 1.5}, True), ({"captions": 7}, True),
+    ({"noise_seed": 4}, True), ({"config": {"activation": "gelu"}}, True),
+    ({"clean_threshold": 0.7}, True), ({"recipe": "released"}, True), ({"batch_size": 20}, True),
+    ({"judge_neighbours": 3}, True), ({"weighting": "osa"}, True), ({"weights": 1.5}, True),
+    ({"captions": 7}, True),
     ({"weighting": "gmm"}, False), ({"judge_lr": 1e-4}, False), ({"judge_steps": 7}, False)])
 def test_what_another_model_seed_judge_or_option_built_is_another_bank(tmp_path, monkeypatch,
                                                                        change, other):

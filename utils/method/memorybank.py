@@ -9,6 +9,7 @@ import hashlib
 import json
 import re
 import tempfile
+import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
