@@ -33,6 +33,7 @@ from utils.cleaning.survey import draw_sample
 from utils.cleaning.text import text_cell
 from utils.files import atomic_write, require_new
 from utils.method.building import nearest_clean
+from utils.method.judge import doubts, share_in_words
 from utils.method.neighbours import Features, nearest, normalised, random_rows
 from utils.method.pairs import fingerprint, first_pairs
 from utils.method.rounds import judge_pairs
@@ -73,7 +74,7 @@ def main(argv=None):
                          f"from {source.table}; prepare the data set again")
     labels = read_labels(args.labels, pairs)
 
-    verdict, features, _ = judge_pairs(model, pairs, args, run.precision, run.log)
+    verdict, features = judge_pairs(model, pairs, args, run.precision, run.log)
     images, texts = map(normalised, features)
     score, suspicion = scores(args, verdict, pairs)
     order = np.lexsort((-verdict.loss, -suspicion))  # equal ones by loss; without a score: last
@@ -134,8 +135,9 @@ def what_is_known(args, pairs, labels, verdict, suspicion, scored):
     """(lines of text, Markdown table or "") of what is known of all pairs. suspicion (n,); scored:
     the pairs that have one, from most to least suspicious."""
     share, n = verdict.wrong_share, len(pairs)
-    lines, thresholds = [f"Estimated noise share: {share:.1%} of the pairs, the judge's guess; "
-                         "labels of the random sample measure it (--labels)."], ""
+    lines, thresholds = [f"Estimated noise share: {share_in_words(verdict, args)}, the judge's "
+                         "guess; labels of the random sample measure it (--labels)."], ""
+    lines += doubts(verdict)
     if len(scored) < n:
         lines.append(f"{n - len(scored)} of {n} pairs have no weight in {args.weights}, as "
                      "training never drew them; they come last.")

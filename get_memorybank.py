@@ -18,7 +18,7 @@ from data import training_pairs
 from params import parse_args
 from utils.distributed import is_main
 from utils.method.building import build_bank
-from utils.method.memorybank import bank_name, bank_path, save_bank, writable
+from utils.method.memorybank import bank_name, bank_path, require_writable, save_bank
 from utils.method.released_bank import save_released
 from utils.reading.layout import BANK_FOLDERS
 from utils.training.run import Run
@@ -33,7 +33,8 @@ def main(argv=None):
     released = args.format == "released"
     if is_main():
         ours, theirs = BANK_FOLDERS
-        folder = writable(bank_path(args.dataset_root, folder=theirs if released else ours))
+        folder = bank_path(args.dataset_root, folder=theirs if released else ours)
+        require_writable(folder)
     bank = build_bank(model, pairs, args, run.precision, run.log)
     if not is_main():
         return

@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import math
 import os
 import re
 import shlex
@@ -27,6 +28,7 @@ NEIGHBOURS = 15  # of a judge that is not the paper's
 CLEAN_THRESHOLD, PAPER_CLEAN_THRESHOLD = 0.8, 0.9
 OF_THIS_COMMAND = ("resume", "force_resume", "overwrite", "eval", "device", "num_workers",
                    "eval_batch_size")  # options that a checkpoint does not bring along
+LR = 1e-5  # of weights that are not half
 HALF_LR = {"npc": 2e-7, "clip": 5e-7}  # of commands that train, for half weights: the authors'
 OTHERS_NAMES = {"--learning_rate": "--lr", "--model": "--vision_model", "--wd": "--weight_decay"}
 ROOT = Path(__file__).resolve().parent
@@ -122,6 +124,7 @@ positive_int = number(int, 1, float("inf"), "a whole number from 1")
 at_least_two = number(int, 2, float("inf"), "a whole number from 2")
 seed = number(int, 0, 2**32, "a whole number from 0 to below 2^32")
 natural_float = number(float, 0, float("inf"), "a number from 0")
+positive_float = number(float, math.nextafter(0, 1), float("inf"), "a number above 0")
 probability = number(float, 0, 1, "a number from 0 to below 1")
 ratio = number(float, 0, 1, "a number from 0 to below 1 (0.2 is 20 %)")
 
@@ -252,9 +255,9 @@ option("--search_among", type=at_least_two, metavar="N", help="""
     search neighbours, and find_noise.py its best captions and clean pairs, among N random items:
     the time then grows with the number of pairs, not with its square. 16384 suits a million pairs
     on a CPU; fewer find a little less; default: all items""")
-option("--judge_lr", type=natural_float, metavar="LR", help="""
-    learning rate of the rounds; default: that from 1e-6 to 1e-3 which works best on images held
-    out""")
+option("--judge_lr", type=positive_float, metavar="LR", help=f"""
+    learning rate of the rounds, best the one at which the model is fine-tuned; default: --lr, or
+    {LR:g} in commands that do not train""")
 option("--judge", type=path, metavar="NAME|PATH", help="""
     model that judges, as for --vision_model; default: the initial model""")
 option("--judge_features", type=path, metavar="PATH", help="""
@@ -287,8 +290,9 @@ option("--split", choices=(*SPLITS, "all"), help="""
     split of the data set that is searched; default: all for --dataset pairs, else test""")
 option("--top", type=positive_int, default=10, metavar="N", help="results to print and draw")
 
-option("--epochs", type=positive_int, default=10, metavar="N", help="""
-    passes over the pairs that are trained on; fewer where dev scores fall again at the end""")
+option("--epochs", type=positive_int, metavar="N", help="""
+    passes over the pairs that are trained on; fewer where dev scores fall again at the end;
+    default: 10, or 13 for --recipe robust""")
 option("--lr", type=natural_float, help="""
     peak learning rate; default: 1e-5, which suits CLIP at any number of pairs, or for --precision
     fp16 the authors' 2e-7 (NPC) and 5e-7 (CLIP), which are too small elsewhere
@@ -410,7 +414,7 @@ COMMANDS = {  # name: what it does, its options by group, defaults of its own
              {"data": DATA, "model": MODEL, **TRAINING, "method": f"recipe train_on {CLEAN}",
               "judge": JUDGE}, {"recipe": "paper", **ADAMW}),
     "memorybank": ("Build the memory bank of a training set.",
-                   {"data": DATA, "model": MODEL, "method": f"recipe format {CLEAN}",
+                   {"data": DATA, "model": MODEL, "method": f"recipe weighting format {CLEAN}",
                     "judge": f"{JUDGE} {SAVERS}", "run": "seed batch_size",
                     "evaluation": "eval_batch_size"}, {"recipe": "paper", **JUDGED}),
     "noise": ("Make a noisy caption file.", {"data": SET, "run": "seed"}, {}),
@@ -512,9 +516,10 @@ def fill_in(parser, command, args):
         "name": lambda: {"paper": command.upper(), "released": f"{command.upper()} released",
                          "robust": "robust"}[args.recipe],
         "batch_size": lambda: min(256, max(8, number_of_pairs(args.dataset_root) // 16)),
-        "lr": lambda: HALF_LR[command] if args.precision == "fp16" else 1e-5,
+        "lr": lambda: HALF_LR[command] if args.precision == "fp16" else LR,
+        "judge_lr": lambda: given("lr") or LR,
         **{name: of_recipe(name) for name in ("weighting", "memory_loss_weight", "train_on",
-                                              "judge_rounds")},
+                                              "judge_rounds", "epochs")},
         "judge_neighbours": lambda: (
             NEIGHBOURS if args.judge_rounds or of_recipe("judge_rounds")() else 0),
         "clean_threshold": lambda: (

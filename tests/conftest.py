@@ -151,7 +151,7 @@ class Lookup:
     """A model whose features are given: image k is a picture of value k, caption k has token k+1.
     It counts what it encodes."""
 
-    dtype = torch.float64
+    dtype, config = torch.float64, {"activation": "quick_gelu"}
     image_mean, image_std = MEAN, STD
 
     def __init__(self, images, texts, scale=1.0):

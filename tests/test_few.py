@@ -46,10 +46,24 @@ def run(capsys, tmp_path):
     return run
 
 
+def refused_without_mismatches(run, capsys, few, *words):
+    """Whether every image stands beside every caption, so that the judge refuses in one line."""
+    if len({*few.lines("train_ids.txt")}) > 1 and len({*few.lines("train_caps.txt")}) > 1:
+        return False
+    with pytest.raises(SystemExit):
+        run(*words)
+    said = capsys.readouterr().err
+    assert "every caption stands beside every image" in said and said.count("\n") == 1
+    return True
+
+
 @pytest.mark.parametrize("more", [("paper", "--score", "loss"), ("robust", "--judge_rounds", 0),
                                   ("robust", "--judge_rounds", 1, "--score", "cosine")])
-def test_judging(few, run, tmp_path, more):
-    run(find_noise, few, "--out", tmp_path, "--recipe", *more)
+def test_judging(few, run, tmp_path, capsys, more):
+    words = find_noise, few, "--out", tmp_path, "--recipe", *more
+    if more[0] == "robust" and refused_without_mismatches(run, capsys, few, *words):
+        return
+    run(*words)
     with open(tmp_path / "suspicious_pairs.csv", newline="") as f:
         rows = list(csv.DictReader(f))
     assert sorted(int(row["pair"]) for row in rows) == list(range(6))
@@ -59,7 +73,7 @@ def test_judging(few, run, tmp_path, more):
 @pytest.mark.parametrize("few", [(1, 1), (1, 3), (3, 1)], indirect=True)
 @pytest.mark.parametrize("command, more", [
     (main_CLIP, ("--recipe", "paper")), (main_NPC, ("--recipe", "paper")),
-    (main_NPC, ("--recipe", "released")), (main_NPC, ("--recipe", "robust"))])
+    (main_NPC, ("--recipe", "released"))])
 def test_training(few, run, tmp_path, command, more):
     run(command, few, *more, "--noise_ratio", 0.4, "--epochs", 2, "--batch_size", 2,
         "--checkpoint_path", tmp_path, "--experiments", "few")
@@ -70,8 +84,10 @@ def test_training(few, run, tmp_path, command, more):
             assert all(np.isfinite(bank[name]).all() for name in bank.files)
 
 
-def test_bank_and_search(few, run, tmp_path):
-    run(get_memorybank, few, "--judge_rounds", 1, "--judge_steps", 2, "--format", "released")
+def test_bank_and_search(few, run, tmp_path, capsys):
+    words = (get_memorybank, few, "--judge_rounds", 1, "--judge_steps", 2, "--format", "released")
+    if not refused_without_mismatches(run, capsys, few, *words):
+        run(*words)
     for query in ("a thing", next((few.root / "images").iterdir())):
         run(search, few, query, "--split", "all", "--out", tmp_path / "sheet.png")
 

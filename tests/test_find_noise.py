@@ -519,13 +519,6 @@ def test_cleaned_data_is_neither_empty_nor_over_other_data(dataset, fails, tmp_p
     assert tree(data.root) == before and not (tmp_path / "new").exists()
 
 
-def test_clean_pairs_that_are_all_held_out_leave_a_fixed_rate(find, datasets):
-    """With this seed no clean pair is left to choose the rate by."""
-    said, rows = find(datasets["f30k"], "--recipe", "robust", "--seed", 37, "--judge_steps", 2)
-    assert "learning rate: 1e-05, as there is too little to choose it by" in said
-    assert len(rows) == 60
-
-
 @pytest.mark.parametrize("same, unit", [(True, "nats"), (False, "standard deviations")])
 def test_the_histogram_has_a_unit_and_shows_few_mismatches(same, unit, monkeypatch):
     """The line of mismatches is as high as the highest bar, however small their share."""

@@ -2,6 +2,7 @@
 its banks and its relatives through the commands."""
 
 import csv
+import dataclasses
 import hashlib
 import json
 
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from conftest import Watched, pairs_for, parsed
 from PIL import Image
-from processes import BANK, run_in_two, save_small
+from processes import BANK, run, run_in_two, save_small
 from sklearn.metrics import roc_auc_score
 
 import clip
@@ -22,6 +23,7 @@ import get_memorybank
 import main_CLIP
 import main_NPC
 from params import parse_args
+from utils.errors import InputError
 from utils.method import judge, neighbours
 from utils.method import rounds as rounds_module
 from utils.method.building import bank_of, nearest_clean
@@ -33,7 +35,9 @@ from utils.method.judge import (
     mismatched,
     nearest_others,
     posterior_by_mismatches,
+    share_in_words,
     verdict_on,
+    wrong_share_by,
 )
 from utils.method.losses import pair_losses
 from utils.method.neighbours import normalised, random_rows
@@ -52,6 +56,13 @@ def example():
     features = [F.normalize(torch.from_numpy(rng.normal(size=(n, 6))), dim=1)
                 for n in (N_IMAGES, N_TEXTS)]
     return *features, pairs_for(image_of.tolist(), text_of.tolist())
+
+
+def judged(features, pairs, neighbours=0, scale=2.0, **options):
+    """The verdict on features after a round, or before the first one, by neighbours."""
+    args = parsed("memorybank", **{"seed": 0, "batch_size": 10, "judge_rounds": 1, **options})
+    return verdict_on(features, torch.tensor(scale), pairs, args, np.random.default_rng(0),
+                      neighbours)
 
 
 # ---- parts ---------------------------------------------------------------------------------------
@@ -74,11 +85,51 @@ def test_losses_if_are_those_of_a_batch_with_one_caption_exchanged(example):
             assert got[1][i].item() == pytest.approx(expected.item(), abs=1e-12)
 
 
-def test_mismatched_pairs_have_captions_of_other_images(example):
-    image_of = example[2].image_of
-    other = mismatched(image_of, np.random.default_rng(0))
-    assert sorted(other) == list(range(N)) and (image_of[other] != image_of).all()
-    assert sorted(mismatched(np.zeros(4, int), np.random.default_rng(0))) == [0, 1, 2, 3]
+def variants(pairs):
+    """The same pairs with captions whose case and white space vary."""
+    spell = (str, str.upper, "  {}".format, lambda text: text.replace(" ", "\t"))
+    captions = [spell[i % 4](text) for i, text in enumerate(pairs.captions)]
+    return dataclasses.replace(pairs, captions=captions)
+
+
+def test_mismatches_are_drawn_evenly_from_captions_that_stand_nowhere_beside_the_image(example):
+    pairs, rng = variants(example[2]), np.random.default_rng(0)
+    draws = np.array([mismatched(pairs, rng) for _ in range(3000)])
+    beside = {image: {pairs.text_of[i] for i in np.flatnonzero(pairs.image_of == image)}
+              for image in pairs.image_of}
+    for i in range(N):
+        fit = [j for j in range(N) if pairs.text_of[j] not in beside[pairs.image_of[i]]]
+        drawn = np.bincount(draws[:, i], minlength=N)
+        assert set(np.flatnonzero(drawn)) == set(fit)
+        assert np.allclose(drawn[fit] / 3000, 1 / len(fit), atol=0.03)
+
+
+def test_a_pair_without_a_possible_mismatch_is_left_out(example):
+    pairs = pairs_for([0, 0, 1, 2], [0, 1, 0, 1])
+    assert (mismatched(pairs, np.random.default_rng(0))[:2] == -1).all()
+    assert set(mismatched(pairs, np.random.default_rng(0))[2:]) <= {0, 1, 2, 3}
+    images, texts = example[0][:3], example[1][:2]
+    assert len(judged((images, texts), pairs).mismatches) == 4 * 2
+    with pytest.raises(InputError, match="every caption stands beside every image"):
+        judged((images[:1], texts), pairs_for([0, 0], [0, 1]))
+
+
+@pytest.mark.parametrize("common, share", [("two captions", 0.25), ("half share one", 0.2)])
+def test_common_captions_do_not_spoil_the_share(common, share):
+    """20 % are wrong. Of two captions the other one is right for a wrong pair, so that a fifth of
+    the mismatches fits, and the share is .2 / .8."""
+    rng, n = np.random.default_rng(0), 4000
+    right = rng.integers(0, 2, n) if common == "two captions" else np.where(
+        rng.random(n) < 0.5, 0, np.arange(n))
+    text_of, right = np.unique(right, return_inverse=True)
+    texts = F.normalize(torch.from_numpy(rng.normal(size=(len(text_of), 32))), dim=1)
+    images = F.normalize(texts[right] + torch.from_numpy(rng.normal(size=(n, 32))) / 8, dim=1)
+    other, wrong = rng.permutation(right), np.zeros(n, bool)
+    wrong[np.flatnonzero(other != right)[: n // 5]] = True
+    noisy = np.where(wrong, other, right)
+    pairs = variants(Pairs(None, None, np.arange(n), [f"text {k}" for k in noisy], noisy, None, ""))
+    verdict = judged((images, texts), pairs, batch_size=100)
+    assert abs(verdict.wrong_share - share) < max(0.02, 2 * verdict.share_error)
 
 
 @pytest.mark.parametrize("most", [None, 5])
@@ -121,21 +172,64 @@ def test_nearest_others_leave_out_the_item_itself():
 @pytest.mark.parametrize("share", [0.0, 0.2, 0.4, 0.6])
 @pytest.mark.parametrize("shape", ["skewed", "normal"])
 def test_share_and_posterior_of_a_known_mixture(share, shape):
-    """Whatever the shape of the scores: the share is right, and of the pairs with a posterior of
-    about p a share p is clean."""
-    rng, n = np.random.default_rng(3), 20_000
-    wrong = rng.random(n) < share
-    if shape == "skewed":
-        right_scores, bad = rng.exponential(0.4, n), lambda m: 3 + rng.gamma(2, 0.8, m) - 2.5
-    else:
-        right_scores, bad = rng.normal(0, 1, n), lambda m: rng.normal(3, 1.5, m)
-    posterior, estimate = posterior_by_mismatches(np.where(wrong, bad(n), right_scores),
-                                                  bad(4 * n))
+    """Whatever the shape of the scores: the share is right, its standard error is that of many
+    repetitions, and of the pairs with a posterior of about p a share p is clean."""
+    rng = np.random.default_rng(3)
+
+    def draw(n):
+        wrong = rng.random(n) < share
+        if shape == "skewed":
+            right_scores, bad = rng.exponential(0.4, n), lambda m: 3 + rng.gamma(2, 0.8, m) - 2.5
+        else:
+            right_scores, bad = rng.normal(0, 1, n), lambda m: rng.normal(3, 1.5, m)
+        return wrong, np.where(wrong, bad(n), right_scores), bad(4 * n)
+
+    wrong, scores, mismatches = draw(20_000)
+    estimate, error = wrong_share_by(scores, mismatches)
     assert estimate == pytest.approx(share, abs=0.025)
+    posterior = posterior_by_mismatches(scores, mismatches, estimate)
     for low in np.arange(0, 1, 0.25):
         some = (posterior >= low) & (posterior <= low + 0.25)
         if some.sum() > 300:
             assert posterior[some].mean() == pytest.approx((~wrong)[some].mean(), abs=0.06)
+    shares, errors = np.array([wrong_share_by(*draw(500)[1:]) for _ in range(300)]).T
+    assert 0.8 * shares.std() < errors.mean() < 1.3 * shares.std() + 0.011
+
+
+@pytest.mark.parametrize("percentile", [79, 81])
+def test_the_share_is_read_at_the_80th_percentile_of_the_mismatches(percentile):
+    """A pair just above, or just below, that percentile counts, or does not."""
+    scores, mismatches = np.r_[np.full(60, percentile / 100), np.zeros(40)], np.arange(101) / 100
+    assert wrong_share_by(scores, mismatches)[0] == (1.0 if percentile > 80 else 0.0)
+    scores[:50] = 0
+    assert wrong_share_by(scores, mismatches)[0] == pytest.approx(0.5 if percentile > 80 else 0)
+
+
+def test_the_share_is_said_with_its_error_and_as_a_bound_unless_noise_is_random():
+    verdict = judge.Verdict(*[np.zeros(3)] * 5, 0.2034, 0.031)
+    for options, bound in (({}, True), ({"noise_ratio": 0.2}, False),
+                           ({"noise_ratio": 0.2, "noise_kind": "similar"}, True)):
+        said = share_in_words(verdict, parsed("find_noise", **options))
+        assert said.startswith("20.3% (standard error 3.1%") and said.endswith(")")
+        assert (", a lower bound where wrong captions resemble right ones" in said) == bound
+    paper = verdict._replace(share_error=None)
+    assert share_in_words(paper, parsed("memorybank")) == "20.3%"
+
+
+@pytest.mark.parametrize("blind", [False, True])
+def test_a_judge_that_cannot_tell_pairs_from_mismatches_says_so(blind):
+    """At 60 % noise a good judge says nothing, random features do."""
+    rng, n = np.random.default_rng(0), 1000
+    images, texts = (F.normalize(torch.from_numpy(rng.normal(size=(n, 16))), dim=1)
+                     for _ in range(2))
+    texts[: 2 * n // 5] = texts[: 2 * n // 5] if blind else images[: 2 * n // 5]
+    pairs = Pairs(None, None, np.arange(n), [*map(str, range(n))], np.arange(n), None, "")
+    verdict, said = judged((images, texts), pairs, batch_size=100), []
+    judge.log_verdict(pairs, verdict, parsed("find_noise"), said.append)
+    doubts = [line for line in said if "hardly tells the pairs from mismatches" in line]
+    assert len(doubts) == blind and doubts == judge.doubts(verdict)
+    assert all(way in line for line in doubts for way in ("--judge", "fine-tune", "--labels",
+                                                          "AUC 0.", "chance 0.5"))
 
 
 def test_the_paper_s_judge_sees_one_draw_and_others_the_mean_of_several(monkeypatch, example):
@@ -143,16 +237,34 @@ def test_the_paper_s_judge_sees_one_draw_and_others_the_mean_of_several(monkeypa
     draws = []
     monkeypatch.setattr(judge, "losses_in_batches",
                         lambda *args: draws.append(args) or losses_in_batches(*args))
-    args = parsed("memorybank", seed=0, batch_size=10, clean_threshold=0.8)
-    paper = verdict_on((images, texts), torch.tensor(2.0), pairs, args)
+    paper = judged((images, texts), pairs, judge_rounds=0)
     assert len(draws) == 1 and paper.mismatches is None and len(paper.components) == 2
-    args.judge_neighbours = 3
-    ours = verdict_on((images, texts), torch.tensor(2.0), pairs, args)
+    ours = judged((images, texts), pairs, judge_rounds=0, judge_neighbours=3, neighbours=3)
     assert len(draws) == 5 and ours.components is None
     image_of, text_of = torch.from_numpy(pairs.image_of), torch.from_numpy(pairs.text_of)
     losses = [losses_in_batches(images, texts, image_of, text_of, torch.tensor(2.0), call[-1])
               for call in draws[1:]]
     assert np.allclose(ours.loss, torch.stack(losses).mean(0)) and len(ours.mismatches) == 4 * N
+
+
+def test_defaults_of_the_judge_and_of_robust():
+    """docs/finding_noise.md has the measurements behind them."""
+    for command in ("npc", "clip", "find_noise"):
+        args = parsed(command, recipe="robust")
+        assert (args.judge_rounds, args.judge_steps, args.judge_neighbours) == (2, 32, 15)
+        assert (args.clean_threshold, args.judge_lr) == (0.8, 1e-5)
+    assert parsed("npc", recipe="robust").epochs == 13
+    assert parsed("npc", recipe="paper").epochs == 10
+    assert parsed("clip", lr=3e-4).judge_lr == 3e-4
+    assert parsed("clip", lr=3e-4, judge_lr=1e-4).judge_lr == 1e-4
+    assert parsed("npc", precision="fp16", device="cpu").judge_lr == 2e-7
+
+
+@pytest.mark.parametrize("rate", ["0", "-1", "inf", "fast"])
+def test_a_rate_of_the_rounds_that_is_no_positive_number_is_refused(rate, capsys):
+    with pytest.raises(SystemExit):
+        parsed("find_noise", judge_lr=rate)
+    assert f"--judge_lr: expected a number above 0, got '{rate}'" in capsys.readouterr().err
 
 
 # ---- rounds --------------------------------------------------------------------------------------
@@ -214,47 +326,36 @@ def test_rounds_make_a_better_judge(drawings, monkeypatch):
                for k in again)
 
 
-def test_the_rate_of_the_rounds_is_chosen_on_images_held_out(drawings, capsys, monkeypatch):
-    place, options = drawings
-    teach, take, taught, asked = rounds_module.teach, rounds_module.take, [], []
-
-    def spied(model, pairs, clean, rate, args, precision, number):
-        taught.append((number, args.judge_steps, {*pairs.image_of[clean].tolist()}))
-        return teach(model, pairs, clean, rate, args, precision, number)
-
-    monkeypatch.setattr(rounds_module, "teach", spied)
-    monkeypatch.setattr(rounds_module, "take", lambda pairs, chosen: asked.append(
-        {*pairs.image_of[chosen].tolist()}) or take(pairs, chosen))
-    get_memorybank.main([*options, "--judge_rounds", "1", "--judge_steps", "8"])
-    said = capsys.readouterr().out
-    values = {float(rate): float(value) for rate, value in
-              (part.split(" separates ") for part in
-               said.split("learning rate: ")[1].splitlines()[0].split(", "))}
-    decades = rounds_module.RATES[::2]
-    best = rounds_module.RATES.index(max(decades, key=values.get))
-    assert values.keys() == {*decades, *rounds_module.RATES[max(0, best - 1) : best + 2]}
-    assert f"8 steps at {max(values, key=values.get):g} on" in said
-    assert len(asked) == 1 and len(asked[0]) == 24  # a fifth of the images
-    *tries, last = taught
-    assert len(tries) == len(values) and last[:2] == (1, 8) and last[2] & asked[0]
-    assert all(number == 0 and steps == 4 and images and not images & asked[0]
-               for number, steps, images in tries)
-
-
 def test_find_noise_and_training_are_of_one_mind(drawings, capsys, tmp_path):
-    """Both search the rate of the rounds, whatever --lr is; the bank keeps what was found."""
+    """The rounds of a training take its --lr; find_noise.py, told the same rate, finds the same."""
     place, options = drawings
     judged = [*options, "--recipe", "robust", "--judge_rounds", "1", "--judge_steps", "6"]
-    find_noise.main([*judged, "--out", str(tmp_path / "found"), "--worst", "3"])
-    main_NPC.main([*judged, "--epochs", "1", "--lr", "1e-6", "--checkpoint_path", str(tmp_path)])
+    find_noise.main([*judged, "--out", str(tmp_path / "found"), "--worst", "3", "--judge_lr",
+                     "3e-4"])
+    main_NPC.main([*judged, "--epochs", "1", "--lr", "3e-4", "--checkpoint_path", str(tmp_path)])
     said = capsys.readouterr().out
     first, again = (line for line in said.splitlines() if line.startswith("judge, round 1"))
-    assert first == again
+    assert first == again and "6 steps at 0.0003 on" in first
     bank = banks(place / "target")["0.4_mbank_rounds1x6_neighbours15"]
-    assert f"6 steps at {json.loads(bank['info'].tobytes())['judge_rate']:g} on" in first
+    info = json.loads(bank["info"].tobytes())
+    assert info["judge_lr"] == 3e-4
+    assert f"noise share: {info['wrong_share']:.1%} (standard error " in said
     with open(tmp_path / "found" / "suspicious_pairs.csv", newline="") as f:
         found = {int(row["pair"]): float(row["posterior"]) for row in csv.DictReader(f)}
     assert np.allclose([found[i] for i in range(len(found))], bank["posterior"], atol=1e-5)
+
+
+def test_random_inputs_are_encoded_for_one_step_anti_noise_alone(drawings, tmp_path, monkeypatch):
+    place, options = drawings
+    asked, mean = [], rounds_module.mean_random_cosine
+    monkeypatch.setattr(rounds_module, "mean_random_cosine",
+                        lambda *args: asked.append(1) or mean(*args))
+    training = [*options, "--epochs", "1", "--checkpoint_path", str(tmp_path), "--experiments"]
+    get_memorybank.main([*options, "--clean_threshold", "0.7"])
+    assert not asked
+    get_memorybank.main([*options, "--weighting", "osa", "--clean_threshold", "0.7"])
+    main_NPC.main([*training, "osa", "--weighting", "osa", "--clean_threshold", "0.7"])
+    assert asked == [1]
 
 
 def test_runs_use_the_bank_of_their_judge(drawings, capsys, tmp_path):
@@ -287,18 +388,11 @@ def test_two_processes_judge_as_one(tmp_path, datasets, dataset):
                "--batch_size", "20", "--noise_ratio", "0.4", "--context_length", "12",
                "--judge_rounds", "1", "--judge_steps", "3", "--judge_lr", "1e-3",
                "--clean_threshold", "0.9999999", "--min_clean", "0.5"]  # no tie
-    for run in (lambda: get_memorybank_in_one(options, tmp_path), lambda: run_in_two(
-            BANK, options, tmp_path / "two.txt")):
-        run()
+    for in_processes in (run, run_in_two):
+        in_processes(BANK, options, tmp_path / f"{in_processes.__name__}.txt")
         results.append(banks(data_set.root)["0.4_mbank_rounds1x3_neighbours15"])
     assert np.allclose(results[0]["loss"], results[1]["loss"], atol=1e-4)
     assert np.array_equal(results[0]["clean"], results[1]["clean"])
-
-
-def get_memorybank_in_one(options, place):
-    from processes import run
-
-    run(BANK, options, place / "one.txt")
 
 
 # ---- other judges --------------------------------------------------------------------------------
@@ -356,25 +450,6 @@ def test_features_of_any_model_judge(features, tmp_path, capsys):
                          str(tmp_path / "per_pair.npz")])
     same = banks(place / "target")["0.4_mbank_features_per_pair_neighbours15"]
     assert np.array_equal(same["loss"], given["loss"])
-
-
-@pytest.mark.parametrize("spoil, said", [
-    (lambda a: a.update(images=a["images"][1:]), "expected a row for each of 120 distinct images"),
-    (lambda a: a["texts"].__setitem__((3, 1), np.nan), "'texts' must be finite"),
-    (lambda a: a.update(texts=a["texts"][:, 1:]), "must lie in one space"),
-    (lambda a: a.update(items=np.array(hashlib.sha256(b"").hexdigest())), "in another order"),
-    (lambda a: a.pop("items"), "is not a file of features"),
-    (lambda a: a.update(images=np.array([{}], dtype=object)), "is not a file of features"),
-])
-def test_features_that_do_not_fit_are_refused(features, tmp_path, capsys, spoil, said):
-    place, options, arrays = features
-    arrays = {name: value.copy() for name, value in arrays.items()}
-    spoil(arrays)
-    np.savez(tmp_path / "features.npz", **arrays)
-    with pytest.raises(SystemExit) as stop:
-        get_memorybank.main([*options, "--judge_features", str(tmp_path / "features.npz")])
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and said in error and error.startswith("error: ")
 
 
 def write_folder(folder, arrays, dtype=np.float32):
@@ -436,8 +511,24 @@ def test_a_folder_of_features_that_does_not_fit_is_refused(features, tmp_path, c
     place, options, arrays = features
     write_folder(tmp_path / "folder", arrays)
     spoil(tmp_path / "folder")
+    refused_features(options, tmp_path / "folder", capsys, said)
+
+
+@pytest.mark.parametrize("spoil, said", [
+    (lambda a: a.update(items=np.array(hashlib.sha256(b"").hexdigest())), "in another order"),
+    (lambda a: a.pop("items"), "is not a file of features"),
+    (lambda a: a.update(images=np.array([{}], dtype=object)), "is not a file of features")])
+def test_a_file_of_features_that_does_not_fit_is_refused(features, tmp_path, capsys, spoil, said):
+    place, options, arrays = features
+    arrays = dict(arrays)
+    spoil(arrays)
+    np.savez(tmp_path / "features.npz", **arrays)
+    refused_features(options, tmp_path / "features.npz", capsys, said)
+
+
+def refused_features(options, path, capsys, said):
     with pytest.raises(SystemExit) as stop:
-        get_memorybank.main([*options, "--judge_features", str(tmp_path / "folder")])
+        get_memorybank.main([*options, "--judge_features", str(path)])
     error = capsys.readouterr().err
     assert stop.value.code == 2 and said in error
     assert error.startswith("error: ") and error.count("\n") == 1
@@ -468,12 +559,10 @@ def test_features_are_used_in_blocks(monkeypatch):
                                 (neighbours, "QUERIES", 64), (neighbours, "KEYS", 50)):
         monkeypatch.setattr(module, name, value)
     n, rng = 1500, torch.Generator().manual_seed(0)
-    pairs = Pairs(None, None, np.arange(n) // 5, [""] * n, np.arange(n), None, "-")
+    pairs = Pairs(None, None, np.arange(n) // 5, [*map(str, range(n))], np.arange(n), None, "-")
     images, texts = (Watched(torch.randn(m, 8, generator=rng).half()) for m in (n // 5, n))
-    args = parse_args("memorybank", ["--judge_neighbours", "5", "--batch_size",
-                                                    "50", "--device", "cpu"])
-    verdict = verdict_on((images, texts), torch.tensor(2.0), pairs, args)
-    bank_of(verdict, images, texts, pairs, args, {})
+    verdict = judged((images, texts), pairs, judge_neighbours=5, neighbours=5, batch_size=50)
+    bank_of(verdict, images, texts, pairs, parsed("memorybank", batch_size=50, device="cpu"))
     assert images.most == texts.most == 64
 
 

@@ -4,16 +4,16 @@ caption finds its nearest entry."""
 import numpy as np
 import torch
 
-from utils.distributed import any_process, from_main, is_main, main_first
+from utils.distributed import any_process, from_main, is_main
 from utils.errors import InputError
 from utils.method.memorybank import (
-    MADE_WITH,
     MemoryBank,
     bank_name,
     bank_path,
     load_bank,
+    made_with,
+    require_writable,
     save_bank,
-    writable,
 )
 from utils.method.neighbours import Features, nearest, normalised, random_rows
 from utils.method.recipes import RECIPES
@@ -21,15 +21,47 @@ from utils.method.rounds import judge_pairs
 from utils.reading.layout import ratio_name
 
 
+def memory_bank(model, pairs, run):
+    """The bank of `pairs`: the one at hand in the data folder, or else a new one, built by `model`
+    and kept there. `run.found["bank"]` becomes its file name.
+
+    A run that continues another takes that one's bank. Raises InputError when it is not there, as
+    `model` is no initial one then, or when the data folder cannot be written.
+    """
+    args, log, resumed = run.args, run.log, run.state.get("args")
+    name = resumed.get("bank") if resumed else bank_name(model, pairs, args)
+    if not name:
+        raise InputError(f"{run.resume} was trained by another script, or its memory bank is "
+                         "gone: start from its weights with --vision_model instead")
+    bank, path = load_bank(name, pairs, args, log) or (None, bank_path(args.dataset_root, name))
+    run.found["bank"] = path.name
+    if not any_process(bank is None, run.device):
+        log(f"memory bank: {path}")
+        return bank
+    if resumed:
+        raise InputError(f"the memory bank {name} is not in {args.dataset_root}, and only the "
+                         f"initial model can build it, not {run.resume}: run get_memorybank.py "
+                         "with that model and the same options first, or start from these weights "
+                         "with --vision_model")
+    if is_main():
+        require_writable(path.parent)
+    log(f"No memory bank for noise ratio {ratio_name(args.noise_ratio)} yet: building {path}")
+    bank = from_main(build_bank(model, pairs, args, run.precision, log))
+    if is_main():
+        save_bank(bank, pairs, path, replace=False)  # of two runs the first one's stays
+    return bank
+
+
 def build_bank(model, pairs, args, precision, log=print):
-    """The `MemoryBank` of `pairs`, judged by `model` or as the options say."""
-    verdict, features, info = judge_pairs(model, pairs, args, precision, log)
-    return bank_of(verdict, *features, pairs, args, info)
+    """The `MemoryBank` of `pairs`, judged by `model` or as the options say; None in all processes
+    but the main one."""
+    verdict, features = judge_pairs(model, pairs, args, precision, log)
+    return bank_of(verdict, *features, pairs, args) if is_main() else None
 
 
-def bank_of(verdict, raw_images, raw_texts, pairs, args, info):
+def bank_of(verdict, raw_images, raw_texts, pairs, args):
     """The `MemoryBank` of a verdict on `pairs`, and of the judge's features, not normalised, of the
-    distinct images (u, D) and captions (v, D). It looks among all clean pairs.
+    distinct images (u, D) and captions (v, D). Entries are looked for among all clean pairs.
 
     By cosine a clean pair is its own nearest entry; with embeddings as they are, as released, long
     ones win.
@@ -43,46 +75,13 @@ def bank_of(verdict, raw_images, raw_texts, pairs, args, info):
     caption_entry = caption_entry[pairs.text_of]  # (n,)
     if by_cosine:
         caption_entry[clean] = np.flatnonzero(clean)
-    options = {name: getattr(args, name) for name in MADE_WITH} | {"seed": args.noise_seed}
+    info = {**made_with(args), "seed": args.noise_seed, "wrong_share": verdict.wrong_share}
+    if verdict.beta is not None:
+        info["beta"] = verdict.beta
     if not args.judge_features:
-        options |= {name: getattr(args, name) for name in ("vision_model", "resume")}
+        info |= {name: getattr(args, name) for name in ("vision_model", "resume")}
     return MemoryBank(image_entry, caption_entry, clean, verdict.loss.astype(np.float32),
-                      verdict.posterior.astype(np.float32), verdict.cosine,
-                      {**options, **info, "wrong_share": verdict.wrong_share})
-
-
-def memory_bank(model, pairs, run):
-    """The bank of `pairs` from the data folder, or a new one, built by `model` and kept there. Its
-    file's name becomes args.bank of the `Run`.
-
-    A run that continues another takes that one's bank. Raises InputError when it is not there, as
-    `model` is no initial one then.
-    """
-    args, log, resumed = run.args, run.log, run.state.get("args")
-    name = resumed.get("bank") if resumed else bank_name(model, pairs, args)
-    found = load_bank(name, pairs, args, log, run.folder)
-    if any_process(not found, args.device):
-        if not name:
-            raise InputError(f"{run.resume} was trained by another script, or its memory bank is "
-                             "gone: start from its weights with --vision_model instead")
-        if resumed:
-            raise InputError(f"the memory bank {name} is not in "
-                             f"{args.dataset_root}, and only the initial model can build it, not "
-                             f"{run.resume}: run get_memorybank.py with that model and the same "
-                             "options first, or start from these weights with --vision_model")
-        path = from_main(writable(bank_path(args.dataset_root), run.folder) / name
-                         if is_main() else None)
-        log(f"No memory bank for noise ratio {ratio_name(args.noise_ratio)} yet: building {path}")
-        verdict, features, info = judge_pairs(model, pairs, args, run.precision, log)
-        with main_first():
-            if is_main():
-                bank = bank_of(verdict, *features, pairs, args, info)
-                save_bank(bank, pairs, path, replace=False)  # of two runs the first one's stays
-        found = load_bank(name, pairs, args, log, run.folder)
-    else:
-        log(f"memory bank: {found[1]}")
-    run.found["bank"] = found[1].name
-    return found[0]
+                      verdict.posterior.astype(np.float32), verdict.cosine, info)
 
 
 def nearest_clean(features, item_of, clean, own_first=True, most=None, seed=0):

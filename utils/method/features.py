@@ -8,21 +8,29 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.data import Subset
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
+import clip
 from utils.distributed import gather, rank, world
 from utils.errors import InputError
 from utils.files import atomic_write, parsing
 from utils.method.batches import cut_tokens
 from utils.method.neighbours import Features
 from utils.method.pairs import fingerprint, first_pairs
-from utils.method.passes import encoders
 from utils.reading.images import image_loader
 
 RANDOM = 256  # random images, and captions, whose cosines are averaged
 CHECKED = 2**14  # rows of features that are checked at a time
 ITEMS, LN_100 = "items.sha256", math.log(100)
 ADVICE = "python data.py --list_items DIR writes what must be encoded, in which order"
+
+
+def encoders(model):
+    """Functions of uint8 images (u, 3, R, R) and of tokens (v, L) that give raw features (., D)."""
+    def encode_image(images):
+        return model.encode_image(
+            clip.normalize(images, model.dtype, model.image_mean, model.image_std))
+    return encode_image, model.encode_text
 
 
 @torch.inference_mode()
@@ -67,7 +75,7 @@ def embed_pairs(model, pairs, args, precision):
 def mean_random_cosine(model, args, precision):
     """Mean cosine of pictures of random pixels with texts of random tokens: One-Step Anti-noise's
     idea of what a model says where there is nothing to say."""
-    rng, size = np.random.default_rng(args.seed), model.visual.input_resolution
+    rng, size = np.random.default_rng(args.noise_seed), model.visual.input_resolution
     images, texts = [], []
     with precision.autocast():
         for part in np.array_split(np.arange(RANDOM), -(-RANDOM // args.eval_batch_size)):

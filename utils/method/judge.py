@@ -4,15 +4,15 @@ The paper's judge: the loss of each pair under the initial model, a mixture of t
 losses, the posterior of the low one. Ours, `--judge_rounds` and `--judge_neighbours`, differs in
 three points (docs/finding_noise.md has the measurements):
 
-- Rounds. The initial model does not know the domain yet. A copy of it takes a few steps on the
-  strict clean set and judges again, then a fresh copy on that one's set.
+- Rounds (utils.method.rounds). The initial model does not know the domain yet. A copy of it takes a
+  few steps on the strict clean set and judges again; a fresh copy then learns from that verdict.
 - Neighbours (after LEMoN, Zhang et al. 2025), before the first round: a pair's caption should
   resemble the captions of the images most like its own, and its image the images of the captions
   most like its own.
-- Mismatches. What wrong pairs look like need not be guessed: each image with the caption of
-  another one is a wrong pair. From the scores of such mismatches and of the pairs follow the share
-  of wrong pairs (Storey 2002) and the posterior (one minus the local false discovery rate of Efron
-  et al. 2001), without any assumption on the shape of either.
+- Mismatches. An image with the caption of another one is a wrong pair, and shows what wrong pairs
+  look like. The scores of such mismatches and of the pairs give the share of wrong pairs (Storey
+  2002) and the posterior (one minus the local false discovery rate of Efron et al. 2001). Neither
+  assumes a shape of the scores.
 """
 
 import math
@@ -21,25 +21,32 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from utils.errors import InputError
 from utils.method.losses import pair_losses
 from utils.method.neighbours import Features, nearest, normalised, random_rows
+from utils.method.pairs import first_seen
 from utils.method.recipes import RECIPES
 
-DRAWS = 4  # of random batches, over which a loss is averaged
-MISMATCHES = 4  # other captions that each image is tried with
-AGREEMENT = 0.375  # what the agreement of neighbours counts beside the loss, in standard scores
+DRAWS = 4  # random divisions into batches; a pair's loss is the mean over them
+MISMATCHES = 4  # mismatches made of each pair
+AGREEMENT = 0.375  # weight of each neighbour agreement beside the loss, both in standard scores
+BLIND = 0.58  # AUC of pairs against mismatches, below which a judge cannot be trusted
+PERCENTILE = 80  # of the mismatches, above which a right pair hardly scores
 ROWS, BLOCK = 2**14, 2**25  # rows, and numbers, that are held at a time
 
 
 class Verdict(NamedTuple):
-    """What is known of n pairs. score: what ranks them, a high one is suspicious; loss: in a batch
-    of others; posterior of being clean (all float64); clean (bool): the strict clean set; cosine
-    (float32); wrong_share: estimated share of wrong pairs. components: (weight, mean, variance) of
-    the paper's mixture, the low one first, or None; mismatches: (m,) scores of wrong pairs that
-    were made, or None."""
+    """What is known of n pairs.
+
+    score: what ranks the pairs, high is suspicious; loss: in a batch of other pairs; posterior of
+    being clean (all (n,) float64); clean (n,) bool: the strict clean set; cosine (n,) float32.
+    wrong_share: estimated share of wrong pairs; share_error: its standard error, None for the
+    paper's judge. components: (weight, mean, variance) of the paper's mixture, the low one first,
+    or None; mismatches: (m,) scores of the mismatches, or None. beta: `mean_random_cosine` of the
+    model, None unless `--weighting osa` asks for it.
+    """
 
     score: np.ndarray
     loss: np.ndarray
@@ -47,58 +54,74 @@ class Verdict(NamedTuple):
     clean: np.ndarray
     cosine: np.ndarray
     wrong_share: float
+    share_error: float | None = None
     components: list | None = None
     mismatches: np.ndarray | None = None
+    beta: float | None = None
 
 
-def verdict_on(features, logit_scale, pairs, args, number=0):
-    """`Verdict` on `pairs` from the features, tensors or `Features`, of their distinct images (u,
-    D) and captions (v, D) and the log temperature, after round `number`. Without rounds and
-    neighbours it is the paper's. Raises InputError when losses are not finite."""
+def verdict_on(features, logit_scale, pairs, args, rng, neighbours=0):
+    """`Verdict` on `pairs` from the features of their distinct images (u, D) and captions (v, D),
+    tensors or `Features`, and the log temperature.
+
+    It is the paper's verdict without `--judge_rounds` and `--judge_neighbours`. `rng` draws batches
+    and mismatches; `neighbours`: with how many nearest neighbours a pair must agree, 0 for none.
+    Raises InputError when losses are not finite, or no mismatch can be made.
+    """
+    if len(pairs) < 2:
+        raise InputError(f"{pairs.source} has {len(pairs)} pair; a memory bank needs at least two")
     images, texts = map(normalised, features)
-    n, device = len(pairs), images.device
-    if n < 2:
-        raise InputError(f"{pairs.source} has {n} pair; a memory bank needs at least two")
-    image_of = torch.from_numpy(pairs.image_of).to(device)
-    text_of = torch.from_numpy(pairs.text_of).to(device)
-    logit_scale = logit_scale.detach().to(images.dtype)
-    data = images, texts, image_of, text_of, logit_scale
-    rng = np.random.default_rng([args.seed, number] if number else args.seed)
-    as_paper = not (args.judge_rounds or args.judge_neighbours)
-    components = mismatches = None
-    if as_paper:
-        in_order = not RECIPES[args.recipe].random_bank_batches
-        loss = losses_in_batches(*data, draw_batches(n, args.batch_size, None if in_order else rng))
-        score = loss
+    image_of, text_of = (torch.from_numpy(x).to(images.device)
+                         for x in (pairs.image_of, pairs.text_of))
+    data = images, texts, image_of, text_of, logit_scale.detach().to(images.dtype)
+    mismatches = components = share_error = None
+    if args.judge_rounds or args.judge_neighbours:
+        loss, score, mismatches = beside_mismatches(*data, pairs, args, rng, neighbours)
     else:
-        others = [torch.from_numpy(mismatched(pairs.image_of, rng)) for _ in range(MISMATCHES)]
-        other_texts = [text_of[other.to(device)] for other in others]
-        draws = [draw_batches(n, args.batch_size, rng) for _ in range(DRAWS)]
-        loss = mean(losses_in_batches(*data, draw) for draw in draws)
-        mismatches = mean(losses_if(*data, draw, other_texts) for draw in draws)
-        score = loss
-        if args.judge_neighbours and not number:
-            agreements = Agreements(images, texts, pairs, args.judge_neighbours,
-                                    args.search_among, args.seed)
-            own = loss, *agreements(text_of)
-            score = combined(own, own)
-            mismatches = [combined((other_loss, *agreements(other)), own)
-                          for other_loss, other in zip(mismatches, other_texts, strict=True)]
-        mismatches = torch.cat(list(mismatches)).double().cpu().numpy()
+        in_order = not RECIPES[args.recipe].random_bank_batches
+        batches = draw_batches(len(pairs), args.batch_size, None if in_order else rng)
+        loss = score = losses_in_batches(*data, batches)
     loss, score = loss.double().cpu().numpy(), score.double().cpu().numpy()
     if not np.isfinite(loss).all():
         raise InputError(f"the model's losses are not finite; its logit_scale is "
                          f"{logit_scale.item():.4g}, a log temperature of at most ln 100 is usual")
-    if as_paper:
-        posterior, components = mixture_posterior(score, args.seed)
+    if mismatches is None:
+        posterior, components = mixture_posterior(score, args.noise_seed)
         wrong_share = 1 - posterior.mean()
     else:
-        posterior, wrong_share = posterior_by_mismatches(score, mismatches)
+        mismatches = mismatches.double().cpu().numpy()
+        wrong_share, share_error = wrong_share_by(score, mismatches)
+        posterior = posterior_by_mismatches(score, mismatches, wrong_share)
     clean = strict_clean_set(posterior, score, args.clean_threshold, args.min_clean)
     cosine = torch.cat([(images[i] * texts[t]).sum(1) for i, t in
                         zip(image_of.split(ROWS), text_of.split(ROWS), strict=True)])
     return Verdict(score, loss, posterior, clean, cosine.float().cpu().numpy(), float(wrong_share),
-                   components, mismatches)
+                   share_error, components, mismatches)
+
+
+def beside_mismatches(images, texts, image_of, text_of, logit_scale, pairs, args, rng, neighbours):
+    """(loss (n,), score (n,), scores of the mismatches (m,)) of `pairs`, tensors."""
+    data, device = (images, texts, image_of, text_of, logit_scale), images.device
+    others = [mismatched(pairs, rng) for _ in range(MISMATCHES)]
+    made = others[0] >= 0  # the same pairs each time
+    if not made.any():
+        raise InputError(f"{pairs.source}: every caption stands beside every image, so that no "
+                         "wrong pair can be made to compare with; --judge_rounds 0 "
+                         "--judge_neighbours 0, the paper's judge, needs none")
+    other_texts = [text_of[torch.from_numpy(other).to(device)] for other in others]
+    draws = [draw_batches(len(pairs), args.batch_size, rng) for _ in range(DRAWS)]
+    loss = mean(losses_in_batches(*data, draw) for draw in draws)
+    other_losses = mean(losses_if(*data, draw, other_texts) for draw in draws)
+    score, mismatches = loss, other_losses
+    if neighbours:
+        agreements = Agreements(images, texts, pairs, neighbours, args.search_among,
+                                args.noise_seed)
+        own = loss, *agreements(text_of)
+        score = combined(own, own)
+        mismatches = torch.stack([combined((other_loss, *agreements(other)), own)
+                                  for other_loss, other in
+                                  zip(other_losses, other_texts, strict=True)])
+    return loss, score, mismatches[:, torch.from_numpy(made).to(device)].flatten()
 
 
 def mean(tensors):
@@ -144,15 +167,29 @@ def losses_if(images, texts, image_of, text_of, logit_scale, batches, other_of):
     return losses
 
 
-def mismatched(image_of, rng):
-    """(n,) int64: a random permutation of the pairs that brings each image (n,) a caption which
-    stands beside another image, where there is one."""
-    other = rng.permutation(len(image_of))
-    for _ in range(20):  # chance leaves few, which swap with anyone
-        for i in np.flatnonzero(image_of[other] == image_of):
-            j = rng.integers(len(other))
-            other[i], other[j] = other[j], other[i]
-    return other
+def mismatched(pairs, rng):
+    """(n,) int64: for each pair another pair, whose caption makes a mismatch with its image.
+
+    Drawn uniformly among all pairs whose caption stands nowhere beside this image; captions that
+    differ in case and white space alone count as one. -1 where there is no such pair.
+    """
+    n, image_of = len(pairs), pairs.image_of
+    text_of = first_seen([" ".join(text.casefold().split()) for text in pairs.captions])[1]
+    by_text, size = np.argsort(text_of, kind="stable"), np.bincount(text_of)
+    start = size.cumsum() - size  # the pairs of text t are by_text[start[t]:][:size[t]]
+    image, text = np.divmod(np.unique(image_of * n + text_of), n)  # which texts each image has
+    count = np.bincount(image)
+    first = count.cumsum() - count
+    fitting = n - np.bincount(image, size[text]).astype(np.int64)  # pairs, by image
+
+    left = np.flatnonzero(fitting[image_of] > 0)
+    place = np.full(n, -1)
+    place[left] = rng.integers(fitting[image_of[left]])
+    for k in range(count.max()):  # step over the image's own texts, in ascending order
+        left = left[count[image_of[left]] > k]
+        own = text[first[image_of[left]] + k]
+        place[left] += size[own] * (place[left] >= start[own])
+    return np.where(place < 0, -1, by_text[place])
 
 
 # ---- neighbours ----------------------------------------------------------------------------------
@@ -275,33 +312,45 @@ def mixture_posterior(losses, seed):
     return posterior[:, gmm.means_.argmin()], sorted(components, key=lambda c: c[1])
 
 
-def posterior_by_mismatches(scores, mismatches):
-    """(posterior (n,) of being clean, estimated share of wrong pairs) by scores (n,) of the pairs
-    and those (m,) of wrong pairs.
+def wrong_share_by(scores, mismatches, percentile=PERCENTILE):
+    """(estimated share of wrong pairs, its standard error) from the scores of the pairs (n,) and of
+    mismatches (m,).
 
-    The share is that of pairs above the median mismatch, doubled: right pairs hardly come there.
-    The posterior is 1 - share f_wrong / f; the ratio of both densities is monotone in the score and
+    Storey's estimate: hardly a right pair scores above the 80th percentile of the mismatches, but a
+    fifth of the wrong ones do, so that the share is five times that of the pairs there. The error
+    is binomial; one pair more on either side of the percentile keeps it above 0.
+    """
+    n, tail = len(scores), 1 - percentile / 100
+    above = int((scores > np.percentile(mismatches, percentile)).sum())
+    chance = (above + 1) / (n + 2)
+    return min(1.0, above / n / tail), math.sqrt(chance * (1 - chance) / n) / tail
+
+
+def posterior_by_mismatches(scores, mismatches, wrong_share):
+    """Posterior (n,) of being clean, from the scores of the pairs (n,) and of mismatches (m,) and
+    the share of wrong pairs.
+
+    It is 1 - wrong_share f_wrong / f. The ratio of both densities is monotone in the score and
     comes from the isotonic regression of "is a pair, no mismatch".
     """
     from sklearn.isotonic import IsotonicRegression
 
-    share = min(1.0, 2 * (scores > np.median(mismatches)).mean())
     weight = np.repeat([1.0, len(scores) / len(mismatches)], [len(scores), len(mismatches)])
     is_pair = np.repeat([1.0, 0.0], [len(scores), len(mismatches)])
     fit = IsotonicRegression(increasing=False, out_of_bounds="clip").fit(
         np.concatenate([scores, mismatches]), is_pair, weight)
     is_pair = fit.predict(scores).clip(1e-12)
-    return 1 - (share * (1 - is_pair) / is_pair).clip(0, 1), share
+    return 1 - (wrong_share * (1 - is_pair) / is_pair).clip(0, 1)
 
 
-def separation(verdict):
-    """How well the scores of a verdict tell its pairs, some of which are wrong, from its
-    mismatches: the area under the ROC curve, which grows with that for the wrong pairs."""
+def auc_against_mismatches(verdict):
+    """AUC of the scores of a `Verdict`: the chance that a mismatch scores above a pair. .5 is that
+    of a blind judge; a perfect one reaches 1 less half the share of wrong pairs, which are like
+    mismatches."""
     from sklearn.metrics import roc_auc_score
 
     scores = np.concatenate([verdict.score, verdict.mismatches])
-    is_pair = np.arange(len(scores)) < len(verdict.score)
-    return roc_auc_score(is_pair, -scores)
+    return roc_auc_score(np.arange(len(scores)) < len(verdict.score), -scores)
 
 
 def strict_clean_set(posterior, scores, threshold, min_share):
@@ -315,6 +364,25 @@ def strict_clean_set(posterior, scores, threshold, min_share):
     return clean
 
 
+def share_in_words(verdict, args):
+    """The estimated share of wrong pairs with its standard error, and whether it is a bound."""
+    if verdict.share_error is None:
+        return f"{verdict.wrong_share:.1%}"
+    random_noise = args.noise_ratio and args.noise_kind == "random"
+    bound = "" if random_noise else ", a lower bound where wrong captions resemble right ones"
+    return f"{verdict.wrong_share:.1%} (standard error {verdict.share_error:.1%}{bound})"
+
+
+def doubts(verdict):
+    """A list with the sentence that says that the judge cannot judge, if it cannot."""
+    if verdict.mismatches is None or (auc := auc_against_mismatches(verdict)) >= BLIND:
+        return []
+    return [f"warning: the judge hardly tells the pairs from mismatches (AUC {auc:.2f}, chance "
+            "0.5): most pairs are wrong, or it does not know such images or captions. Then neither "
+            "the share nor the posteriors mean anything: take another model (--judge), fine-tune "
+            "first and judge by that checkpoint (--resume), or label a sample (--labels)."]
+
+
 def log_verdict(pairs, verdict, args, log):
     """Say what a judge found, and how right it is where the clean captions are at hand."""
     for weight, center, variance in verdict.components or ():
@@ -325,10 +393,12 @@ def log_verdict(pairs, verdict, args, log):
         log(f"warning: only {passed} of {len(pairs)} pairs have a posterior above "
             f"--clean_threshold {args.clean_threshold}; the strict clean set is instead the "
             f"{clean.sum()} least suspicious pairs (--min_clean {args.min_clean})")
-    log(f"estimated share of wrong pairs: {verdict.wrong_share:.1%}; strict clean set: "
+    log(f"estimated share of wrong pairs: {share_in_words(verdict, args)}; strict clean set: "
         f"{clean.sum()} of {len(pairs)} pairs ({clean.mean():.1%})")
     if pairs.wrong is not None:
         right = ~pairs.wrong
         hits = (clean & right).sum()
         log(f"against train_caps.txt: precision {hits / clean.sum():.3f}, recall "
             f"{hits / max(1, right.sum()):.3f}; {pairs.wrong.mean():.1%} of the pairs are wrong")
+    for line in doubts(verdict):
+        log(line)

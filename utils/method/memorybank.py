@@ -5,11 +5,11 @@ Its file lies in annotations/frozen_memory_bank/ and is named for what it was ma
 utils.method.released_bank.
 """
 
-import contextlib
 import hashlib
 import json
 import re
 import tempfile
+import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,8 +26,8 @@ from utils.reading.layout import BANK_FOLDERS, find_by_ratio, ratio_name
 from utils.reading.noise import SUFFIX
 
 MADE_WITH = ("recipe", "clean_threshold", "min_clean", "batch_size", "context_length", "judge",
-             "judge_features", "judge_rounds", "judge_steps", "judge_neighbours", "search_among",
-             "judge_lr")  # options that a bank depends on, beside its model and its seed
+             "judge_features", "judge_rounds", "judge_neighbours", "search_among")
+OF_ROUNDS = ("judge_steps", "judge_lr")
 
 
 @dataclass
@@ -35,10 +35,10 @@ class MemoryBank:
     """For each training image and caption, a clean pair that resembles it.
 
     image_entry: (distinct images,) int64, the pair M^I of each image. caption_entry: (pairs,)
-    int64, the pair M^T of each caption. The rest is known only of banks that we built, per pair
-    and of the initial model: clean (bool, the strict clean set), loss (float32), posterior
-    (float32, probability of the mixture's low component), cosine (float32). `info` says how the
-    bank was made, and holds `beta`, the mean cosine of random pairs.
+    int64, the pair M^T of each caption. The rest is known only of banks that we built, per pair:
+    clean (bool, the strict clean set), loss (float32) and posterior (float32, probability of being
+    clean) by the judge, cosine (float32) by the model before the judge's rounds. `info` says how
+    the bank was made, and holds `beta` for `--weighting osa`.
     """
 
     image_entry: np.ndarray
@@ -50,23 +50,34 @@ class MemoryBank:
     info: dict = field(default_factory=dict)
 
 
+def made_with(args):
+    """Options (dict) that a bank depends on, beside its model and its seed."""
+    names = MADE_WITH + (OF_ROUNDS if args.judge_rounds else ())
+    found = {name: getattr(args, name) for name in names}
+    return found | {"weighting": "osa"} if asks_for_beta(args) else found
+
+
+def asks_for_beta(args):
+    """Whether the options ask for the mean cosine of random inputs."""
+    return getattr(args, "weighting", None) == "osa"
+
+
 def bank_name(model, pairs, args):
-    """What the bank is called that `model` (None where features alone judge) builds of `pairs`:
+    """File name of the bank that `model` (None where features alone judge) builds of `pairs`:
 
         {ratio}_mbank_{model}_{judge}_{kind of noise}_seed{seed}_{hash}.npz
 
     without the judge where it is the paper's, and without the kind where there is no noise. The
     hash is that of all that the bank depends on.
     """
-    made_with = {key: getattr(args, key) for key in MADE_WITH}
-    recipe = RECIPES[args.recipe]
-    made_with["recipe"] = recipe.random_bank_batches, recipe.cosine_bank  # all that it changes here
+    recipe = RECIPES[args.recipe]  # of which two points matter here
+    depends_on = made_with(args) | {"recipe": (recipe.random_bank_batches, recipe.cosine_bank)}
     name = ""
     if model is not None:
-        made_with |= {"model": weights_hash(model), "activation": model.config["activation"]}
+        depends_on |= {"model": weights_hash(model), "activation": model.config["activation"]}
         known = args.vision_model in clip.available_models()
         name = args.vision_model if known else Path(args.vision_model).name or "model"
-    text = json.dumps([made_with, fingerprint(pairs)], sort_keys=True, default=str)
+    text = json.dumps([depends_on, fingerprint(pairs)], sort_keys=True, default=str)
     parts = [ratio_name(args.noise_ratio), "mbank", name, judge_name(args),
              args.noise_kind if args.noise_ratio else "", f"seed{args.noise_seed}",
              hashlib.sha256(text.encode()).hexdigest()[:8]]
@@ -75,13 +86,18 @@ def bank_name(model, pairs, args):
 
 def judge_name(args):
     """What a bank's file name says of its judge; empty for the paper's."""
-    parts = [f"features_{Path(args.judge_features).stem}" if args.judge_features
-             else (Path(args.judge).name or "model") if args.judge else "",
-             f"rounds{args.judge_rounds}x{args.judge_steps}" if args.judge_rounds else ""]
+    parts = []
+    if args.judge_features:
+        parts.append(f"features_{Path(args.judge_features).stem}")
+    elif args.judge:
+        parts.append(Path(args.judge).name or "model")
+    if args.judge_rounds:
+        parts.append(f"rounds{args.judge_rounds}x{args.judge_steps}")
     if args.judge_neighbours:
-        parts += [f"neighbours{args.judge_neighbours}",
-                  f"among{args.search_among}" if args.search_among else ""]
-    return re.sub(r"[^\w.-]", "-", "_".join(filter(None, parts)))
+        parts.append(f"neighbours{args.judge_neighbours}")
+        if args.search_among:
+            parts.append(f"among{args.search_among}")
+    return re.sub(r"[^\w.-]", "-", "_".join(parts))
 
 
 def weights_hash(model):
@@ -95,26 +111,24 @@ def weights_hash(model):
 
 
 def bank_path(dataset_root, name="", folder=BANK_FOLDERS[0]):
-    """Where the bank of a name is written; without one, its folder."""
+    """Path of the bank of a name; without a name, of its folder."""
     return Path(dataset_root) / "annotations" / folder / name
 
 
-def writable(*folders):
-    """The first of some folders that can be written, tried before pairs are judged. Raises
-    InputError when there is none."""
-    for folder in folders:
-        with contextlib.suppress(OSError):
-            folder.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
-            return folder
-    raise InputError(f"cannot write {folders[0]}, where the memory bank belongs; training keeps "
-                     "one in its own folder; or copy annotations/ and link images/ to a folder "
-                     "that you may write to")
+def require_writable(folder):
+    """Raise InputError, before pairs are judged, unless banks can be written to `folder`."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise InputError(f"cannot write {folder}, where the memory bank belongs: {error.strerror}; "
+                         "copy annotations/ and link images/ to a folder that you may write to, "
+                         "and give it as --dataset_root") from error
 
 
 def save_bank(bank, pairs, path, replace=True):
     """Write `bank`, with the fingerprint of `pairs`, to `path` (.npz, no pickle). Without `replace`
-    one that another run has written meanwhile stays."""
+    a file that another run has written meanwhile stays."""
     info = json.dumps({**bank.info, "fingerprint": fingerprint(pairs)})
     with atomic_write(path, "wb", replace) as f:
         np.savez(f, image_entry=bank.image_entry, caption_entry=bank.caption_entry,
@@ -122,86 +136,62 @@ def save_bank(bank, pairs, path, replace=True):
                  info=np.frombuffer(info.encode(), np.uint8))
 
 
-def load_bank(name, pairs, args, log=print, own_folder=None):
-    """(bank, path) of the bank of a name, from the data folder or that of the run, `own_folder`;
-    else of another at hand that fits `pairs` and the options: one of ours that has an older name,
-    {ratio}_mbank.npz or {ratio}_mbank_{judge}.npz, or any name if none is known (older checkpoints
-    do not say); or the authors', which do not say what they were made with, so that the log says
-    that; else None.
+def load_bank(name, pairs, args, log=print):
+    """(bank, path) of our bank of this name, else of the authors' bank of this noise ratio, else
+    None. Raises InputError when it is broken, belongs to other captions or points outside the data.
 
-    Raises InputError when it is broken, belongs to other captions or points outside the data.
+    The authors' bank was built by the paper's judge on noise of the authors' own file.
     """
-    folders = [bank_path(args.dataset_root, folder=folder) for folder in BANK_FOLDERS]
-    folders += [own_folder] if own_folder else []
-    for folder in folders if name else []:
-        if (folder / name).exists():
-            return read_bank(folder / name, pairs), folder / name
-    ratio, judge = args.noise_ratio, judge_name(args)
-    older = f"_mbank_{judge}.npz" if judge else "_mbank.npz"
-    paths = [find_by_ratio(folder, older, ratio) for folder in folders]
-    if not name:
-        paths += sorted(folders[0].glob(f"{ratio_name(ratio)}_mbank_*.npz"))
-    for path in filter(None, paths):
-        if fits(_read(path), pairs, args):
-            return read_bank(path, pairs), path
-    if judge or args.noise_ratio and not pairs.source.name.endswith(SUFFIX):
-        return None  # the authors judge as in the paper, and the noise of their own file
-    path = next(filter(None, (find_by_ratio(folder, IMAGES, ratio) for folder in folders)), None)
-    if path is None:
+    path = bank_path(args.dataset_root, name)
+    if path.exists() and not name.endswith(IMAGES):
+        return read_bank(path, pairs), path
+    if judge_name(args) or args.noise_ratio and not pairs.source.name.endswith(SUFFIX):
         return None
-    log(f"memory bank at hand: {path} does not say by which model and seed it was made; "
-        "get_memorybank.py makes one that does")
-    return read_bank(path, pairs), path
-
-
-def fits(bank, pairs, args):
-    """Whether a bank of ours was made for `pairs` and with these options, as far as it says."""
-    wanted = {**vars(args), "seed": args.noise_seed, "fingerprint": fingerprint(pairs)}
-    keys = (*MADE_WITH, "seed", "fingerprint",
-            *(() if args.judge_features else ("vision_model",)))
-    return all(bank.info[key] == wanted[key] for key in keys if key in bank.info)
+    for folder in BANK_FOLDERS:
+        path = find_by_ratio(bank_path(args.dataset_root, folder=folder), IMAGES, args.noise_ratio)
+        if path:
+            log(f"memory bank at hand: {path} does not say by which model and seed it was made; "
+                "get_memorybank.py makes one that does")
+            return MemoryBank(*read_released(path, pairs)), path
+    return None
 
 
 def read_bank(path, pairs):
-    """The `MemoryBank` in a file of ours or of the authors'. Raises InputError when it is broken,
-    belongs to other captions than those of `pairs` or points outside the data."""
-    if path.name.endswith(IMAGES):
-        bank = MemoryBank(*read_released(path, pairs))
-    else:
-        bank = _read(path)
-        if bank.info["fingerprint"] != fingerprint(pairs):
-            raise InputError(f"{path} was built for other captions than {pairs.source}; delete it "
-                             "or run get_memorybank.py again")
+    """The `MemoryBank` in a file of ours. Raises InputError when it is broken, belongs to other
+    captions than those of `pairs` or points outside the data."""
     n = len(pairs)
-    with parsing(path, "a memory bank of these pairs", "run get_memorybank.py again"):
-        for what, entry, length in (("images", bank.image_entry, len(pairs.image_ids)),
-                                    ("captions", bank.caption_entry, n)):
-            if entry.shape != (length,) or entry.dtype.kind != "i":
-                raise ValueError(f"entries of shape {entry.shape} and type {entry.dtype} for "
-                                 f"{what}, expected {length} whole numbers")
-            if length and not (0 <= entry.min() and entry.max() < n):
-                outside = entry[(entry < 0) | (entry >= n)][0]
-                raise ValueError(f"points at pair {outside} of 0 to {n - 1}")
-        for name, low, high in (("clean", 0, 1), ("loss", 0, np.inf), ("posterior", 0, 1),
-                                ("cosine", -1.001, 1.001)):
-            value = getattr(bank, name)
-            if value is not None and (value.shape != (n,) or value.dtype.kind not in "bf"
-                                      or not np.isfinite(value).all()
-                                      or not (low <= value.min() and value.max() <= high)):
-                raise ValueError(f"'{name}' is not a number in its range for each pair")
-    return bank
-
-
-def _read(path):
-    with parsing(path, "a memory bank of ours", "delete it or run get_memorybank.py again"):
+    with parsing(path, "a memory bank of these pairs", "delete it, or run get_memorybank.py again"):
+        with zipfile.ZipFile(path) as archive:
+            if any(member.file_size != member.compress_size for member in archive.infolist()):
+                raise ValueError("compressed, as no bank is")
         with np.load(path, allow_pickle=False) as data:
             arrays = {key: data[key] for key in data.files}
         info = json.loads(arrays.pop("info").tobytes())
         bank = MemoryBank(**arrays, info=info)
-        info["fingerprint"]
+        if info["fingerprint"] != fingerprint(pairs):
+            raise InputError(f"{path} was built for other captions than {pairs.source}; delete it "
+                             "or run get_memorybank.py again")
         if "beta" in info:
             info["beta"] = float(info["beta"])
+        require_entries("images", bank.image_entry, len(pairs.image_ids), n)
+        require_entries("captions", bank.caption_entry, n, n)
+        for name, low, high in (("clean", 0, 1), ("loss", 0, np.inf), ("posterior", 0, 1),
+                                ("cosine", -1.001, 1.001)):
+            value = arrays[name]
+            if (value.shape != (n,) or value.dtype.kind not in "bf" or not np.isfinite(value).all()
+                    or not (low <= value.min() and value.max() <= high)):
+                raise ValueError(f"'{name}' is not a number in its range for each pair")
     return bank
+
+
+def require_entries(what, entry, length, num_pairs):
+    """Raise ValueError unless `entry` holds a pair for each of so many images or captions."""
+    if entry.shape != (length,) or entry.dtype.kind != "i":
+        raise ValueError(f"entries of shape {entry.shape} and type {entry.dtype} for {what}, "
+                         f"expected {length} whole numbers")
+    outside = entry[(entry < 0) | (entry >= num_pairs)]
+    if len(outside):
+        raise ValueError(f"points at pair {outside[0]} of 0 to {num_pairs - 1}")
 
 
 def clean_pairs(bank):
@@ -215,12 +205,12 @@ def clean_pairs(bank):
 
 def arrays_on(device, bank, names):
     """Arrays of a bank, and numbers of its `info`, by name, as tensors (n,) on the device. Raises
-    InputError when the bank, being one of the authors', lacks them."""
+    InputError when the bank, being one of the authors' or of --judge_features, lacks them."""
     n = len(bank.caption_entry)
     found = {name: bank.info.get(name) if name in bank.info else getattr(bank, name, None)
              for name in names}
     if any(value is None for value in found.values()):
         raise InputError("this --weighting needs losses and cosines of the initial model, which "
-                         "this bank does not hold (those of the authors do not, cosines neither "
-                         "with --judge_features); run get_memorybank.py first")
+                         "this bank does not hold (the authors' banks do not, nor, for osa, those "
+                         "of --judge_features); run get_memorybank.py with the same --weighting")
     return {name: torch.as_tensor(value, device=device).expand(n) for name, value in found.items()}

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 QUERIES, KEYS = 4096, 4096  # of a block of similarities: 64 MiB in fp32
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import Subset
 
 import clip
 from utils.reading.images import Images, hold
@@ -59,17 +58,6 @@ def for_model(pairs, args, preprocess, held=True, log=print):
             "tokens and were cut, keeping the end token")
     images = Images(args.dataset_root, pairs.images.names, preprocess, args.image_cache)
     return replace(pairs, images=hold(args, images) if held else images, tokens=tokens)
-
-
-def take(pairs, chosen):
-    """The `Pairs` among `pairs` that `chosen` (n,) bool names."""
-    kept_images, image_of = np.unique(pairs.image_of[chosen], return_inverse=True)
-    kept_texts, text_of = np.unique(pairs.text_of[chosen], return_inverse=True)
-    return replace(pairs, images=Subset(pairs.images, kept_images.tolist()), image_of=image_of,
-                   image_ids=[pairs.image_ids[k] for k in kept_images], text_of=text_of,
-                   captions=[pairs.captions[i] for i in np.flatnonzero(chosen)],
-                   tokens=pairs.tokens[kept_texts],
-                   wrong=None if pairs.wrong is None else pairs.wrong[chosen])
 
 
 def fingerprint(pairs):

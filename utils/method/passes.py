@@ -21,19 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-import clip
 from utils.distributed import gather, num_own_below, reduce_gradients
 from utils.method.batches import BATCH, MEMORY_I, MEMORY_T
+from utils.method.features import encoders
 from utils.method.losses import pair_losses
 from utils.method.optimizer import trained
-
-
-def encoders(model):
-    """Functions of uint8 images (u, 3, R, R) and of tokens (v, L) that give raw features (., D)."""
-    def encode_image(images):
-        return model.encode_image(
-            clip.normalize(images, model.dtype, model.image_mean, model.image_std))
-    return encode_image, model.encode_text
 
 
 def uses_batch_statistics(model):

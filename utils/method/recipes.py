@@ -23,6 +23,7 @@ class Recipe:
     memory_loss_weight: float = 1.0
     train_on: str = "all"
     judge_rounds: int = 0
+    epochs: int = 10
 
 
 RECIPES = {
@@ -35,4 +36,4 @@ RECIPES = {
 }
 # A plain CLIP step on the pairs that the better judge finds clean: no A', no w, no memory
 RECIPES["robust"] = replace(RECIPES["paper"], weighting="none", memory_loss_weight=0.0,
-                            train_on="clean", judge_rounds=2)
+                            train_on="clean", judge_rounds=2, epochs=13)
