@@ -1,9 +1,9 @@
-"""Put the MSCOCO 2014 images into one folder, under the names that the training reads.
+"""Put the MSCOCO 2014 images into one folder, under the names that training reads.
 
     DIR/images/train2014/COCO_train2014_000000000009.jpg  ->  DIR/images/COCO_2014_000000000009.jpg
 
 train2014/ and val2014/ may lie in DIR/images/ or in DIR/, or their images directly in DIR/images/.
-Files are moved, never overwritten; a run that was stopped is simply run again.
+Files are moved and never overwritten. After an interruption, run the command again.
 
     python dataset/MSCOCO_rename.py --root dataset/MSCOCO --dry_run
     python dataset/MSCOCO_rename.py --root dataset/MSCOCO
@@ -19,8 +19,9 @@ from utils.errors import InputError, command  # first: Ctrl-C ends in a line  # 
 import os
 import re
 
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
+from dataset.common import folder
 from params import Parser
 from utils.reading.layout import few
 
@@ -32,16 +33,15 @@ IMAGES = 82783 + 40504  # train2014 and val2014
 @command
 def main(argv=None):
     parser = Parser(__doc__)
-    parser.add_argument("--root", type=Path, required=True,
+    parser.add_argument("--root", type=folder, required=True,
                         help="folder of the data set, which has or gets images/")
     parser.add_argument("--dry_run", action="store_true",
-                        help="say what would be moved and change nothing; use it first when you "
-                             "are not sure of --root")
+                        help="print what would be moved, and move nothing")
     args = parser.parse_args(argv)
 
     images = args.root / "images"
-    moves = [(path, images / f"COCO_2014_{match[1]}.jpg") for folder in FOLDERS
-             for path in sorted((args.root / folder).glob("*.jpg"))
+    moves = [(path, images / f"COCO_2014_{match[1]}.jpg") for part in FOLDERS
+             for path in sorted((args.root / part).glob("*.jpg"))
              if (match := ORIGINAL.fullmatch(path.name))]
     before = len(list(images.glob("COCO_2014_*.jpg")))
     if not moves and not before:

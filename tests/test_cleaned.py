@@ -20,7 +20,9 @@ from PIL import Image, PngImagePlugin
 from test_prepare import jpeg, lines, put
 
 import find_noise
+from data import all_pairs
 from dataset import prepare_pairs
+from params import parse_args
 from utils.cleaning.captions import captions_in, one_line, without
 from utils.cleaning.tables import Json, read_rows, table_of
 from utils.errors import InputError
@@ -328,22 +330,28 @@ def test_types_that_cannot_be_one_are_refused_when_preparing(tmp_path, capsys):
                        tmp_path / f"{number}.parquet")
     refused(prepare, f"{tmp_path}/*.parquet", tmp_path / "mine")
     error = capsys.readouterr().err
-    assert "1.parquet is not a file with the same columns as" in error and "note" in error
+    assert "1.parquet is not a file with columns of the same types as" in error and "note" in error
     delimited(tmp_path, "0.csv", [["image", "caption", "note"]])
     delimited(tmp_path, "1.csv", [["image", "caption"]])
     refused(prepare, f"{tmp_path}/*.csv", tmp_path / "mine")
     assert "1.csv has other columns than" in capsys.readouterr().err
 
 
-def test_what_nobody_judged_is_said(tmp_path, judged, capsys):
+def test_what_was_not_judged_is_said(tmp_path, judged, capsys):
+    """Scores are of unchecked captions, which matters where many captions are wrong."""
     table, _ = jsonl(tmp_path)
     prepare(table, tmp_path / "mine")
-    np.savez(tmp_path / "w.npz", w=np.ones((1, len(lines(tmp_path / "mine", "train_caps.txt")))))
+    assert "No caption was checked. If some are wrong, so are some of dev and test" in (
+        capsys.readouterr().out)
+    n = len(lines(tmp_path / "mine", "train_caps.txt"))
+    np.savez(tmp_path / "w.npz", w=np.ones((1, n)))
     find(tmp_path / "mine", tmp_path / "out", "--score", "npc", "--weights", tmp_path / "w.npz",
          "--write_clean", tmp_path / "clean")
     out = capsys.readouterr().out
-    assert "Only the training split is judged, neither dev nor test" in out
-    assert "8 captions of dev and test were judged by nobody" in out
+    assert "Only the training split is judged, neither dev nor test." in out
+    share = float(re.search(r"noise share: ([\d.]+)", out)[1])
+    assert share > 5 and "every score on them is a score of such captions" in out
+    assert "8 captions of dev and test were not judged" in out
 
 
 # ---- read = used + listed ------------------------------------------------------------------------
@@ -440,6 +448,27 @@ def test_a_file_that_cannot_be_read_is_named_for_what_it_is(tmp_path, capsys, na
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("line", [
+    "http://a.org/1.jpg\ta dog", "https://a.org/x?id=3\ta dog", "a dog\thttp://a.org/1.jpg",
+    "a dog\thttp://a.org/1.jpg\tdog,pet\t/m/0bt9lr\t0.9,0.8", 'a dog,"https://a.org/1.jpg"'],
+    ids=["CC12M", "CC12M, other names", "CC3M", "CC3M with labels", "csv"])
+def test_a_list_of_urls_without_a_header_is_refused(tmp_path, capsys, line):
+    """Whatever the order of its columns, and although images of these numbers are at hand."""
+    for i in (1, 2, 4):
+        put(tmp_path / f"{i}.jpg", jpeg(i))
+    table = put(tmp_path / ("t.tsv" if "\t" in line else "t.csv"), f"{line}\n" * 4)
+    for more in ((), ("--image_column", "a dog", "--caption_column", "a dog")):
+        refused(prepare, table, tmp_path / "mine", *more)
+        assert "has a URL in its first line" in capsys.readouterr().err
+    assert not (tmp_path / "mine").exists()
+
+
+def test_urls_are_no_images(tmp_path, capsys):
+    table = put(tmp_path / "t.tsv", "url\tcaption\nhttp://a.org/1.jpg\ta dog\n")
+    refused(prepare, table, tmp_path / "mine", "--image_column", "url")
+    assert "1 rows: image is a URL; download the images first" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["0.tar.gz", "0.tgz"])
 def test_compressed_tars_are_refused_until_gunzip_has_unpacked_them(tmp_path, capsys, name):
     table, _ = tar(tmp_path)
@@ -456,26 +485,59 @@ def test_compressed_tars_are_refused_until_gunzip_has_unpacked_them(tmp_path, ca
 
 @pytest.mark.parametrize("asked, there", [
     ("A\\1.jpg", "A/1.jpg"), ("a/1.JPG", "A/1.jpg"), ("A/1.jpeg", "A/1.jpg"), ("1.jpg", "A/1.jpg"),
-    ("A/1", "A/1.jpg"), ("cafe\u0301.jpg", "caf\xe9.jpg")])
+    ("A/1", "A/1.jpg")])
 def test_an_image_that_would_be_there_under_another_name_is_named(tmp_path, capsys, asked, there):
     put(tmp_path / "A/1.jpg", jpeg(1))
-    put(tmp_path / "caf\xe9.jpg", jpeg(2))
     table = delimited(tmp_path, "t.csv", [["image", "caption"], [asked, "x"]])
     refused(prepare, table, tmp_path / "mine")
     assert (f"1 rows: image does not exist (row 0: {tmp_path}/{asked}; there is {tmp_path}/{there})"
             in capsys.readouterr().err)
 
 
+@pytest.mark.parametrize("asked, there", [
+    ("cafe\u0301.jpg", "caf\xe9.jpg"), ("caf\xe9.jpg", "cafe\u0301.jpg"), (" 1.jpg", " 1.jpg"),
+    ("1.jpg", " 1.jpg"), (" 1.jpg", "1.jpg"), ("a/1.jpg ", "a/1.jpg")])
+def test_an_image_of_another_spelling_is_taken_where_one_file_fits(tmp_path, capsys, asked, there):
+    """Unicode forms and blanks at the ends, in the table and in image_name.txt."""
+    put(tmp_path / there, jpeg(7))
+    names = files(tmp_path)
+    table = delimited(tmp_path, "t.csv", [["image", "caption"], [asked, "odd"], *(
+        [name, "x"] for name in names)])
+    prepare(table, tmp_path / "r")
+    assert "left out" not in capsys.readouterr().out
+    (place,) = [p for p in (tmp_path / "r/images").rglob("*") if p.is_file()
+                and p.read_bytes() == jpeg(7) and "0" not in p.name]
+    assert str(place.relative_to(tmp_path / "r/images")) == asked.strip()
+    place.rename(tmp_path / "r/images" / there)
+    pairs = all_pairs(parse_args("search", ["--dataset_root", str(tmp_path / "r"), "q"]), None)
+    name = pairs.images.names[pairs.image_of[pairs.captions.index("odd")]]
+    assert name == there
+
+
+def test_an_image_of_two_spellings_is_left_out(tmp_path, capsys):
+    for name in ("1.jpg", " 1.jpg", "caf\xe9.jpg", "cafe\u0301.jpg"):
+        put(tmp_path / name, jpeg(1))
+    table = delimited(tmp_path, "t.csv", [["image", "caption"], [" 1.jpg", "x"], ["1.jpg", "y"], *(
+        [name, "x"] for name in files(tmp_path))])
+    prepare(table, tmp_path / "mine")
+    assert lines(tmp_path / "mine", "unusable_rows.csv")[1:] == [
+        "0,image name fits several files,\"' 1.jpg', '1.jpg'\""]
+
+
 def test_why_an_image_cannot_be_read_is_listed(tmp_path, capsys):
+    """Also metadata of a PNG that Pillow refuses although its pixels are whole."""
     notes = PngImagePlugin.PngInfo()
-    notes.add_itxt("workflow", "x" * 3_000_000, zip=True)  # every browser shows it
+    notes.add_itxt("workflow", "x" * 3_000_000, zip=True)
     names = files(tmp_path)
     Image.new("RGB", (40, 40)).save(tmp_path / names[0], "PNG", pnginfo=notes)
     put(tmp_path / names[1], "<html>404</html>")
     put(tmp_path / names[2], jpeg(1, size=(2, 3000)))
     prepare(delimited(tmp_path, "t.csv", [["image", "caption"], *([n, "x"] for n in names)]),
             tmp_path / "mine")
-    assert lines(tmp_path / "mine", "unusable_rows.csv")[1:] == [
+    listed = lines(tmp_path / "mine", "unusable_rows.csv")[1:]
+    assert listed == [
+        f"0,image cannot be read,{tmp_path / names[0]}: Decompressed data too large for "
+        "PngImagePlugin.MAX_TEXT_CHUNK",
         f"1,image cannot be read,{tmp_path / names[1]}: no image that Pillow knows",
         f"2,image cannot be read,{tmp_path / names[2]}: 2 x 3000 pixels are too thin"]
 
@@ -494,6 +556,13 @@ def test_a_column_says_the_split(tmp_path, capsys):
                 } == kinds
     listed = lines(tmp_path / "mine", "unusable_rows.csv")
     assert listed[1] == '6,"split is none of train, dev, test",unknown' and len(listed) == 7
+
+
+def test_a_split_column_and_sizes_exclude_each_other(tmp_path, capsys):
+    table = delimited(tmp_path, "t.csv", [["image", "caption", "part"]])
+    for option in ("--train", "--dev", "--test"):
+        refused(prepare, table, tmp_path / "mine", "--split_column", "part", option, "3")
+        assert "leave out --train, --dev and --test" in capsys.readouterr().err
 
 
 def test_everything_may_be_in_one_split(tmp_path, judged, capsys):
