@@ -21,7 +21,7 @@ import re
 
 from tqdm.auto import tqdm
 
-from dataset.common import folder
+from dataset.common import as_path
 from params import Parser
 from utils.reading.layout import few
 
@@ -33,7 +33,7 @@ IMAGES = 82783 + 40504  # train2014 and val2014
 @command
 def main(argv=None):
     parser = Parser(__doc__)
-    parser.add_argument("--root", type=folder, required=True,
+    parser.add_argument("--root", type=as_path, required=True,
                         help="folder of the data set, which has or gets images/")
     parser.add_argument("--dry_run", action="store_true",
                         help="print what would be moved, and move nothing")

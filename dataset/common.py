@@ -23,7 +23,7 @@ SPLIT_OF = {"train": "train", "training": "train", "restval": "train", "dev": "d
             "valid": "dev", "validation": "dev", "test": "test", "testing": "test"}
 
 
-def folder(text):
+def as_path(text):
     """An argparse type: a path with ~ expanded, as `Path`."""
     return Path(path(text))
 

@@ -17,7 +17,7 @@ from utils.errors import command  # first: Ctrl-C ends in a line  # isort: skip
 
 import json
 
-from dataset.common import SPLIT_OF, folder, inner_name, new_split, print_sizes, write_splits
+from dataset.common import SPLIT_OF, as_path, inner_name, new_split, print_sizes, write_splits
 from params import Parser
 from utils.cleaning.captions import one_line
 from utils.files import parsing
@@ -59,9 +59,9 @@ def read_json(path):
 @command
 def main(argv=None):
     parser = Parser(__doc__)
-    parser.add_argument("--json", type=folder, required=True,
+    parser.add_argument("--json", type=as_path, required=True,
                         help="Karpathy's dataset_coco.json or dataset_flickr30k.json")
-    parser.add_argument("--root", type=folder, required=True,
+    parser.add_argument("--root", type=as_path, required=True,
                         help="folder of the data set; annotations/scan_split/ is written in it and "
                              "images/ belongs in it")
     args = parser.parse_args(argv)

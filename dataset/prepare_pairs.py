@@ -37,8 +37,8 @@ from dataset.common import (
     JPEG,
     SPLIT_OF,
     Unusable,
+    as_path,
     count_reasons,
-    folder,
     image_format,
     inner_name,
     new_split,
@@ -227,10 +227,10 @@ def main(argv=None):
     add = parser.add_argument
     add("--pairs", type=path, required=True, metavar="TABLE",
         help="table of images and captions: a file, a glob in quotes, or a folder")
-    add("--images", type=folder, metavar="DIR",
+    add("--images", type=as_path, metavar="DIR",
         help="folder that the image paths start from; ROOT/images leaves the images where they "
              "are; default: the folder of the table")
-    add("--root", type=folder, required=True, metavar="DIR", help="folder of the data set to make")
+    add("--root", type=as_path, required=True, metavar="DIR", help="folder of the data set to make")
     add("--image_column", default="image", metavar="NAME", help="column or key with the image")
     add("--caption_column", default="caption", metavar="NAME",
         help="column or key with the caption, or a pattern of several, 'caption_*'")
