@@ -17,13 +17,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from utils.errors import command  # first: Ctrl-C ends in a line  # isort: skip
 
 import numpy as np
-from tqdm.auto import tqdm
 
 import clip
 from params import parse_args
 from utils.method.batches import require_batch
 from utils.method.features import write_items
 from utils.method.pairs import Pairs, first_seen, tokens_of
+from utils.progress import progress
 from utils.reading.images import Images, hold, image_loader, in_memory
 from utils.reading.layout import (
     SPLITS,
@@ -117,7 +117,7 @@ def main(argv=None):
     for split in SPLITS:
         pairs = (training_pairs(args, preprocess) if split == "train"
                  else retrieval_split(args, split, preprocess))
-        with tqdm(total=len(pairs.images), desc=split, unit="img", disable=None) as bar:
+        with progress(total=len(pairs.images), desc=split, unit="img") as bar:
             for batch in image_loader(args, pairs.images):
                 bar.update(len(batch))
         print(f"{split}: {len(pairs.images)} images in {pairs.images.cache.path}")

@@ -19,10 +19,9 @@ from utils.errors import InputError, command  # first: Ctrl-C ends in a line  # 
 import os
 import re
 
-from tqdm.auto import tqdm
-
 from dataset.common import as_path
 from params import Parser
+from utils.progress import progress
 from utils.reading.layout import few
 
 FOLDERS = ("images/train2014", "images/val2014", "train2014", "val2014", "images")
@@ -48,7 +47,7 @@ def main(argv=None):
         raise InputError(f"no COCO_train2014_*.jpg or COCO_val2014_*.jpg in {args.root}; unpack "
                          f"train2014.zip and val2014.zip in it, or in one of {', '.join(FOLDERS)}")
     moved, left = 0, []
-    for source, target in tqdm(moves, desc="moving", disable=None):
+    for source, target in progress(moves, desc="moving"):
         if os.path.lexists(target):
             left.append(source)
         elif args.dry_run:

@@ -31,8 +31,6 @@ import shlex
 from collections import defaultdict
 from functools import cached_property
 
-from tqdm.auto import tqdm
-
 from dataset.common import (
     JPEG,
     SPLIT_OF,
@@ -49,8 +47,9 @@ from dataset.common import (
 from params import Parser, path
 from utils.cleaning.captions import captions_in
 from utils.cleaning.source import Digest, Source, save_source
-from utils.cleaning.tables import Member, read_rows
+from utils.cleaning.tables import Member, read_rows, table_of
 from utils.files import atomic_write
+from utils.progress import progress
 from utils.reading.layout import SPLITS, files_by_spelling, spelling, write_lines
 
 MOST_HELD_OUT = 5000  # images of dev, and of test, by default; as many as MSCOCO has
@@ -80,6 +79,7 @@ class Usable:
         self.captions, self.first, self.unusable = defaultdict(list), {}, []
         self.split = {}
         self.names = {}  # {path or hash of an image that was read: its name, or an `Unusable`}
+        self.count = table_of(args.pairs).count()
         columns = args.image_column, args.caption_column
         digest = Digest(columns)
         for number, row in enumerate(self.rows("reading")):
@@ -94,8 +94,8 @@ class Usable:
     def rows(self, what):
         """The rows of the table, with a progress bar."""
         columns = [self.args.image_column, self.args.caption_column, self.args.split_column]
-        return tqdm(read_rows(self.args.pairs, list(filter(None, columns))), desc=what,
-                    unit=" rows", disable=None)
+        rows = read_rows(self.args.pairs, list(filter(None, columns)))
+        return progress(rows, total=self.count, desc=what, unit="row")
 
     def add(self, number, row):
         """Note what row `number` holds. Raises `Unusable`."""

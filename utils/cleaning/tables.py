@@ -150,6 +150,10 @@ class Table:
     def __init__(self, parts):
         self.parts, self.suffix = parts, parts[0].suffix.lower()
 
+    def count(self):
+        """Number of rows."""
+        return sum(1 for _ in self.rows())
+
     def copy(self, target, column, keep):
         """Write rows, with all their columns, to the file `target` in this format. For shards: a
         .csv of shard, key and caption. keep: {number of a row: places of the captions in `column`
@@ -343,6 +347,10 @@ class Columns:
                                                promote_options="permissive")
             what = f"a file with columns of the same types as {parts[0]}"
         self.data = dataset.dataset(parts, self.schema, form)
+
+    def count(self):
+        """Number of rows."""
+        return self.data.count_rows()
 
     def batches(self, columns=None, **size):
         for fragment in self.data.get_fragments():

@@ -16,13 +16,13 @@ import torch
 from PIL import Image
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Dataset, Subset
-from tqdm.auto import tqdm
 
 from clip.preprocess import check_usable
 from utils.devices import ship
 from utils.distributed import world
 from utils.errors import InputError
 from utils.files import parsing
+from utils.progress import progress
 from utils.reading.image_cache import ImageCache
 
 END_MARKS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}  # last bytes of a file by its format
@@ -141,7 +141,7 @@ class ImagesInMemory(Images):
             raise InputError(f"{len(self)} images do not fit into the memory ({self.device}); use "
                              "--data_on workers") from error
         left = crops
-        with tqdm(total=len(self), desc="reading", unit="img", disable=None) as bar:
+        with progress(total=len(self), desc="reading", unit="img") as bar:
             for batch in image_loader(self.args, self.images):
                 left[: len(batch)] = batch
                 left = left[len(batch) :]
@@ -205,7 +205,7 @@ def check_images(args, images, dev):
     InputError, with a count and the first three, when some cannot be read."""
     rows = range(0 if "crops" in vars(images) else len(images))
     checks = Loader(args, rows, len(rows) // 1000, batch_size=None, collate_fn=images.flaw)
-    broken = [flaw for flaw in tqdm(checks, desc="checking", unit="img", disable=None, leave=False)
+    broken = [flaw for flaw in progress(checks, desc="checking", unit="img", leave=False)
               if flaw]
     if broken:
         count = f"{len(broken)} images cannot be read: " if len(broken) > 1 else ""

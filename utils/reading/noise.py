@@ -7,10 +7,10 @@ the authors' own files. {ratio}_noise_{kind}_seed{seed}_train_caps.txt holds any
 from collections import defaultdict
 
 import numpy as np
-from tqdm.auto import tqdm
 
 from utils.distributed import main_first
 from utils.files import atomic_write
+from utils.progress import progress
 from utils.reading.layout import find_by_ratio, ratio_name, read_captions, read_ids, split_folder
 
 KINDS = ("random", "similar")
@@ -87,7 +87,7 @@ def similar_order(captions, image_of, noise_ratio, seed):
         others, similarity = others[fits], similarity[fits]
         return others[similarity == similarity.max()].min()
 
-    with tqdm(total=m, desc="similar captions", unit="caption", disable=None) as bar:
+    with progress(total=m, desc="similar captions", unit="caption") as bar:
         while left.any():
             todo = np.flatnonzero(left)
             rows = todo[:BLOCK]
