@@ -4,6 +4,7 @@ import csv
 import gzip
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -17,15 +18,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image, PngImagePlugin
-from test_prepare import jpeg, lines, put
+from test_prepare import jpeg, lines, put, tree
 
 import find_noise
 from data import all_pairs
 from dataset import prepare_pairs
 from params import parse_args
 from utils.cleaning.captions import captions_in, one_line, without
+from utils.cleaning.source import rows_of, source_of
 from utils.cleaning.tables import Json, read_rows, table_of
 from utils.errors import InputError
+from utils.reading.layout import image_names, read_captions, read_ids
 
 COUNT = 24
 WRONG = {3: [0], 7: [1], 11: [0, 1], 12: [1], 15: [0], 20: [0, 1]}  # places of wrong captions
@@ -212,8 +215,54 @@ def tar_of_halves(folder):
     return folder / "t.tar"
 
 
+def tsv(folder):
+    """With quotes that are text, in two files."""
+    for part in (range(12), range(12, COUNT)):
+        put(folder / f"{part[0]:02d}.tsv", "caption\timage\n" + "".join(
+            f"{c}\t{files(folder)[i]}\n" for i in part for c in captions(i)))
+    return f"{folder}/*.tsv", ()
+
+
+def parquet_bytes(folder):
+    return parquet(folder, bytes_of=[jpeg(i, size=(40, 40)) for i in range(COUNT)])
+
+
+def parquet_bytes_in_structs(folder):
+    return parquet(folder, bytes_of=[{"bytes": jpeg(i, size=(40, 40)), "path": f"{i:03d}.jpg"}
+                                     for i in range(COUNT)])
+
+
+def loose(folder):
+    """As img2dataset writes files, captions in .json and .txt, with its notes beside them."""
+    for i in range(COUNT):
+        place = folder / f"{i // 10:05d}"
+        put(place / f"{i:03d}.jpg", jpeg(i, size=(40, 40)))
+        put(place / f"{i:03d}.json", json.dumps({"caption": captions(i), "key": "other"}))
+        if i % 5 == 4:
+            put(place / f"{i:03d}.txt", json.dumps(captions(i)))
+    put(folder / "00000_stats.json", "{}")
+    return folder, ()
+
+
+def tars(folder):
+    """Of two shards, with a file of no concern."""
+    whole, _ = tar(folder)
+    with tarfile.open(whole) as f:
+        members = [(member, f.extractfile(member).read()) for member in f]
+    whole.unlink()
+    for name, part in (("00000.tar", members[:14]), ("00001.tar", members[14:])):
+        with tarfile.open(folder / name, "w") as f:
+            for member, data in part:
+                f.addfile(member, io.BytesIO(data))
+    put(folder / "00000.parquet", "of no concern")
+    return folder, ()
+
+
+SHARDS = [tar, tars, loose]
 FORMATS = [csv_json, csv_pandas, csv_columns, csv_lines, utf_16, token, jsonl, json_array, karpathy,
-           parquet, parquet_structs, parquet_lists_beside, parquets, arrow, csvs, tar]
+           parquet, parquet_structs, parquet_lists_beside, parquets, arrow, csvs, tsv,
+           parquet_bytes, parquet_bytes_in_structs, *SHARDS]
+HAVE_BYTES = [parquet_bytes, parquet_bytes_in_structs, *SHARDS]
 
 
 def pairs_of(table, options, image="image", caption="caption"):
@@ -229,28 +278,46 @@ def pairs_of(table, options, image="image", caption="caption"):
 def test_every_table_comes_back_without_its_wrong_captions(tmp_path, judged, capsys, form):
     (tmp_path / "in").mkdir()
     table, options = form(tmp_path / "in")
-    prepare(table, tmp_path / "mine", *options)
-    rows = find(tmp_path / "mine", tmp_path / "out", "--write_clean", tmp_path / "clean")
+    root = tmp_path / os.fsdecode(b"caf\xe9")  # not UTF-8
+    before = tree(tmp_path / "in")
+    prepare(table, root, *options)
+    assert "left out" not in capsys.readouterr().out and tree(tmp_path / "in") == before
+    for split in ("train", "dev", "test"):  # each caption with the image of its row
+        texts = read_captions(root / f"annotations/scan_split/{split}_caps.txt")
+        names = image_names(root, "pairs", read_ids(root, split, len(texts), None, "caps"))
+        numbers = rows_of(root, [split])[:, 0] * COUNT // source_of(root).rows
+        for text, name, i in zip(texts, names, numbers, strict=True):
+            assert text.replace("'", '"') in captions(i)
+            assert (root / "images" / name).read_bytes() == jpeg(i, size=(40, 40))
+
+    rows = find(root, tmp_path / "out", "--write_clean", tmp_path / "clean")
     assert judged[0] == len(rows) == 2 * COUNT  # dev and test too
     wrong = [captions(i)[c] for i, places in WRONG.items() for c in places]
-    assert {row["caption"].replace("'", '"') for row in rows[: len(wrong)]} == set(
-        c.replace("'", '"') for c in wrong)
+    assert {row["caption"].replace("'", '"') for row in rows[: len(wrong)]} == set(wrong)
     cleaned = tmp_path / "clean" / f"cleaned{table_of(table).suffix}"
-    if form is tar:
-        expected = [(f"v1.2_{i:03d}" if i % 2 else f"{i:03d}", captions(i)[c])
-                    for i in range(COUNT) for c in RIGHT[i]]
-        assert pairs_of(cleaned, (), image="key") == expected
-    else:
-        expected = [(image, c) for image, c in pairs_of(table, options) if image[:3] == c[6:9]]
-        assert len(expected) == 2 * COUNT - len(wrong)
-        assert pairs_of(cleaned, options) == expected
+    right = [captions(i)[c] for i in range(COUNT) for c in RIGHT[i]]
+    found = pairs_of(cleaned, options, image="key") if form in SHARDS else pairs_of(cleaned,
+                                                                                  options)
+    assert [caption.replace("'", '"') for _, caption in found] == right
+    if form in SHARDS:
+        assert [key[-3:] for key, _ in found] == [f"{i:03d}" for i in range(COUNT)
+                                                  for _ in RIGHT[i]]
+    else:  # with all columns and, in Parquet, types
+        everything = pairs_of(table, options)
+        assert all(pair in everything for pair in found)
+        changed = {"caption", "caption_0", "caption_1", "sentences"}
+        originals, copies = ([{name: row[name] for name in row.keys() - changed} for row in
+                              table_of(path).rows()] for path in (table, cleaned))
+        assert len(copies) > 20 and all(row in originals for row in copies)
+        if form in (parquet, *HAVE_BYTES):
+            assert pq.read_schema(cleaned).equals(pq.read_schema(table), check_metadata=True)
     kept = sum((lines(tmp_path / "clean", f"{split}_caps.txt")
                 for split in ("train", "dev", "test")), [])
-    assert sorted(kept) == sorted(caption for _, caption in expected)
-    if form is not tar:  # it can be prepared and cleaned again, and nothing comes back in
+    assert sorted(caption.replace("'", '"') for caption in kept) == sorted(right)
+    if form not in HAVE_BYTES:  # it can be prepared and cleaned again, and nothing comes back in
         find(tmp_path / "clean", tmp_path / "out", "--write_clean", tmp_path / "again",
              "--keep_above", 0)
-        assert pairs_of(tmp_path / "again" / cleaned.name, options) == expected
+        assert pairs_of(tmp_path / "again" / cleaned.name, options) == found
 
 
 def test_half_a_character_is_no_trap(tmp_path, judged):
@@ -361,8 +428,9 @@ def test_what_was_not_judged_is_said(tmp_path, judged, capsys):
 def test_rows_read_are_used_or_listed(tmp_path, form, capsys):
     (tmp_path / "in").mkdir()
     table, options = form(tmp_path / "in")
-    for i in (2, 9):
-        (tmp_path / "in" / f"{i:03d}.jpg").unlink(missing_ok=True)
+    for path in (tmp_path / "in").rglob("*"):
+        if path.name in ("002.jpg", "009.jpg"):
+            path.unlink()
     prepare(table, tmp_path / "mine", *options)
     used = {int(line.split()[0]) for split in ("train", "dev", "test")
             for line in lines(tmp_path / "mine", f"{split}_rows.txt")}
@@ -370,8 +438,8 @@ def test_rows_read_are_used_or_listed(tmp_path, form, capsys):
         listed = {int(row["row"]) for row in csv.DictReader(f)}
     read = json.loads("\n".join(lines(tmp_path / "mine", "source.json")))["rows"]
     assert used | listed == set(range(read)) and not used & listed
-    assert bool(listed) == (form is not tar)
-    assert read == COUNT * (2 if form in (csv_lines, utf_16, token) else 1)
+    assert bool(listed) == (form not in (parquet_bytes, parquet_bytes_in_structs, tar, tars))
+    assert read == COUNT * (2 if form in (csv_lines, utf_16, token, tsv) else 1)
 
 
 def test_a_shard_loses_no_sample(tmp_path, capsys):
@@ -424,10 +492,14 @@ def test_cells_that_are_refused(value, reason):
         captions_in(value)
 
 
-@pytest.mark.parametrize("text", ["&nbsp;", "&amp;nbsp; ", "\x1b[0m", "\u200b\u200d", "\x07",
-                                  "&#8203;"])
-def test_captions_that_clip_empties_are_none(text):
-    assert one_line(text) == "" and one_line(f"{text}a") != ""
+@pytest.mark.parametrize("raw, plain", [
+    (" A dog\truns\r\n fast . ", "A dog runs fast ."), ("a\u2028b\x0bc\x85d\0e", "a b c d e"),
+    ("half \ud83d character", "half ? character"), ("\t\n ", ""),
+    *((text, "") for text in ("&nbsp;", "&amp;nbsp; ", "\x1b[0m", "\u200b\u200d", "\x07",
+                              "&#8203;"))])
+def test_a_caption_is_one_line_and_none_where_clip_empties_it(raw, plain):
+    assert one_line(raw) == plain
+    assert one_line(f"{raw}a") != ""
 
 
 # ---- what was seen, and why ----------------------------------------------------------------------

@@ -125,17 +125,6 @@ def test_an_image_counts_as_stored_once_it_is_on_disk(cached, counted, monkeypat
 # ---- the file -----------------------------------------------------------------------------------
 
 
-def test_two_runs_share_one_file(tmp_path):
-    (tmp_path / "a").write_text("")
-    first = ImageCache(tmp_path / "cache", [tmp_path / "a"], 4)
-    second = ImageCache(tmp_path / "cache", [tmp_path / "a"], 4)
-    black = np.zeros((3, 4, 4), np.uint8)
-    assert not second.has(0)
-    first.put({0: black})
-    assert second.has(0) and np.array_equal(second.get(0), black)
-    assert len(list((tmp_path / "cache").iterdir())) == 1
-
-
 def test_cache_that_cannot_be_made(tmp_path, monkeypatch):
     (tmp_path / "a").write_text("")
     with pytest.raises(InputError, match="cannot make the image cache .*choose another"):

@@ -12,7 +12,6 @@ from PIL import Image
 from processes import run
 
 from dataset import MSCOCO_rename, common, prepare_karpathy, prepare_pairs
-from utils.cleaning.captions import one_line
 from utils.errors import InputError
 from utils.reading.layout import find_images, image_names, read_captions, read_ids
 
@@ -66,16 +65,6 @@ def fails(capsys):
 
 
 # ---------------------------------------------------------------- shared
-
-
-@pytest.mark.parametrize("raw, plain", [
-    (" A dog\truns\r\n fast . ", "A dog runs fast ."),
-    ("a\u2028b\x0bc\x85d\0e", "a b c d e"),
-    ("half \ud83d character", "half ? character"),
-    ("\t\n ", ""),
-])
-def test_clean(raw, plain):
-    assert one_line(raw) == plain
 
 
 @pytest.mark.parametrize("name", ["../a.jpg", "a/../../b.jpg", "/etc/a.jpg", "", ".", "a\nb.jpg",
@@ -135,14 +124,6 @@ def test_an_image_is_copied_where_links_are_refused(tmp_path, monkeypatch):
     assert common.put_image(source, tmp_path / "t.jpg")
     assert (tmp_path / "t.jpg").read_bytes() == jpeg(1)
     assert not os.path.samefile(source, tmp_path / "t.jpg")
-
-
-@pytest.mark.parametrize("script", ["MSCOCO_rename", "prepare_karpathy", "prepare_pairs"])
-def test_options_have_help(script, capsys):
-    with pytest.raises(SystemExit) as stop:
-        sys.modules[f"dataset.{script}"].main(["--help"])
-    assert stop.value.code == 0
-    assert "--root" in capsys.readouterr().out
 
 
 def test_runs_as_script_from_anywhere(tmp_path):
@@ -305,15 +286,6 @@ def test_karpathy_writes_nothing_before_an_error(tmp_path, fails):
     assert not (tmp_path / "r").exists()
 
 
-def test_other_split_is_not_replaced(tmp_path, fails):
-    source, root = put(tmp_path / "c.json", json.dumps(karpathy())), tmp_path / "r"
-    put(root / "annotations/scan_split/train_caps.txt", "the released captions\n")
-    before = tree(root)
-    error = fails(prepare_karpathy, "--json", source, "--root", root)
-    assert "scan_split exists already" in error
-    assert tree(root) == before
-
-
 # ---------------------------------------------------------------- prepare_pairs
 
 
@@ -330,14 +302,6 @@ def photos(folder, count=10, captions=lambda i: 2):
 def as_csv(path, found):
     quoted = ((n, c.replace('"', '""')) for n, c in found)
     return put(path, "\ufeffimage,caption\n" + "".join(f'{n},"{c}"\n' for n, c in quoted))
-
-
-def as_tsv(path, found):
-    return put(path, "image\tcaption\n" + "".join(f"{n}\t{c}\n" for n, c in found))
-
-
-def as_jsonl(path, found):
-    return put(path, "".join(json.dumps({"image": n, "caption": c}) + "\n\n" for n, c in found))
 
 
 def as_lists(path, found):
@@ -362,8 +326,7 @@ def check_pairs(root, num_anns, total):
     return sorted(seen)
 
 
-@pytest.mark.parametrize("write, suffix", [(as_csv, "csv"), (as_tsv, "tsv"), (as_jsonl, "jsonl"),
-                                           (as_lists, "jsonl")])
+@pytest.mark.parametrize("write, suffix", [(as_csv, "csv"), (as_lists, "jsonl")])
 def test_pairs(tmp_path, ok, write, suffix):
     found = photos(tmp_path / "photos")
     source, root = write(tmp_path / f"p.{suffix}", found), tmp_path / "my data"
@@ -447,8 +410,6 @@ OUTSIDE = "image is outside the images folder or its name is no text"
 
 
 @pytest.mark.parametrize("name, text, message", [
-    ("p.csv", 'image,caption\na.jpg,"a dog\n', "is not a .csv table or is damaged (line 2"),
-    ("p.csv", "image,caption\n" + "x" * 200_000 + ",a\n", "damaged (line 2: field larger than"),
     ("p.csv", "image,caption\n", "it has none"),
     ("p.csv", "", "it has none"),
     ("p.csv", "image,caption\na.jpg,a dog\nb.jpg,a cat\n", "used: 2 rows: image does not exist"),
@@ -461,7 +422,7 @@ OUTSIDE = "image is outside the images folder or its name is no text"
     ("p.jsonl", "[1]\n{\n" + "[" * 100_000 + "\n" + "1" * 5000, "4 rows: no JSON object"),
     ("p.parquet", "PAR1 no more", "is not a Parquet file or is damaged"),
     ("p.tar", "no tar", "is not a whole, uncompressed tar or is damaged"),
-    ("p.xlsx", "x", "must end in .csv, .tsv, .txt, .json,")])
+    ("p.xls", "x", "must end in .csv, .tsv, .txt, .json,")])
 def test_pairs_refuses(tmp_path, fails, name, text, message):
     (tmp_path / "photos").mkdir()
     assert message in fails(prepare_pairs, "--pairs", put(tmp_path / name, text), "--images",

@@ -29,7 +29,8 @@ def test_a_log_file_has_at_most_a_line_a_minute(monkeypatch, capsys):
     monkeypatch.setattr(bar, "_time", lambda: next(seconds))
     bar.start_t = bar.last_print_t = 0
     assert list(bar) == list(range(50))
-    times = [60 * int(m) + int(s) for m, s in re.findall(r"\[(\d+):(\d+)<", capsys.readouterr().err)]
+    said = re.findall(r"\[(\d+):(\d+)<", capsys.readouterr().err)
+    times = [60 * int(minutes) + int(seconds) for minutes, seconds in said]
     assert len(times) > 5 and all(b - a >= 60 for a, b in zip([0, *times], times, strict=False))
 
 

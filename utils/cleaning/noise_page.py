@@ -58,16 +58,21 @@ def noise_page(suspects, score_name, about, findings, verdict, wrong, key):
     low, high = bounds([s.score for s in suspects if s.worst and math.isfinite(s.score)] or [0])
     script = TEMPLATE.with_suffix(".js").read_text(encoding="utf-8")
     return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
-        about=escape(about), num_pairs=len(verdict.score),
+        about=escaped(about), num_pairs=len(verdict.score),
         score_name=f"{escape(score_name)} ({measured_in(verdict, score_name)})",
         histogram=histogram(verdict, wrong),
         beside=" and the mixture that was fitted to them" if verdict.components
         else " and of mismatches" if verdict.mismatches is not None else "",
-        findings="\n".join(f"<p>{escape(line)}</p>" for line in findings),
+        findings="\n".join(f"<p>{escaped(line)}</p>" for line in findings),
         num_worst=sum(bool(s.worst) for s in suspects), low=low, high=high, key=key,
         num_sample=sum(bool(s.sample) for s in suspects), columns=" ".join(COLUMNS),
         cards="\n".join(map(card, suspects)), script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode())
+
+
+def escaped(text):
+    """A text in HTML. A path in it may hold bytes that are no UTF-8; they are spelled out."""
+    return escape(text.encode("utf-8", "backslashreplace").decode())
 
 
 def measured_in(verdict, score_name="judge"):
