@@ -1,8 +1,8 @@
 """A data set on disk becomes `Pairs`: the noisy training pairs, and the retrieval splits.
 
-    python data.py --cache DIR --dataset coco --dataset_root PATH
+    python data.py --image_cache DIR --dataset coco --dataset_root PATH
 
-decodes all images of a data set ahead into an image cache (`--image_cache` of the other commands);
+decodes all images of a data set into an image cache (`--image_cache` of the other commands);
 
     python data.py --list_items DIR --dataset coco --dataset_root PATH
 
@@ -17,21 +17,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from utils.errors import command  # first: Ctrl-C ends in a line  # isort: skip
 
 import numpy as np
-from tqdm import tqdm
 
 import clip
 from params import parse_args
 from utils.method.batches import require_batch
 from utils.method.features import write_items
-from utils.method.pairs import Pairs, first_seen, for_model
-from utils.reading.images import Images, image_loader, in_memory
+from utils.method.pairs import Pairs, first_seen, tokens_of
+from utils.progress import progress
+from utils.reading.images import Images, hold, image_loader, in_memory
 from utils.reading.layout import (
     SPLITS,
+    find_images,
     image_names,
     read_captions,
     read_ids,
     read_lines,
-    require_images,
     split_folder,
 )
 from utils.reading.noise import training_captions
@@ -39,24 +39,23 @@ from utils.reading.noise import training_captions
 
 def make_pairs(args, split, ids, captions, source, preprocess, log):
     """The `Pairs` of a split: n captions from the file `source` with the image ids of each, in
-    order. Raises InputError when an image is missing."""
+    order. Without `preprocess` they have no tokens and their images cannot be read. Raises
+    InputError when an image is missing."""
     image_ids, image_of = first_seen(ids)
     text_of = first_seen(captions)[1]
     names = image_names(args.dataset_root, args.dataset, image_ids)
-    require_images(args.dataset_root, names)
-    images = Images(args.dataset_root, names, preprocess=None)
-    pairs = Pairs(images, image_ids, image_of, captions, text_of, tokens=None, source=source)
-    if preprocess:
-        keep = split != "test"  # which is read once
-        pairs = for_model(pairs, args, preprocess, keep, log)
-    images = pairs.images
+    names = find_images(args.dataset_root, names)
+    images = Images(args.dataset_root, names, preprocess, args.image_cache)
+    if preprocess and split != "test":  # which is read once
+        images = hold(args, images)
+    tokens = preprocess and tokens_of(captions, text_of, args, source, log)
     kept = f"; images are kept in memory ({images.device})" if in_memory(images) else ""
     log(f"{split}: {len(captions)} captions of {len(image_ids)} images from {source}{kept}")
-    return pairs
+    return Pairs(images, image_ids, image_of, captions, text_of, tokens, source)
 
 
 def wrong_pairs(clean_captions, captions, image_of):
-    """(n,) bool: True where captions[i] is none of the clean captions of pair i's image."""
+    """(n,) bool: whether captions[i] is none of the clean captions of pair i's image."""
     own = {}
     for image, caption in zip(image_of, clean_captions, strict=True):
         own.setdefault(image, set()).add(caption)
@@ -65,8 +64,8 @@ def wrong_pairs(clean_captions, captions, image_of):
 
 
 def training_pairs(args, preprocess, log=print):
-    """The (noisy) training split as `Pairs`; makes the noisy caption file when it is missing.
-    Without `preprocess` no model will see them: they have no tokens, and their images no cache."""
+    """The (noisy) training split as `Pairs`, see `make_pairs`. Makes the noisy caption file when it
+    is missing."""
     clean_file = split_folder(args.dataset_root) / "train_caps.txt"
     clean_captions = read_captions(clean_file) if clean_file.exists() else []
     if clean_captions:  # checked before a noisy file is made of them
@@ -89,8 +88,8 @@ def retrieval_split(args, split, preprocess, log=print):
 
 
 def training_data(args, preprocess, log=print):
-    """(training pairs, dev split) of a training run, which is refused before it builds a bank in
-    vain if the pairs fill no batch."""
+    """(training pairs, dev split) of a training run. Raises InputError when the pairs fill no
+    batch."""
     pairs = training_pairs(args, preprocess, log)
     require_batch(args, len(pairs))
     return pairs, retrieval_split(args, "dev", preprocess, log)
@@ -118,7 +117,7 @@ def main(argv=None):
     for split in SPLITS:
         pairs = (training_pairs(args, preprocess) if split == "train"
                  else retrieval_split(args, split, preprocess))
-        with tqdm(total=len(pairs.images), desc=split, unit="img", disable=None) as bar:
+        with progress(total=len(pairs.images), desc=split, unit="img") as bar:
             for batch in image_loader(args, pairs.images):
                 bar.update(len(batch))
         print(f"{split}: {len(pairs.images)} images in {pairs.images.cache.path}")

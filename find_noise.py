@@ -1,12 +1,13 @@
-"""Find the training pairs that are probably wrong.
+"""Find the pairs that are probably wrong.
 
     python find_noise.py --dataset pairs --dataset_root PATH --out logs/noise
     python find_noise.py --dataset pairs --dataset_root PATH --out logs/noise \\
         --labels decisions.csv --write_clean dataset/mine_cleaned
 
-Ranks all pairs from most to least suspicious: suspicious_pairs.csv lists them, and
-suspicious_pairs.html shows the worst beside what the model would rather pair them with, and a
-random sample. The answers that are given there, as --labels, tell how many pairs are wrong.
+Ranks all pairs from most to least suspicious. suspicious_pairs.csv lists them.
+suspicious_pairs.html shows the worst pairs, each beside what the model would pair it with, and a
+random sample of all pairs. Decisions that are made on that page, given as --labels, measure how
+many pairs are wrong.
 """
 
 import sys
@@ -31,11 +32,12 @@ from utils.cleaning.noise_page import Suspect, noise_page
 from utils.cleaning.source import require_unchanged, rows_of, source_of
 from utils.cleaning.survey import draw_sample
 from utils.cleaning.text import text_cell
+from utils.distributed import is_main
 from utils.files import atomic_write, require_new
 from utils.method.building import nearest_clean
 from utils.method.judge import doubts, share_in_words
 from utils.method.neighbours import Features, nearest, normalised, random_rows
-from utils.method.pairs import fingerprint, first_pairs
+from utils.method.pairs import fingerprint, first_pairs, for_model
 from utils.method.rounds import judge_pairs
 from utils.reading.images import Images
 from utils.reading.layout import SPLITS
@@ -45,17 +47,18 @@ from utils.training.run import Run
 
 THUMBNAIL = 160  # pixels
 TRAINING = ("train",)
+MANY_WRONG = 0.05  # estimated share of wrong pairs from which on unchecked test captions are told
 COLUMNS = ("rank", "pair", "row", "place", "score", "posterior", "image", "caption", "best_caption",
            "clean_pair", "clean_image", "clean_caption", "stratum", "stratum_size", "decision")
 
 
 class Ranking(NamedTuple):
     """order (n,): all pairs from most to least suspicious, `worst` those of the page; score (n,),
-    NaN where there is none; answer (n,): 1 where a person says wrong, -1 right, 0 nothing; sample:
-    random pairs, as `draw_sample` gives them."""
+    NaN where there is none; answer (n,): 1 labelled wrong, -1 right, 0 not labelled; sample: random
+    pairs, as of `draw_sample`."""
 
     order: np.ndarray
-    worst: list
+    worst: np.ndarray
     score: np.ndarray
     answer: np.ndarray
     sample: dict
@@ -65,30 +68,43 @@ class Ranking(NamedTuple):
 def main(argv=None):
     args = parse_args("find_noise", argv)
     run, out = Run(args), Path(args.out)
+
+    # Files first: a wrong one is told before a model is fetched or an image is read
     source, splits = what_to_judge(args)
-    model, preprocess = (None, None) if args.judge_features else run.load_model()
-    pairs = (training_pairs if splits == TRAINING else all_pairs)(args, preprocess, run.log)
+    pairs = (training_pairs if splits == TRAINING else all_pairs)(args, None, run.log)
     rows = source and rows_of(args.dataset_root, splits)
     if source and len(rows) != len(pairs):
-        raise InputError(f"{pairs.source} has {len(pairs)} pairs, but {len(rows)} are known to be "
-                         f"from {source.table}; prepare the data set again")
+        raise InputError(f"{pairs.source} has {len(pairs)} pairs, but the rows of {len(rows)} in "
+                         f"{source.table} are known; prepare the data set again")
     labels = read_labels(args.labels, pairs)
+    w = args.weights and mean_weights(read_weights(args.weights, pairs))
+    model = None
+    if not args.judge_features:
+        model, preprocess = run.load_model()
+        pairs = for_model(pairs, args, preprocess, run.log)
+    if is_main():
+        out.mkdir(parents=True, exist_ok=True)
 
     verdict, features = judge_pairs(model, pairs, args, run.precision, run.log)
+    if not is_main():
+        return
     images, texts = map(normalised, features)
-    score, suspicion = scores(args, verdict, pairs)
+    score = {"judge": verdict.score, "loss": verdict.loss, "cosine": verdict.cosine,
+             "npc": w}[args.score]
+    suspicion = score if args.score in ("judge", "loss") else -score  # NaN where there is none
     order = np.lexsort((-verdict.loss, -suspicion))  # equal ones by loss; without a score: last
     scored = order[: np.isfinite(suspicion).sum()]
     findings, thresholds = what_is_known(args, pairs, labels, verdict, suspicion, scored)
     if splits == TRAINING:
-        findings.append("Only the training split is judged, neither dev nor test.")
+        findings.append(unchecked_splits(args, verdict))
     run.log("\n".join([*findings, thresholds]).rstrip())
 
-    # What a person has labelled is known: wrong ones come first, right ones last
+    # A labelled pair is known: pairs labelled wrong come first, pairs labelled right last
     order = order[np.argsort(-labels.answer[order], kind="stable")]
-    answered = labels.answer[order] != 0
-    worst = [*order[np.isfinite(suspicion[order]) | answered][: args.worst], *order[answered]]
-    ranking = Ranking(order, list(dict.fromkeys(worst)), score, labels.answer,
+    answer = labels.answer[order]
+    worst = order[(answer > 0) | (answer == 0) & np.isfinite(suspicion[order])]
+    worst = worst[: max(args.worst, (answer > 0).sum())]
+    ranking = Ranking(order, worst, score, labels.answer,
                       labels.sample or draw_sample(scored, args.seed))
 
     best_text, nearest_pair = partners(args, pairs, verdict.clean, images, texts)
@@ -110,9 +126,9 @@ def main(argv=None):
 
 def what_to_judge(args):
     """(`Source` of the data set, None without a table; the splits to judge). Pairs of a table are
-    judged whatever their split, where the judge knows more than the training pairs."""
-    source = None if args.noise_ratio else source_of(args.dataset_root)  # whose captions are its
-    if args.write_clean:
+    judged in all splits, unless the judge knows the training pairs alone."""
+    source = None if args.noise_ratio else source_of(args.dataset_root)  # noise is not in the table
+    if args.write_clean and is_main():
         require_new("--write_clean", args.write_clean)
         if source:
             require_unchanged(source)
@@ -120,20 +136,9 @@ def what_to_judge(args):
     return source, SPLITS if whole else TRAINING
 
 
-def scores(args, verdict, pairs):
-    """(score (n,), suspicion (n,)) of the pairs by `--score`. The suspicion is the score with the
-    sign that makes a high one suspicious; NaN where there is none."""
-    if args.score in ("judge", "loss"):
-        score = verdict.score if args.score == "judge" else verdict.loss
-        return score, score
-    score = (verdict.cosine if args.score == "cosine"
-             else mean_weights(read_weights(args.weights, pairs)))
-    return score, -score
-
-
 def what_is_known(args, pairs, labels, verdict, suspicion, scored):
     """(lines of text, Markdown table or "") of what is known of all pairs. suspicion (n,); scored:
-    the pairs that have one, from most to least suspicious."""
+    the pairs that have a score, from most to least suspicious."""
     share, n = verdict.wrong_share, len(pairs)
     lines, thresholds = [f"Estimated noise share: {share_in_words(verdict, args)}, the judge's "
                          "guess; labels of the random sample measure it (--labels)."], ""
@@ -142,12 +147,21 @@ def what_is_known(args, pairs, labels, verdict, suspicion, scored):
         lines.append(f"{n - len(scored)} of {n} pairs have no weight in {args.weights}, as "
                      "training never drew them; they come last.")
     if pairs.wrong is not None:
-        lines.append(against_truth(suspicion[scored], pairs.wrong[scored], share))
+        lines.append(against_injected(suspicion[scored], pairs.wrong[scored], share))
     if args.labels:
         more, thresholds = label_findings(labels, verdict.posterior, args.keep_above,
                                           args.wanted_precision)
         lines += more
     return lines, thresholds
+
+
+def unchecked_splits(args, verdict):
+    """A line of text on dev and test, which were not judged."""
+    line = "Only the training split is judged, neither dev nor test."
+    if not args.noise_ratio and verdict.wrong_share > MANY_WRONG:  # injected noise spares them
+        line += (" If their captions come from the same source, as many of them are wrong, and "
+                 "every score on them is a score of such captions.")
+    return line
 
 
 def partners(args, pairs, clean, images, texts):
@@ -162,25 +176,27 @@ def partners(args, pairs, clean, images, texts):
     return some[best], nearest_pair
 
 
-def against_truth(suspicion, wrong, share):
-    """How well an order by suspicion (n,), the highest first, has the wrong pairs, (n,) bool, in
-    front: a line of text."""
+def against_injected(suspicion, wrong, share):
+    """A line of text: how well an order by suspicion (n,), the highest first, has the pairs with
+    injected noise, wrong (n,) bool, in front."""
     n, num_wrong = len(wrong), int(wrong.sum())
+    line = f"Against the injected noise, in {num_wrong} of {n} pairs"
     measures = noise_measures(suspicion, wrong)
     if measures is None:
-        return f"Against train_caps.txt: {num_wrong} of {n} pairs are wrong, nothing to rank."
+        return f"{line}: nothing to rank."
     taken = max(1, round(share * n))
-    return (f"Against train_caps.txt, {num_wrong} of {n} pairs are wrong: "
-            f"AUC {measures['auc']:.3f}, average precision {measures['average_precision']:.3f}, "
-            f"mean noise rank {measures['mean_noise_rank']:.1f} (optimum "
-            f"{measures['optimum']:.1f}, chance {measures['chance']:.1f}), precision of the "
-            f"{taken} most suspicious {wrong[:taken].mean():.3f}.")
+    return (f"{line}: AUC {measures['auc']:.3f}, average precision "
+            f"{measures['average_precision']:.3f}, mean noise rank "
+            f"{measures['mean_noise_rank']:.1f} (optimum {measures['optimum']:.1f}, chance "
+            f"{measures['chance']:.1f}), precision of the {taken} most suspicious "
+            f"{wrong[:taken].mean():.3f}. Captions that are wrong in train_caps.txt itself count "
+            "as right here.")
 
 
 def write_table(f, pairs, verdict, ranking, rows, best_text, nearest_pair):
-    """Write the CSV of all pairs in order, each with its row in the user's table and its place
-    there, rows (n, 2) or None, the caption that best fits its image, best_text (u,), and the
-    strict-clean pair nearest_pair (n,)."""
+    """Write the CSV of all pairs in order. rows (n, 2): each pair's row and place in the user's
+    table, or None; best_text (u,): the caption that best fits each image; nearest_pair (n,): the
+    nearest strict-clean pair."""
     first = first_pairs(pairs.text_of)
     table = csv.writer(f, lineterminator="\n")
     table.writerow(COLUMNS)
@@ -194,18 +210,19 @@ def write_table(f, pairs, verdict, ranking, rows, best_text, nearest_pair):
 
 
 def suspects(args, pairs, verdict, ranking, images, texts, best_text):
-    """`Suspect`s of the worst pairs and of the sample, each with the model's best caption, of
-    best_text (u,), and best image among all distinct ones. images (u, D), texts (v, D): normalised
-    features."""
-    places = [{pair: place for place, pair in enumerate(group, 1)}
-              for group in (ranking.worst, ranking.sample)]
-    chosen = np.array(list(places[0] | places[1]))
+    """`Suspect`s of the worst pairs, of the sample and of all labelled pairs, each with the model's
+    best caption, of best_text (u,), and its best image among all distinct ones. images (u, D),
+    texts (v, D): normalised features."""
+    worst, sample = ({pair: place for place, pair in enumerate(group, 1)}
+                     for group in (ranking.worst.tolist(), ranking.sample))
+    labelled = np.flatnonzero(ranking.answer).tolist()
+    chosen = np.array(list(worst | sample | dict.fromkeys(labelled)))
     image_of, text_of = pairs.image_of[chosen], pairs.text_of[chosen]
     first = first_pairs(pairs.text_of)
     best_image = nearest(texts[torch.from_numpy(text_of).to(texts.device)], images)[1][:, 0]
     names = pairs.images.names
     thumbnails = Images(args.dataset_root, names, clip.Preprocess(THUMBNAIL))
-    return [Suspect(*(place.get(i) for place in places),
+    return [Suspect(worst.get(i), sample.get(i),
                     (i, *cells(pairs, i), *ranking.sample.get(i, ("", ""))),
                     NAMES[ranking.answer[i]], float(ranking.score[i]), verdict.posterior[i],
                     names[k], thumbnails[k].numpy(), pairs.captions[i], pairs.captions[first[text]],

@@ -187,8 +187,6 @@ option("--data_on", choices=("auto", "device", "workers"), default="auto", help=
 option("--image_cache", type=path, default="off", metavar="off|DIR", help="""
     keep the decoded and cropped images in a file in this folder, 0.15 MB each at 224 pixels; later
     passes and runs read the same pixels from there""")
-option("--cache", dest="image_cache", type=path, metavar="DIR", default="off", help="""
-    folder of the image cache: 0.15 MB an image at 224 pixels""")
 option("--list_items", type=path, metavar="DIR", help="""
     list the distinct training images and captions there, for a judge that is another kind of model
     (--judge_features)""")
@@ -385,7 +383,7 @@ EXAMPLES = {  # first line of each --help
     "clip": "main_CLIP.py --dataset_root dataset/mine --experiments clip",
     "memorybank": "get_memorybank.py --dataset_root dataset/mine --judge_rounds 2",
     "noise": "construct_noise.py --dataset_root dataset/mine --noise_ratio 0.4",
-    "cache": "data.py --dataset_root dataset/mine --cache DIR",
+    "cache": "data.py --dataset_root dataset/mine --image_cache DIR",
     "find_noise": "find_noise.py --dataset_root dataset/mine --out logs/noise",
     "search": 'search.py --resume logs/mine/best.pt --dataset_root dataset/mine "a dog"',
     "interpolate": "interpolate.py --resume logs/mine/best.pt --initial ViT-B/32 "
@@ -419,7 +417,7 @@ COMMANDS = {  # name: what it does, its options by group, defaults of its own
                     "evaluation": "eval_batch_size"}, {"recipe": "paper", **JUDGED}),
     "noise": ("Make a noisy caption file.", {"data": SET, "run": "seed"}, {}),
     "cache": ("Decode all images ahead.",
-              {"data": f"{SET} context_length num_workers cache list_items vision_model",
+              {"data": f"{SET} context_length num_workers image_cache list_items vision_model",
                "run": "seed", "evaluation": "eval_batch_size dev_length"},
               {"data_on": "workers"}),
     "find_noise": ("Rank the training pairs by how suspicious they are.",
@@ -546,7 +544,7 @@ def fill_in(parser, command, args):
     if given("wandb") and not find_spec("wandb"):
         parser.error("--wandb needs a package that is not installed here: pip install wandb")
     if command == "cache" and (args.image_cache == "off") == (args.list_items is None):
-        parser.error("give one of --cache DIR and --list_items DIR")
+        parser.error("give one of --image_cache DIR and --list_items DIR")
     if command == "find_noise" and (args.score == "npc") != (args.weights is not None):
         parser.error("--score npc and --weights RUN/weights.npz go together")
     if given("overwrite") and args.resume == "auto":

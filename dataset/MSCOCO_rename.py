@@ -1,9 +1,9 @@
-"""Put the MSCOCO 2014 images into one folder, under the names that the training reads.
+"""Put the MSCOCO 2014 images into one folder, under the names that training reads.
 
     DIR/images/train2014/COCO_train2014_000000000009.jpg  ->  DIR/images/COCO_2014_000000000009.jpg
 
 train2014/ and val2014/ may lie in DIR/images/ or in DIR/, or their images directly in DIR/images/.
-Files are moved, never overwritten; a run that was stopped is simply run again.
+Files are moved and never overwritten. After an interruption, run the command again.
 
     python dataset/MSCOCO_rename.py --root dataset/MSCOCO --dry_run
     python dataset/MSCOCO_rename.py --root dataset/MSCOCO
@@ -19,9 +19,9 @@ from utils.errors import InputError, command  # first: Ctrl-C ends in a line  # 
 import os
 import re
 
-from tqdm import tqdm
-
+from dataset.common import as_path
 from params import Parser
+from utils.progress import progress
 from utils.reading.layout import few
 
 FOLDERS = ("images/train2014", "images/val2014", "train2014", "val2014", "images")
@@ -32,23 +32,22 @@ IMAGES = 82783 + 40504  # train2014 and val2014
 @command
 def main(argv=None):
     parser = Parser(__doc__)
-    parser.add_argument("--root", type=Path, required=True,
+    parser.add_argument("--root", type=as_path, required=True,
                         help="folder of the data set, which has or gets images/")
     parser.add_argument("--dry_run", action="store_true",
-                        help="say what would be moved and change nothing; use it first when you "
-                             "are not sure of --root")
+                        help="print what would be moved, and move nothing")
     args = parser.parse_args(argv)
 
     images = args.root / "images"
-    moves = [(path, images / f"COCO_2014_{match[1]}.jpg") for folder in FOLDERS
-             for path in sorted((args.root / folder).glob("*.jpg"))
+    moves = [(path, images / f"COCO_2014_{match[1]}.jpg") for part in FOLDERS
+             for path in sorted((args.root / part).glob("*.jpg"))
              if (match := ORIGINAL.fullmatch(path.name))]
     before = len(list(images.glob("COCO_2014_*.jpg")))
     if not moves and not before:
         raise InputError(f"no COCO_train2014_*.jpg or COCO_val2014_*.jpg in {args.root}; unpack "
                          f"train2014.zip and val2014.zip in it, or in one of {', '.join(FOLDERS)}")
     moved, left = 0, []
-    for source, target in tqdm(moves, desc="moving", disable=None):
+    for source, target in progress(moves, desc="moving"):
         if os.path.lexists(target):
             left.append(source)
         elif args.dry_run:

@@ -1,5 +1,4 @@
-"""What the preparation commands share: images, the rows that cannot be used, and the files of a
-split.
+"""What the preparation commands share: reading and placing images, and the files of a split.
 
 A split is (ids, captions): one id per image and, per image, its list of captions.
 """
@@ -13,8 +12,10 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
+from params import path
 from utils.errors import InputError
 from utils.files import atomic_write, new_folder
+from utils.reading.images import open_image
 from utils.reading.layout import SPLITS, split_folder, write_lines, write_split
 
 JPEG = ("JPEG", "MPO")  # an MPO is a JPEG with further pictures behind the first
@@ -22,13 +23,18 @@ SPLIT_OF = {"train": "train", "training": "train", "restval": "train", "dev": "d
             "valid": "dev", "validation": "dev", "test": "test", "testing": "test"}
 
 
+def as_path(text):
+    """An argparse type: a path with ~ expanded, as `Path`."""
+    return Path(path(text))
+
+
 class Unusable(Exception):
-    """Why a row or an image cannot be used: a reason, and perhaps the case's details."""
+    """A row or an image cannot be used: the reason and, optionally, details."""
 
 
 def count_reasons(unusable):
-    """How often what is wrong, with an example of the most frequent, as text. unusable: a list of
-    (row, reason, detail)."""
+    """Text that counts the reasons in a list of (row, reason, detail), with an example of the most
+    frequent one."""
     counts = Counter(reason for _, reason, _ in unusable).most_common(5)
     text = "; ".join(f"{count} rows: {reason}" for reason, count in counts)
     examples = [f" (row {row}: {detail})" for row, reason, detail in unusable
@@ -40,55 +46,38 @@ def count_reasons(unusable):
 
 
 def inner_name(name):
-    """`name` as a plain path below a folder ("a/b.jpg"). Raises ValueError when it leads out of the
-    folder or does not fit on a line of UTF-8 text."""
+    """`name` as a plain path below a folder ("a/b.jpg"). Raises ValueError when the path leads out
+    of the folder or does not fit on a line of UTF-8 text."""
     name.encode()
     if name != name.strip() or not {*"\n\r\0"}.isdisjoint(name):
         raise ValueError(f"image name {name!r} does not fit on a line of image_name.txt")
-    plain = os.path.normpath(name).replace(os.sep, "/")
+    plain = os.path.normpath(name)
     if os.path.isabs(name) or plain.split("/")[0] in (".", ".."):
         raise ValueError(f"image {name!r} does not lie inside the images folder")
     return plain
 
 
-def opened(source):
-    """PIL image of a path or of bytes."""
-    from utils.reading.images import open_image  # with torch, which a --help does without
-
-    return open_image(io.BytesIO(source) if isinstance(source, bytes) else source)
-
-
 def image_format(source):
-    """Format ("JPEG", "PNG", ...) of an image, given as path or bytes, which is decoded in full, as
-    training will do. Raises `Unusable` when it cannot be."""
+    """Format ("JPEG", "PNG", ...) of an image, a path or bytes, which is decoded in full, as in
+    training. Raises `Unusable` when it cannot be decoded."""
     try:
         if not isinstance(source, bytes) and not os.path.isfile(source):
-            raise ValueError("no regular file")  # a pipe would block
-        with opened(source) as image:
+            raise ValueError("no regular file")  # opening a pipe would block
+        with open_image(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             image.convert("RGB")
             return image.format
-    except Exception as error:  # whatever a decoder stumbles over, the image is no use
+    except Exception as error:  # decoders raise almost anything on broken images
         said = " ".join(str(error).split())[:150]
         said = "no image that Pillow knows" if "cannot identify" in said else said
         where = "" if isinstance(source, bytes) else f"{source}: "
         raise Unusable("image cannot be read", where + said) from None
 
 
-def as_jpeg(source):
-    """Bytes of an image (path or bytes) re-encoded as JPEG."""
-    buffer = io.BytesIO()
-    with opened(source) as image:
-        from clip.preprocess import to_8_bit
-
-        to_8_bit(image).convert("RGB").save(buffer, "JPEG", quality=95)
-    return buffer.getvalue()
-
-
 def put_image(source, target, link="hard"):
     """Put an image, a path or bytes, at `target`. Returns False when it is there already.
 
-    link: "hard" (a copy where the file system refuses), "symlink" or "copy"; bytes are written.
-    Raises InputError when something else is at `target`, which is never overwritten.
+    link, for a path: "hard" (a copy where the file system refuses links), "symlink" or "copy".
+    Raises InputError when something else is at `target`; it is not overwritten.
     """
     target = Path(target)
     if os.path.lexists(target):
@@ -125,10 +114,11 @@ def write_splits(folder, splits, names=None):
 
 @contextlib.contextmanager
 def new_split(root, write):
-    """Let the function `write` put the files of a data set into a folder, which takes its place
-    below `root` once the block, which puts the images there, is through.
+    """Make the split files of the data set `root`: `write(folder)` writes them into a folder, which
+    takes its place below `root` after the block. The block places the images.
 
-    Raises InputError when other files are there: noisy captions and memory banks belong to them.
+    Raises InputError when other split files are there: noisy captions and memory banks belong to
+    them.
     """
     target = split_folder(root)
     with tempfile.TemporaryDirectory() as new:
@@ -143,7 +133,7 @@ def new_split(root, write):
 
 
 def print_sizes(root, splits):
-    """Say what was written."""
+    """Print how many images and captions each split has, and where they are."""
     for split in SPLITS:
         ids, captions = splits[split]
         print(f"{split:>5}: {len(ids):7d} images, {sum(map(len, captions)):7d} captions")

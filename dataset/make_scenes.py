@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw
 
-from params import Parser, positive_int
+from params import Parser, path, positive_int
 from utils.reading.layout import split_folder, write_lines, write_split
 
 
@@ -255,7 +255,7 @@ def make_scenes(out, domain, train, dev, test, seed):
 def main(argv=None):
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--out", metavar="DIR", required=True, help="folder of the set")
+    add("--out", type=path, metavar="DIR", required=True, help="folder of the set")
     add("--domain", choices=DOMAINS, default="target", help="which palette and which words")
     for split, count, use in (("train", 400, "training"), ("dev", 100, "validation"),
                               ("test", 300, "testing")):

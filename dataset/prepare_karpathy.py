@@ -1,8 +1,8 @@
 """Make the split files of MSCOCO or Flickr30K from Karpathy's dataset_coco.json or
 dataset_flickr30k.json (both in his caption_datasets.zip).
 
-`restval` joins the training split and `val` is written as dev; every image has its first five
-captions. MSCOCO's ids are COCO's own; Flickr30K's are line numbers of image_name.txt.
+`restval` joins the training split, and `val` is written as dev. The first five captions of an image
+are kept. MSCOCO's ids are COCO's own; Flickr30K's are line numbers of image_name.txt.
 
     python dataset/prepare_karpathy.py --json dataset_coco.json --root dataset/MSCOCO
     python dataset/prepare_karpathy.py --json dataset_flickr30k.json --root dataset/Flickr30K
@@ -17,7 +17,7 @@ from utils.errors import command  # first: Ctrl-C ends in a line  # isort: skip
 
 import json
 
-from dataset.common import SPLIT_OF, inner_name, new_split, print_sizes, write_splits
+from dataset.common import SPLIT_OF, as_path, inner_name, new_split, print_sizes, write_splits
 from params import Parser
 from utils.cleaning.captions import one_line
 from utils.files import parsing
@@ -28,10 +28,11 @@ DATASET_OF = {"coco": "coco", "flickr30k": "f30k"}  # the JSON's name for it: ou
 
 
 def read_json(path):
-    """Data set, "coco" or "f30k", of Karpathy's JSON, and its images: list of (id, split, list of
-    CAPTIONS str, captions left out) with a name as id for f30k, in the order of its imgid.
+    """("coco" or "f30k", images) of Karpathy's JSON. images: a list of (id, split, list of CAPTIONS
+    str, number of captions left out). For f30k an id is a file name, and images are in the order of
+    their imgid.
 
-    Raises InputError when the file is no such JSON or an image has no CAPTIONS captions.
+    Raises InputError when the file is no such JSON or an image has fewer than CAPTIONS captions.
     """
     with parsing(path, "Karpathy's dataset_coco.json or dataset_flickr30k.json", "take the "
                  "original file, or for other data dataset/prepare_pairs.py (of such a file with "
@@ -58,9 +59,9 @@ def read_json(path):
 @command
 def main(argv=None):
     parser = Parser(__doc__)
-    parser.add_argument("--json", type=Path, required=True,
+    parser.add_argument("--json", type=as_path, required=True,
                         help="Karpathy's dataset_coco.json or dataset_flickr30k.json")
-    parser.add_argument("--root", type=Path, required=True,
+    parser.add_argument("--root", type=as_path, required=True,
                         help="folder of the data set; annotations/scan_split/ is written in it and "
                              "images/ belongs in it")
     args = parser.parse_args(argv)

@@ -4,6 +4,7 @@ import csv
 import gzip
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -17,13 +18,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image, PngImagePlugin
-from test_prepare import jpeg, lines, put
+from test_prepare import jpeg, lines, put, tree
 
 import find_noise
+from data import all_pairs
 from dataset import prepare_pairs
+from params import parse_args
 from utils.cleaning.captions import captions_in, one_line, without
+from utils.cleaning.source import rows_of, source_of
 from utils.cleaning.tables import Json, read_rows, table_of
 from utils.errors import InputError
+from utils.reading.layout import image_names, read_captions, read_ids
 
 COUNT = 24
 WRONG = {3: [0], 7: [1], 11: [0, 1], 12: [1], 15: [0], 20: [0, 1]}  # places of wrong captions
@@ -210,8 +215,54 @@ def tar_of_halves(folder):
     return folder / "t.tar"
 
 
+def tsv(folder):
+    """With quotes that are text, in two files."""
+    for part in (range(12), range(12, COUNT)):
+        put(folder / f"{part[0]:02d}.tsv", "caption\timage\n" + "".join(
+            f"{c}\t{files(folder)[i]}\n" for i in part for c in captions(i)))
+    return f"{folder}/*.tsv", ()
+
+
+def parquet_bytes(folder):
+    return parquet(folder, bytes_of=[jpeg(i, size=(40, 40)) for i in range(COUNT)])
+
+
+def parquet_bytes_in_structs(folder):
+    return parquet(folder, bytes_of=[{"bytes": jpeg(i, size=(40, 40)), "path": f"{i:03d}.jpg"}
+                                     for i in range(COUNT)])
+
+
+def loose(folder):
+    """As img2dataset writes files, captions in .json and .txt, with its notes beside them."""
+    for i in range(COUNT):
+        place = folder / f"{i // 10:05d}"
+        put(place / f"{i:03d}.jpg", jpeg(i, size=(40, 40)))
+        put(place / f"{i:03d}.json", json.dumps({"caption": captions(i), "key": "other"}))
+        if i % 5 == 4:
+            put(place / f"{i:03d}.txt", json.dumps(captions(i)))
+    put(folder / "00000_stats.json", "{}")
+    return folder, ()
+
+
+def tars(folder):
+    """Of two shards, with a file of no concern."""
+    whole, _ = tar(folder)
+    with tarfile.open(whole) as f:
+        members = [(member, f.extractfile(member).read()) for member in f]
+    whole.unlink()
+    for name, part in (("00000.tar", members[:14]), ("00001.tar", members[14:])):
+        with tarfile.open(folder / name, "w") as f:
+            for member, data in part:
+                f.addfile(member, io.BytesIO(data))
+    put(folder / "00000.parquet", "of no concern")
+    return folder, ()
+
+
+SHARDS = [tar, tars, loose]
 FORMATS = [csv_json, csv_pandas, csv_columns, csv_lines, utf_16, token, jsonl, json_array, karpathy,
-           parquet, parquet_structs, parquet_lists_beside, parquets, arrow, csvs, tar]
+           parquet, parquet_structs, parquet_lists_beside, parquets, arrow, csvs, tsv,
+           parquet_bytes, parquet_bytes_in_structs, *SHARDS]
+HAVE_BYTES = [parquet_bytes, parquet_bytes_in_structs, *SHARDS]
 
 
 def pairs_of(table, options, image="image", caption="caption"):
@@ -227,28 +278,46 @@ def pairs_of(table, options, image="image", caption="caption"):
 def test_every_table_comes_back_without_its_wrong_captions(tmp_path, judged, capsys, form):
     (tmp_path / "in").mkdir()
     table, options = form(tmp_path / "in")
-    prepare(table, tmp_path / "mine", *options)
-    rows = find(tmp_path / "mine", tmp_path / "out", "--write_clean", tmp_path / "clean")
+    root = tmp_path / os.fsdecode(b"caf\xe9")  # not UTF-8
+    before = tree(tmp_path / "in")
+    prepare(table, root, *options)
+    assert "left out" not in capsys.readouterr().out and tree(tmp_path / "in") == before
+    for split in ("train", "dev", "test"):  # each caption with the image of its row
+        texts = read_captions(root / f"annotations/scan_split/{split}_caps.txt")
+        names = image_names(root, "pairs", read_ids(root, split, len(texts), None, "caps"))
+        numbers = rows_of(root, [split])[:, 0] * COUNT // source_of(root).rows
+        for text, name, i in zip(texts, names, numbers, strict=True):
+            assert text.replace("'", '"') in captions(i)
+            assert (root / "images" / name).read_bytes() == jpeg(i, size=(40, 40))
+
+    rows = find(root, tmp_path / "out", "--write_clean", tmp_path / "clean")
     assert judged[0] == len(rows) == 2 * COUNT  # dev and test too
     wrong = [captions(i)[c] for i, places in WRONG.items() for c in places]
-    assert {row["caption"].replace("'", '"') for row in rows[: len(wrong)]} == set(
-        c.replace("'", '"') for c in wrong)
+    assert {row["caption"].replace("'", '"') for row in rows[: len(wrong)]} == set(wrong)
     cleaned = tmp_path / "clean" / f"cleaned{table_of(table).suffix}"
-    if form is tar:
-        expected = [(f"v1.2_{i:03d}" if i % 2 else f"{i:03d}", captions(i)[c])
-                    for i in range(COUNT) for c in RIGHT[i]]
-        assert pairs_of(cleaned, (), image="key") == expected
-    else:
-        expected = [(image, c) for image, c in pairs_of(table, options) if image[:3] == c[6:9]]
-        assert len(expected) == 2 * COUNT - len(wrong)
-        assert pairs_of(cleaned, options) == expected
+    right = [captions(i)[c] for i in range(COUNT) for c in RIGHT[i]]
+    found = pairs_of(cleaned, options, image="key") if form in SHARDS else pairs_of(cleaned,
+                                                                                  options)
+    assert [caption.replace("'", '"') for _, caption in found] == right
+    if form in SHARDS:
+        assert [key[-3:] for key, _ in found] == [f"{i:03d}" for i in range(COUNT)
+                                                  for _ in RIGHT[i]]
+    else:  # with all columns and, in Parquet, types
+        everything = pairs_of(table, options)
+        assert all(pair in everything for pair in found)
+        changed = {"caption", "caption_0", "caption_1", "sentences"}
+        originals, copies = ([{name: row[name] for name in row.keys() - changed} for row in
+                              table_of(path).rows()] for path in (table, cleaned))
+        assert len(copies) > 20 and all(row in originals for row in copies)
+        if form in (parquet, *HAVE_BYTES):
+            assert pq.read_schema(cleaned).equals(pq.read_schema(table), check_metadata=True)
     kept = sum((lines(tmp_path / "clean", f"{split}_caps.txt")
                 for split in ("train", "dev", "test")), [])
-    assert sorted(kept) == sorted(caption for _, caption in expected)
-    if form is not tar:  # it can be prepared and cleaned again, and nothing comes back in
+    assert sorted(caption.replace("'", '"') for caption in kept) == sorted(right)
+    if form not in HAVE_BYTES:  # it can be prepared and cleaned again, and nothing comes back in
         find(tmp_path / "clean", tmp_path / "out", "--write_clean", tmp_path / "again",
              "--keep_above", 0)
-        assert pairs_of(tmp_path / "again" / cleaned.name, options) == expected
+        assert pairs_of(tmp_path / "again" / cleaned.name, options) == found
 
 
 def test_half_a_character_is_no_trap(tmp_path, judged):
@@ -328,22 +397,28 @@ def test_types_that_cannot_be_one_are_refused_when_preparing(tmp_path, capsys):
                        tmp_path / f"{number}.parquet")
     refused(prepare, f"{tmp_path}/*.parquet", tmp_path / "mine")
     error = capsys.readouterr().err
-    assert "1.parquet is not a file with the same columns as" in error and "note" in error
+    assert "1.parquet is not a file with columns of the same types as" in error and "note" in error
     delimited(tmp_path, "0.csv", [["image", "caption", "note"]])
     delimited(tmp_path, "1.csv", [["image", "caption"]])
     refused(prepare, f"{tmp_path}/*.csv", tmp_path / "mine")
     assert "1.csv has other columns than" in capsys.readouterr().err
 
 
-def test_what_nobody_judged_is_said(tmp_path, judged, capsys):
+def test_what_was_not_judged_is_said(tmp_path, judged, capsys):
+    """Scores are of unchecked captions, which matters where many captions are wrong."""
     table, _ = jsonl(tmp_path)
     prepare(table, tmp_path / "mine")
-    np.savez(tmp_path / "w.npz", w=np.ones((1, len(lines(tmp_path / "mine", "train_caps.txt")))))
+    assert "No caption was checked. If some are wrong, so are some of dev and test" in (
+        capsys.readouterr().out)
+    n = len(lines(tmp_path / "mine", "train_caps.txt"))
+    np.savez(tmp_path / "w.npz", w=np.ones((1, n)))
     find(tmp_path / "mine", tmp_path / "out", "--score", "npc", "--weights", tmp_path / "w.npz",
          "--write_clean", tmp_path / "clean")
     out = capsys.readouterr().out
-    assert "Only the training split is judged, neither dev nor test" in out
-    assert "8 captions of dev and test were judged by nobody" in out
+    assert "Only the training split is judged, neither dev nor test." in out
+    share = float(re.search(r"noise share: ([\d.]+)", out)[1])
+    assert share > 5 and "every score on them is a score of such captions" in out
+    assert "8 captions of dev and test were not judged" in out
 
 
 # ---- read = used + listed ------------------------------------------------------------------------
@@ -353,8 +428,9 @@ def test_what_nobody_judged_is_said(tmp_path, judged, capsys):
 def test_rows_read_are_used_or_listed(tmp_path, form, capsys):
     (tmp_path / "in").mkdir()
     table, options = form(tmp_path / "in")
-    for i in (2, 9):
-        (tmp_path / "in" / f"{i:03d}.jpg").unlink(missing_ok=True)
+    for path in (tmp_path / "in").rglob("*"):
+        if path.name in ("002.jpg", "009.jpg"):
+            path.unlink()
     prepare(table, tmp_path / "mine", *options)
     used = {int(line.split()[0]) for split in ("train", "dev", "test")
             for line in lines(tmp_path / "mine", f"{split}_rows.txt")}
@@ -362,8 +438,8 @@ def test_rows_read_are_used_or_listed(tmp_path, form, capsys):
         listed = {int(row["row"]) for row in csv.DictReader(f)}
     read = json.loads("\n".join(lines(tmp_path / "mine", "source.json")))["rows"]
     assert used | listed == set(range(read)) and not used & listed
-    assert bool(listed) == (form is not tar)
-    assert read == COUNT * (2 if form in (csv_lines, utf_16, token) else 1)
+    assert bool(listed) == (form not in (parquet_bytes, parquet_bytes_in_structs, tar, tars))
+    assert read == COUNT * (2 if form in (csv_lines, utf_16, token, tsv) else 1)
 
 
 def test_a_shard_loses_no_sample(tmp_path, capsys):
@@ -416,10 +492,14 @@ def test_cells_that_are_refused(value, reason):
         captions_in(value)
 
 
-@pytest.mark.parametrize("text", ["&nbsp;", "&amp;nbsp; ", "\x1b[0m", "\u200b\u200d", "\x07",
-                                  "&#8203;"])
-def test_captions_that_clip_empties_are_none(text):
-    assert one_line(text) == "" and one_line(f"{text}a") != ""
+@pytest.mark.parametrize("raw, plain", [
+    (" A dog\truns\r\n fast . ", "A dog runs fast ."), ("a\u2028b\x0bc\x85d\0e", "a b c d e"),
+    ("half \ud83d character", "half ? character"), ("\t\n ", ""),
+    *((text, "") for text in ("&nbsp;", "&amp;nbsp; ", "\x1b[0m", "\u200b\u200d", "\x07",
+                              "&#8203;"))])
+def test_a_caption_is_one_line_and_none_where_clip_empties_it(raw, plain):
+    assert one_line(raw) == plain
+    assert one_line(f"{raw}a") != ""
 
 
 # ---- what was seen, and why ----------------------------------------------------------------------
@@ -440,6 +520,27 @@ def test_a_file_that_cannot_be_read_is_named_for_what_it_is(tmp_path, capsys, na
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("line", [
+    "http://a.org/1.jpg\ta dog", "https://a.org/x?id=3\ta dog", "a dog\thttp://a.org/1.jpg",
+    "a dog\thttp://a.org/1.jpg\tdog,pet\t/m/0bt9lr\t0.9,0.8", 'a dog,"https://a.org/1.jpg"'],
+    ids=["CC12M", "CC12M, other names", "CC3M", "CC3M with labels", "csv"])
+def test_a_list_of_urls_without_a_header_is_refused(tmp_path, capsys, line):
+    """Whatever the order of its columns, and although images of these numbers are at hand."""
+    for i in (1, 2, 4):
+        put(tmp_path / f"{i}.jpg", jpeg(i))
+    table = put(tmp_path / ("t.tsv" if "\t" in line else "t.csv"), f"{line}\n" * 4)
+    for more in ((), ("--image_column", "a dog", "--caption_column", "a dog")):
+        refused(prepare, table, tmp_path / "mine", *more)
+        assert "has a URL in its first line" in capsys.readouterr().err
+    assert not (tmp_path / "mine").exists()
+
+
+def test_urls_are_no_images(tmp_path, capsys):
+    table = put(tmp_path / "t.tsv", "url\tcaption\nhttp://a.org/1.jpg\ta dog\n")
+    refused(prepare, table, tmp_path / "mine", "--image_column", "url")
+    assert "1 rows: image is a URL; download the images first" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["0.tar.gz", "0.tgz"])
 def test_compressed_tars_are_refused_until_gunzip_has_unpacked_them(tmp_path, capsys, name):
     table, _ = tar(tmp_path)
@@ -456,26 +557,59 @@ def test_compressed_tars_are_refused_until_gunzip_has_unpacked_them(tmp_path, ca
 
 @pytest.mark.parametrize("asked, there", [
     ("A\\1.jpg", "A/1.jpg"), ("a/1.JPG", "A/1.jpg"), ("A/1.jpeg", "A/1.jpg"), ("1.jpg", "A/1.jpg"),
-    ("A/1", "A/1.jpg"), ("cafe\u0301.jpg", "caf\xe9.jpg")])
+    ("A/1", "A/1.jpg")])
 def test_an_image_that_would_be_there_under_another_name_is_named(tmp_path, capsys, asked, there):
     put(tmp_path / "A/1.jpg", jpeg(1))
-    put(tmp_path / "caf\xe9.jpg", jpeg(2))
     table = delimited(tmp_path, "t.csv", [["image", "caption"], [asked, "x"]])
     refused(prepare, table, tmp_path / "mine")
     assert (f"1 rows: image does not exist (row 0: {tmp_path}/{asked}; there is {tmp_path}/{there})"
             in capsys.readouterr().err)
 
 
+@pytest.mark.parametrize("asked, there", [
+    ("cafe\u0301.jpg", "caf\xe9.jpg"), ("caf\xe9.jpg", "cafe\u0301.jpg"), (" 1.jpg", " 1.jpg"),
+    ("1.jpg", " 1.jpg"), (" 1.jpg", "1.jpg"), ("a/1.jpg ", "a/1.jpg")])
+def test_an_image_of_another_spelling_is_taken_where_one_file_fits(tmp_path, capsys, asked, there):
+    """Unicode forms and blanks at the ends, in the table and in image_name.txt."""
+    put(tmp_path / there, jpeg(7))
+    names = files(tmp_path)
+    table = delimited(tmp_path, "t.csv", [["image", "caption"], [asked, "odd"], *(
+        [name, "x"] for name in names)])
+    prepare(table, tmp_path / "r")
+    assert "left out" not in capsys.readouterr().out
+    (place,) = [p for p in (tmp_path / "r/images").rglob("*") if p.is_file()
+                and p.read_bytes() == jpeg(7) and "0" not in p.name]
+    assert str(place.relative_to(tmp_path / "r/images")) == asked.strip()
+    place.rename(tmp_path / "r/images" / there)
+    pairs = all_pairs(parse_args("search", ["--dataset_root", str(tmp_path / "r"), "q"]), None)
+    name = pairs.images.names[pairs.image_of[pairs.captions.index("odd")]]
+    assert name == there
+
+
+def test_an_image_of_two_spellings_is_left_out(tmp_path, capsys):
+    for name in ("1.jpg", " 1.jpg", "caf\xe9.jpg", "cafe\u0301.jpg"):
+        put(tmp_path / name, jpeg(1))
+    table = delimited(tmp_path, "t.csv", [["image", "caption"], [" 1.jpg", "x"], ["1.jpg", "y"], *(
+        [name, "x"] for name in files(tmp_path))])
+    prepare(table, tmp_path / "mine")
+    assert lines(tmp_path / "mine", "unusable_rows.csv")[1:] == [
+        "0,image name fits several files,\"' 1.jpg', '1.jpg'\""]
+
+
 def test_why_an_image_cannot_be_read_is_listed(tmp_path, capsys):
+    """Also metadata of a PNG that Pillow refuses although its pixels are whole."""
     notes = PngImagePlugin.PngInfo()
-    notes.add_itxt("workflow", "x" * 3_000_000, zip=True)  # every browser shows it
+    notes.add_itxt("workflow", "x" * 3_000_000, zip=True)
     names = files(tmp_path)
     Image.new("RGB", (40, 40)).save(tmp_path / names[0], "PNG", pnginfo=notes)
     put(tmp_path / names[1], "<html>404</html>")
     put(tmp_path / names[2], jpeg(1, size=(2, 3000)))
     prepare(delimited(tmp_path, "t.csv", [["image", "caption"], *([n, "x"] for n in names)]),
             tmp_path / "mine")
-    assert lines(tmp_path / "mine", "unusable_rows.csv")[1:] == [
+    listed = lines(tmp_path / "mine", "unusable_rows.csv")[1:]
+    assert listed == [
+        f"0,image cannot be read,{tmp_path / names[0]}: Decompressed data too large for "
+        "PngImagePlugin.MAX_TEXT_CHUNK",
         f"1,image cannot be read,{tmp_path / names[1]}: no image that Pillow knows",
         f"2,image cannot be read,{tmp_path / names[2]}: 2 x 3000 pixels are too thin"]
 
@@ -494,6 +628,13 @@ def test_a_column_says_the_split(tmp_path, capsys):
                 } == kinds
     listed = lines(tmp_path / "mine", "unusable_rows.csv")
     assert listed[1] == '6,"split is none of train, dev, test",unknown' and len(listed) == 7
+
+
+def test_a_split_column_and_sizes_exclude_each_other(tmp_path, capsys):
+    table = delimited(tmp_path, "t.csv", [["image", "caption", "part"]])
+    for option in ("--train", "--dev", "--test"):
+        refused(prepare, table, tmp_path / "mine", "--split_column", "part", option, "3")
+        assert "leave out --train, --dev and --test" in capsys.readouterr().err
 
 
 def test_everything_may_be_in_one_split(tmp_path, judged, capsys):

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from browser import CHROMIUM, Browser
 from conftest import options, tree, write_lines
 from PIL import Image
+from processes import run_in_two, save_small
 
 import clip
 import find_noise
@@ -132,7 +133,7 @@ def test_printed_measures(dataset, find):
     share = 1 - np.mean([float(row["posterior"]) for row in rows])
     taken = round(share * n)
     assert 0.6 < auc < 0.99
-    for said in (f"{m} of {n} pairs are wrong", f"AUC {auc:.3f}", f"share: {share:.1%}",
+    for said in (f"injected noise, in {m} of {n} pairs", f"AUC {auc:.3f}", f"share: {share:.1%}",
                  f"average precision {np.mean(np.arange(1, m + 1) / hits):.3f}",
                  f"mean noise rank {np.mean(n + 1 - hits):.1f}",
                  f"optimum {np.mean(np.arange(n - m + 1, n + 1)):.1f}, chance {(n + 1) / 2:.1f}",
@@ -153,7 +154,7 @@ def test_mean_weight_of_a_run(dataset, find, tmp_path):
     assert (rows[-1]["pair"], rows[-1]["score"]) == ("9", "")
     assert "1 of 12 pairs have no weight" in out
     assert page(tmp_path).read_text().count("<article") == 11
-    assert "Against" not in out  # nothing was shuffled
+    assert "injected" not in out  # nothing was shuffled
 
 
 def all_alike(dataset):
@@ -171,8 +172,10 @@ def test_identical_pairs(dataset, find, tmp_path):
     assert "nan" not in page(tmp_path).read_text()
 
 
-def test_errors(dataset, fails, tmp_path):
+def test_errors_come_before_a_model_is_loaded(dataset, fails, tmp_path, monkeypatch):
+    """A wrong data set, --weights or --labels is told before a model is fetched."""
     data = dataset("cc")
+    monkeypatch.setattr("utils.training.run.Run.load_model", lambda *_: pytest.fail("loaded"))
     np.savez(tmp_path / "other.npz", w=np.ones((3, 11)))
     np.savez(tmp_path / "empty.npz", w=np.full((3, 12), np.nan))
     np.savez(tmp_path / "infinite.npz", w=np.where(np.arange(36).reshape(3, 12) == 4, np.inf, 1))
@@ -187,8 +190,27 @@ def test_errors(dataset, fails, tmp_path):
         assert said in fails(data, "--score", "npc", "--weights", tmp_path / f"{name}.npz")
     assert "--weights" in fails(data, "--score", "npc")
     assert "--weights" in fails(data, "--weights", tmp_path / "other.npz")
+    assert "not exist" in fails(data, "--labels", tmp_path / "none.csv")
+    assert "not exist" in fails(data, "--dataset_root", tmp_path / "nowhere")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_folder_that_is_a_file(dataset, fails, tmp_path):
     (tmp_path / "file").write_text("")
-    assert "cannot write" in fails(data, "--out", tmp_path / "file")
+    assert f"error: {tmp_path}/file: File exists" in fails(dataset("cc"), "--out",
+                                                           tmp_path / "file")
+
+
+def test_one_of_two_processes_writes(dataset, tmp_path):
+    """As under torchrun, the cleaned data set too."""
+    data = dataset()
+    argv = [*data.options, "--vision_model", save_small(tmp_path / "model.pt"), "--context_length",
+            12, "--num_workers", 0, "--device", "cpu", "--out", tmp_path / "out", "--noise_ratio",
+            0.4, "--judge_rounds", 0, "--write_clean", tmp_path / "clean", "--keep_above", 0]
+    said = run_in_two(find_noise.main, list(map(str, argv)), tmp_path / "said")
+    assert "wrote" in said[0] and said[1] == ""
+    assert len((tmp_path / "out" / "suspicious_pairs.csv").read_text().splitlines()) == 61
+    assert len(read_captions(tmp_path / "clean/annotations/scan_split/train_caps.txt")) == 60
 
 
 def test_the_table_streams(dataset, find, monkeypatch):
@@ -256,7 +278,7 @@ def test_what_the_model_would_rather(dataset, find, tmp_path):
         own, best = (html.unescape(q) for q in re.findall(r"<q [^>]*>(.*?)</q>", card))
         file, best_file = re.findall(r'class="file">(.*?)<', card)
         assert truth[own] != file  # the worst pairs are wrong, and marked so
-        assert '"mark">wrong' in card
+        assert '"mark">injected noise' in card
         assert truth[best] == file and truth[own] == best_file
 
 
@@ -421,10 +443,32 @@ def test_labels_of_part_of_the_sample(dataset, find, tmp_path):
     out, again = find(data, "--labels", labels, "--score", "cosine", spread=1)
     assert "Labels: 27 of the 57 pairs of the random sample and 3 others" in out
     assert "Noise share by the labels: 20.0 % (" in out  # a stratum of the five that were answered
-    assert "speak of 30 of the 60 pairs" in out
+    assert "These estimates are for 30 of the 60 pairs" in out
     kept = {row["pair"]: row["stratum"] for row in again}
     assert kept == {pair: "" if pair in [row["pair"] for row in rows[:3]] else stratum
                     for pair, stratum in strata.items()}
+
+
+@pytest.mark.parametrize("right, wrong", [(5, 3), (57, 3), (60, 0)])
+def test_pairs_labelled_right_are_not_shown_as_suspicious(dataset, find, tmp_path, right, wrong):
+    """They come last, and the page holds them, so that decisions.csv still has their answers."""
+    data = dataset()
+    _, rows = find(data, spread=1)
+    for row in rows[:50]:
+        row["stratum"] = row["stratum_size"] = ""  # not in the sample
+    answers = {row["pair"]: "right" if rank < right else "wrong" if rank < right + wrong else ""
+               for rank, row in enumerate(rows)}
+    labels = decide(tmp_path / "labels.csv", rows, lambda row: answers[row["pair"]])
+    _, again = find(data, "--labels", labels, "--worst", 10, spread=1)
+    cards = re.findall(r'data-worst="(\d*)"\s+data-sample="\d*" data-row="\[(\d+),.*?'
+                       r'data-answer="(\w*)"', page(tmp_path).read_text(), re.DOTALL)
+    shown = {pair: answer for place, pair, answer in cards if place}
+    assert len(shown) == min(10, 60 - right) and "right" not in shown.values()
+    assert list(shown) == [row["pair"] for row in again[: len(shown)]]
+    assert list(shown.values())[:wrong] == ["wrong"] * wrong
+    assert {pair for _, pair, answer in cards if answer == "right"} == {
+        pair for pair, answer in answers.items() if answer == "right"}
+    assert all(row["decision"] == "right" for row in again[60 - right:])
 
 
 @pytest.mark.parametrize("encoding, dialect", [
@@ -456,20 +500,19 @@ def test_broken_labels(dataset, find, fails, tmp_path):
         decide(labels, [{**rows[0], **changed}], lambda row: changed.get("decision", "right"))
         return fails(data, "--labels", labels)
 
-    assert "line 2: pair 12 is not" in error(pair=12)
+    assert "cc/annotations/scan_split/train_caps.txt has no pair 12 of this" in error(pair=12)
     assert "another data set" in error(caption="another")
     assert "another data set" in error(image="x.jpg")
     assert "'perhaps', not right, wrong or skip" in error(decision="perhaps")
     assert "stratum_size is '13'" in error(stratum_size=13)
-    assert f"pair {20 * '9'} is not" in error(pair="9" * 5000)
+    assert f"has no pair {20 * '9'} of" in error(pair="9" * 5000)
     decide(labels, [{**rows[0], "rank": 1}, {**rows[0], "rank": 2}],
            lambda row: "right" if row["rank"] == 1 else "wrong")
-    assert "right and to be wrong" in fails(data, "--labels", labels)
+    assert "has the decisions right and wrong" in fails(data, "--labels", labels)
     labels.write_text("pair,decision\n1,right\n")
     assert "no column 'image'" in fails(data, "--labels", labels)
     labels.write_bytes(b"\x81" * 40)
     assert "save it as UTF-8" in fails(data, "--labels", labels)
-    assert "not exist" in fails(data, "--labels", tmp_path / "none.csv")
 
 
 # ---- the cleaned data set -----------------------------------------------------------------------

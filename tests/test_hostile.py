@@ -358,11 +358,7 @@ def test_what_is_no_file(tmp_path, name):
         layout.read_lines(path)
 
 
-NAMES = ["/etc/passwd", "../up.jpg", "a/../../up.jpg", "..", "..\\up.jpg", "a\\..\\..\\up.jpg",
-         "C:\\up.jpg", "\\\\server\\up.jpg", "\\up.jpg"]
-
-
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["/etc/passwd", "../up.jpg", "a/../../up.jpg", "..", ""])
 def test_image_names_that_leave_the_folder(dataset, name):
     data = dataset("f30k")
     names = data.lines("image_name.txt")

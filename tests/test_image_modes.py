@@ -1,16 +1,13 @@
 """Real collections hold every kind of image: each is read from its file as CLIP would see it."""
 
-import io
-import struct
-import zlib
+import time
 
 import numpy as np
 import pytest
 from PIL import Image
 
 import clip
-from data import Images
-from utils.errors import InputError
+from utils.reading.images import Images
 
 SIZE = 32
 
@@ -60,44 +57,55 @@ def test_rotation_in_exif_is_not_applied(tmp_path):
     assert np.array_equal(read(tmp_path, "x.png"), np.asarray(gradient()))
 
 
-def chunk(kind, data, checksum=None):
-    checksum = zlib.crc32(kind + data) if checksum is None else checksum
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", checksum)
-
-
-def png(before=b"", behind=b""):
-    """Bytes of `gradient` with chunks before and behind its pixels."""
-    buffer = io.BytesIO()
-    gradient().save(buffer, "PNG")
-    whole = buffer.getvalue()
-    pixels = whole.index(b"IDAT") - 4
-    return whole[:pixels] + before + whole[pixels:-12] + behind + whole[-12:]
-
-
-@pytest.mark.parametrize("where", ["before", "behind"])
-@pytest.mark.parametrize("damage", [
-    chunk(b"tEXt", b"Software\0x", checksum=1), chunk(b"gAMA", b"\0"), chunk(b"cHRM", b"\0" * 5),
-    chunk(b"sRGB", b""), chunk(b"pHYs", b"\0"), chunk(b"iCCP", b"x\0\0no profile"),
-    chunk(b"iTXt", b"no text"), chunk(b"zTXt", b"a\0\0" + zlib.compress(b"x" * 3_000_000)),
-    chunk(b"acTL", b"\0")], ids=lambda data: data[4:8].decode())
-def test_metadata_that_is_damaged_hides_no_picture(tmp_path, damage, where):
-    (tmp_path / "x.png").write_bytes(png(**{where: damage}))
-    assert np.array_equal(read(tmp_path, "x.png"), np.asarray(gradient()))
-
-
-def test_a_png_may_end_in_its_metadata_but_not_in_its_pixels(tmp_path):
-    whole = png(behind=chunk(b"tEXt", b"Comment\0" + b"x" * 100))
-    text = whole.index(b"tEXt")
-    for end in (text - 2, text + 4, text + 50):
-        (tmp_path / "x.png").write_bytes(whole[:end])
-        assert np.array_equal(read(tmp_path, "x.png"), np.asarray(gradient()))
-    for end in (whole.index(b"IDAT") + 40, text - 40):
-        (tmp_path / "y.png").write_bytes(whole[:end])
-        with pytest.raises(InputError, match="y.png is not an image or is damaged"):
-            read(tmp_path, "y.png")
-
-
 def test_an_animated_png_gives_its_first_frame(tmp_path):
     frames = [Image.new("RGB", (SIZE, SIZE), color) for color in ("red", "blue")]
     frames[0].save(tmp_path / "x.png", save_all=True, append_images=frames[1:])
     assert read(tmp_path, "x.png").reshape(-1, 3).tolist() == [[255, 0, 0]] * SIZE**2
+
+
+# ---- the check before training -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode, form, options", [
+    ("RGB", "jpg", {}), ("RGB", "jpg", {"progressive": True}), ("L", "png", {}),
+    ("RGB", "webp", {"lossless": True}), ("RGB", "gif", {}), ("RGB", "bmp", {})])
+def test_a_file_that_is_cut_short_is_found_wherever_it_is_cut(tmp_path, mode, form, options):
+    """And a whole one, or one with bytes behind its end mark, is not."""
+    (tmp_path / "images").mkdir()
+    path = tmp_path / "images" / f"x.{form}"
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    Image.fromarray(noise).convert(mode).save(path, **options)
+    whole, images = path.read_bytes(), Images(tmp_path, [path.name])
+    for content in (whole, whole + b"\0\0\n"):
+        path.write_bytes(content)
+        assert images.flaw(0) is None
+    for end in (len(whole) // 3, len(whole) // 2, len(whole) - len(whole) // 10):
+        path.write_bytes(whole[:end])
+        assert images.flaw(0).startswith(f"{path} is not an image or is damaged")
+
+
+def test_an_end_mark_in_a_thumbnail_is_no_end(tmp_path):
+    """Cut behind the thumbnail in its Exif data, a JPEG ends in an end mark."""
+    (tmp_path / "images").mkdir()
+    path = tmp_path / "images" / "x.jpg"
+    gradient().save(path, exif=b"Exif\0\0" + b"II*\0\x08\0\0\0\0\0\0\0\0\0\xff\xd9")
+    whole = path.read_bytes()
+    path.write_bytes(whole[: whole.index(b"\xff\xd9") + 2])
+    assert "x.jpg is not an image or is damaged" in Images(tmp_path, ["x.jpg"]).flaw(0)
+
+
+@pytest.mark.slow
+def test_what_checking_an_image_costs(tmp_path):
+    (tmp_path / "images").mkdir()
+    names, rng = [f"{i}.jpg" for i in range(2000)], np.random.default_rng(0)
+    for name in names:
+        small = Image.fromarray(rng.integers(0, 256, (60, 80, 3), np.uint8))
+        small.resize((640, 480)).save(tmp_path / "images" / name, quality=90)
+    images, cost = Images(tmp_path, names, clip.Preprocess(224)), {}
+    for what, function in (("check", images.flaw), ("decode and crop", images.decode)):
+        start = time.process_time()
+        for k in range(len(names)):
+            function(k)
+        cost[what] = (time.process_time() - start) / len(names) * 1e3
+        print(f"{what}: {cost[what]:.2f} ms an image")
+    assert cost["check"] < cost["decode and crop"] / 10

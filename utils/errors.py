@@ -75,7 +75,7 @@ def explain(error):
         file, line, *_ = traceback.extract_tb(error.__traceback__)[-1]
         return (f"{said}, which {file}, line {line}, needs; pip install -r requirements.txt, or "
                 "activate the environment that has it (make: . .venv/bin/activate)")
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) and not isinstance(error, ConnectionError):  # of a dead worker
         file = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else ""
         return f"{file}: {error.strerror or said}".removeprefix(": ") + _advice(error)
     if (isinstance(error, MemoryError) or "OutOfMemoryError" in type(error).__name__

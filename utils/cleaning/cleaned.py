@@ -1,4 +1,4 @@
-"""The cleaned data set, and the person's table without wrong pairs: `--write_clean`."""
+"""The cleaned data set, and the user's table without wrong captions: `--write_clean`."""
 
 import itertools
 import os
@@ -24,9 +24,9 @@ from utils.reading.layout import (
 
 
 def write_clean(args, pairs, keep, splits, rows, source, log):
-    """Make the data set --write_clean of the pairs that `keep` (n,) bool names, and, where it came
-    from a table, `source`, the table without the others. The pairs are those of `splits`; rows
-    (n, 2) are where the table has them, or None."""
+    """Make the data set --write_clean of the pairs that `keep` (n,) bool keeps. The pairs are those
+    of `splits`. If the data set came from a table, `source` is its `Source`, rows (n, 2) are the
+    pairs' rows and places there, and the table is written without the other pairs."""
     few = f"--keep_above {args.keep_above} keeps {keep.sum()} of {len(keep)} pairs; lower it"
     if keep.sum() < 2:
         raise InputError(few)
@@ -35,7 +35,7 @@ def write_clean(args, pairs, keep, splits, rows, source, log):
     with new_folder("--write_clean", args.write_clean) as folder:
         counts = write_subset(pairs, keep, splits, rows, args.dataset_root, folder)
         if [] in counts.values():
-            raise InputError(f"{few}: a split would be left with none")
+            raise InputError(f"{few}: a split would have no pairs")
         if source:
             captions = [pairs.captions[i] for i in np.flatnonzero(keep)]
             others = [split for split in SPLITS if split not in splits]  # are kept whole
@@ -44,10 +44,10 @@ def write_clean(args, pairs, keep, splits, rows, source, log):
             held = np.concatenate([rows[keep], rows_of(args.dataset_root, others)])
             name, number = write_table(source, folder, held, captions)
             said += (f"\nwrote {Path(args.write_clean) / name}: {number} of the {source.rows} rows "
-                     f"of {source.table}, without wrong captions and what could not be used")
+                     f"of {source.table}, without wrong captions and rows that could not be used")
             if others:
                 said += (f"; {len(captions) - keep.sum()} captions of {' and '.join(others)} were "
-                         "judged by nobody")
+                         "not judged")
     counts = counts.get("train", [1])
     log(f"{said}\ntrain on it with:\n"
         f"  python main_CLIP.py --dataset {args.dataset} --dataset_root "
@@ -56,11 +56,11 @@ def write_clean(args, pairs, keep, splits, rows, source, log):
 
 
 def write_table(source, folder, rows, captions):
-    """Write the table without wrong captions, and without rows that are left with none, into a
+    """Write the table without wrong captions, and without rows that lose all their captions, into a
     folder, and read it back. Returns its name and its number of rows.
 
-    rows (n, 2): as of `rows_of`, of the pairs that stay; captions: n str, theirs. Raises InputError
-    when what was written does not hold exactly these.
+    rows (n, 2), as of `rows_of`, and captions, n str, are those of the pairs that stay. Raises
+    InputError when the written table does not hold exactly these.
     """
     keep = defaultdict(dict)  # {row: {place: caption}}
     for (row, place), caption in zip(rows.tolist(), captions, strict=True):
@@ -75,16 +75,17 @@ def write_table(source, folder, rows, captions):
     written = ((row[image], [text for _, text in captions_in(row[caption])])
                if isinstance(row, dict) else row for row in read_rows(target, (image, caption)))
     if any(one != other for one, other in itertools.zip_longest(wanted, written)):
-        raise InputError(f"the copy of {source.table} in {target.name} would not hold the pairs "
+        raise InputError(f"a copy of {source.table} in the same format would not hold the pairs "
                          "that are kept, so none is written; save the table in another format and "
                          "prepare the data set from that")
     return target.name, len(keep)
 
 
 def write_subset(pairs, keep, splits, rows, dataset_root, target):
-    """Make the data set `target` of the pairs of `dataset_root` that `keep` (n,) bool names, which
-    are those of `splits`; rows (n, 2) are where the user's table has them, or None. Other splits
-    are copies, images/ is a link. Returns {split: number of captions of each image}."""
+    """Make the data set `target` of the pairs that `keep` (n,) bool keeps, among those of `splits`
+    of `dataset_root`. rows (n, 2): the pairs' rows and places in the user's table, or None. The
+    other splits are copied, and images/ is a link. Returns {split: number of captions of each
+    image}."""
     source, folder, start, result = split_folder(dataset_root), split_folder(target), 0, {}
     for split in splits:
         length = len(read_lines(source / f"{split}_caps.txt")) if len(splits) > 1 else len(pairs)

@@ -1,9 +1,9 @@
-"""Which pairs a person found right or wrong: the file of these decisions, and what follows of it.
+"""A person's decisions on pairs, right or wrong: their file, and what follows from them.
 
-A table with the columns `COLUMNS`, of which the page's decisions.csv has no others and
-suspicious_pairs.csv some more. A spreadsheet may have saved it its own way. `pair` is the key;
-image and caption are checked against the data.
-`stratum` and `stratum_size` are there for the pairs of the random sample (utils.cleaning.survey).
+The file is a table with the columns `COLUMNS`: the page's decisions.csv, or suspicious_pairs.csv
+with its further columns. A spreadsheet may have saved it in its own dialect. `pair` is the key;
+image and caption are checked against the data. Pairs of the random sample have a `stratum` and a
+`stratum_size` (utils.cleaning.survey).
 """
 
 from typing import NamedTuple
@@ -21,8 +21,8 @@ NAMES = {1: "wrong", -1: "right", 0: ""}
 
 
 class Labels(NamedTuple):
-    """answer (n,) of each pair: 1 wrong, -1 right, 0 unknown. sample: {pair: (stratum, its pairs)}
-    in the order in which they were drawn."""
+    """answer (n,) of each pair: 1 wrong, -1 right, 0 unknown. sample: {pair: (stratum, number of
+    pairs in it)} in the order of the draw."""
 
     answer: np.ndarray
     sample: dict
@@ -34,8 +34,8 @@ def cells(pairs, i):
 
 
 def read_labels(path, pairs):
-    """`Labels` of a file, of nothing where `path` is None. Raises InputError when it is broken or
-    speaks of other pairs."""
+    """`Labels` of a file; empty ones if `path` is None. Raises InputError when the file is broken
+    or is about other pairs."""
     labels = Labels(np.zeros(len(pairs), np.int8), {})
     advice = "give the decisions.csv that the page of suspicious pairs saves"
     for line, row in enumerate(read_rows(path, COLUMNS, advice) if path else (), 2):
@@ -53,15 +53,15 @@ def read_row(row, where, pairs, labels):
               for name in ("pair", "stratum", "stratum_size")}
     i, size = number["pair"], number["stratum_size"]
     if i is None or i >= len(pairs) or (row["image"], row["caption"]) != cells(pairs, i):
-        raise InputError(f"{where}: pair {row['pair'][:20]} is not this one in {pairs.source}; the "
-                         "labels belong to another data set or noise ratio, or were changed by a "
-                         "spreadsheet, which should save them as CSV")
+        raise InputError(f"{where}: {pairs.source} has no pair {row['pair'][:20]} of this image "
+                         "and caption; the labels belong to another data set or noise ratio, or a "
+                         "spreadsheet changed them; save them as CSV")
     decision = row["decision"].strip().lower()
     if decision not in ANSWERS:
         raise InputError(f"{where}: the decision is '{decision}', not right, wrong or skip")
     if ANSWERS[decision]:
         if labels.answer[i] == -ANSWERS[decision]:
-            raise InputError(f"{where}: pair {i} is said to be right and to be wrong")
+            raise InputError(f"{where}: pair {i} has the decisions right and wrong; keep one")
         labels.answer[i] = ANSWERS[decision]
     if number["stratum"] is not None:
         if size is None or not 0 < size <= len(pairs):
@@ -71,11 +71,11 @@ def read_row(row, where, pairs, labels):
 
 
 def label_findings(labels, posterior, keep_above, wanted):
-    """(lines, table): what the answers on the sample say of all pairs, as lines of text and as a
-    Markdown table of thresholds, from which on a pair's posterior of being clean keeps it.
+    """What the answers on the sample say of all pairs: (lines of text, Markdown table). A row of
+    the table is a threshold on the posterior of being clean, from which on a pair is kept.
 
-    posterior (n,); keep_above: a threshold that the table shall have; wanted: the precision for
-    which one is proposed.
+    posterior (n,). keep_above: a threshold that is in the table. wanted: the precision for which a
+    threshold is proposed.
     """
     drawn = np.array(list(labels.sample), int)
     known = drawn[labels.answer[drawn] != 0]
@@ -95,8 +95,8 @@ def label_findings(labels, posterior, keep_above, wanted):
                  "effective sample size).")
     covered = size[np.unique(stratum, return_index=True)[1]].sum()
     if covered < len(posterior):
-        lines.append(f"It and what follows speak of {covered} of the {len(posterior)} pairs: the "
-                     "others are of strata without an answer, or have no score.")
+        lines.append(f"These estimates are for {covered} of the {len(posterior)} pairs: the others "
+                     "have no score, or no pair of their stratum has an answer.")
     quantiles = np.quantile(posterior, np.arange(0.05, 1, 0.05))
     quantiles = np.minimum(np.floor(quantiles * 1e6) / 1e6, 1 - 1e-6)  # what the option can say
     rows = []

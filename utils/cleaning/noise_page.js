@@ -11,7 +11,7 @@ let tab = "worst", answers = {};  // by number of the pair
 
 // ---- what is shown ------------------------------------------------------------------------------
 
-const inOrder = (list, name) =>
+const inOrder = (list, name) =>  // cards without a place in the tab come last
   [...list].sort((a, b) => (a.place[name] || Infinity) - (b.place[name] || Infinity) || 0);
 
 function openTab(name) {
@@ -54,16 +54,16 @@ for (const name of ["worst", "sample"])
 
 // ---- answers ------------------------------------------------------------------------------------
 
-function showAnswer({card, row}) {  // the sample shows what the model thinks only then
+function showAnswer({card, row}) {  // in the sample, an answer uncovers the model's suggestions
   card.toggleAttribute("data-answered", Boolean(answers[row[0]]));
   for (const button of card.querySelectorAll("button"))
     button.setAttribute("aria-pressed", button.value == answers[row[0]]);
 }
 
-function answer(entry, decision) {  // the same one again takes it back
+function answer(entry, decision) {  // the same answer again takes it back
   const pair = entry.row[0];
   answers[pair] = answers[pair] == decision ? "" : decision;
-  try { localStorage.setItem(KEY, JSON.stringify(answers)) } catch {}  // it may be turned off
+  try { localStorage.setItem(KEY, JSON.stringify(answers)) } catch {}  // storage may be turned off
   showAnswer(entry);
   count();
 }

@@ -29,9 +29,9 @@ STYLE = {"svg.fonttype": "none", "svg.hashsalt": "", "axes.xmargin": 0, "legend.
 
 
 class Suspect(NamedTuple):
-    """A pair as the page shows it. Images are uint8 (3, S, S), RGB; `wrong` is None if unknown.
-    worst, sample: its place, from 1, among the most suspicious and in the random sample, None where
-    it is not. row: its cells of decisions.csv but the answer."""
+    """A pair as the page shows it. Images are uint8 (3, S, S), RGB. worst, sample: its place, from
+    1, in these two lists of the page, or None. row: its cells of decisions.csv, without the answer.
+    wrong: whether its caption was injected as noise; None if unknown."""
 
     worst: int | None
     sample: int | None
@@ -52,26 +52,31 @@ def noise_page(suspects, score_name, about, findings, verdict, wrong, key):
     """The page as text.
 
     suspects: `Suspect`s, worst first. about: line on data and model; findings: lines of text.
-    verdict: the judge's `Verdict` on all n pairs; wrong: (n,) bool or None; key: what the browser
-    keeps the answers under. All text is escaped.
+    verdict: the judge's `Verdict` on all n pairs; wrong: (n,) bool or None, see `Suspect`; key:
+    name under which the browser keeps the answers. All text is escaped.
     """
-    low, high = bounds([s.score for s in suspects if s.worst and math.isfinite(s.score)])
+    low, high = bounds([s.score for s in suspects if s.worst and math.isfinite(s.score)] or [0])
     script = TEMPLATE.with_suffix(".js").read_text(encoding="utf-8")
     return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
-        about=escape(about), num_pairs=len(verdict.score),
+        about=escaped(about), num_pairs=len(verdict.score),
         score_name=f"{escape(score_name)} ({measured_in(verdict, score_name)})",
         histogram=histogram(verdict, wrong),
         beside=" and the mixture that was fitted to them" if verdict.components
         else " and of mismatches" if verdict.mismatches is not None else "",
-        findings="\n".join(f"<p>{escape(line)}</p>" for line in findings),
+        findings="\n".join(f"<p>{escaped(line)}</p>" for line in findings),
         num_worst=sum(bool(s.worst) for s in suspects), low=low, high=high, key=key,
         num_sample=sum(bool(s.sample) for s in suspects), columns=" ".join(COLUMNS),
         cards="\n".join(map(card, suspects)), script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode())
 
 
+def escaped(text):
+    """A text in HTML. A path in it may hold bytes that are no UTF-8; they are spelled out."""
+    return escape(text.encode("utf-8", "backslashreplace").decode())
+
+
 def measured_in(verdict, score_name="judge"):
-    """What a `--score` is counted in; the judge's is a loss, or adds up standard scores."""
+    """Unit of a `--score`. The judge's score is a loss, or a sum of standard scores."""
     if score_name == "judge":
         score_name = "loss" if np.array_equal(verdict.score, verdict.loss) else "combined"
     return {"loss": "nats", "combined": "standard deviations", "cosine": "from -1 to 1",
@@ -79,8 +84,8 @@ def measured_in(verdict, score_name="judge"):
 
 
 def bounds(scores):
-    """Lowest and highest score as text, rounded outwards to about a thousandth of their distance:
-    a slider rounds longer numbers, and would then hide what lies at its ends."""
+    """Lowest and highest score as text, rounded outwards to about a thousandth of their distance. A
+    slider rounds longer numbers, and would hide the pairs at its ends."""
     low, high = float(min(scores)), float(max(scores))
     decimals = max(0, 3 - math.floor(math.log10(high - low or 1)))
     unit = 10**-decimals
@@ -92,8 +97,8 @@ def card(suspect):
     """One pair as an <article>."""
     s, mark = suspect, ""
     if s.wrong is not None:
-        mark = ('<span class="mark">wrong</span>' if s.wrong
-                else '<span class="mark clean">right</span>')
+        mark = ('<span class="mark">injected noise</span>' if s.wrong
+                else '<span class="mark clean">not injected</span>')
     return f"""<article tabindex="0" data-score="{s.score!r}" data-worst="{s.worst or ''}"
  data-sample="{s.sample or ''}" data-row="{escape(json.dumps(s.row))}" data-answer="{s.answer}">
 <header><b class="score">{s.worst or ''}</b><span class="score">score {s.score:.4g}</span>
@@ -113,7 +118,7 @@ def card(suspect):
 
 
 def picture(pixels):
-    """uint8 (3, S, S) as an <img> that holds its own data."""
+    """uint8 (3, S, S) as an <img> that holds its data."""
     buffer = io.BytesIO()
     Image.fromarray(pixels.transpose(1, 2, 0)).save(buffer, "JPEG", quality=85)
     data = base64.b64encode(buffer.getvalue()).decode()
@@ -122,10 +127,10 @@ def picture(pixels):
 
 @matplotlib.rc_context(STYLE)
 def histogram(verdict, wrong=None):
-    """The scores of a `Verdict` as an <svg> histogram, with what the judge takes for the wrong
-    pairs: the components of its mixture, or its mismatches, as high as the highest bar.
+    """The scores of a `Verdict` as an <svg> histogram, with the components of the judge's mixture,
+    or with its mismatches, drawn as high as the highest bar.
 
-    With `wrong` (n,) bool the bars are split into right pairs and, on top, wrong ones.
+    With `wrong` (n,) bool the bars are split: pairs with injected noise are on top.
     """
     scores, n = verdict.score, len(verdict.score)
     figure = Figure(figsize=(11, 2.6), layout="constrained")
@@ -135,7 +140,7 @@ def histogram(verdict, wrong=None):
     else:
         counts, edges, _ = axes.hist(
             [scores[~wrong], scores[wrong]], BINS, stacked=True, rwidth=0.9, alpha=0.4,
-            color=[COLOURS["clean"], COLOURS["noisy"]], label=["right pairs", "wrong pairs"])
+            color=[COLOURS["clean"], COLOURS["noisy"]], label=["not injected", "injected noise"])
     grid, highest = np.linspace(edges[0], edges[-1], 400), np.max(counts)
     for (weight, center, variance), colour, side in zip(
             verdict.components or (), ("clean", "noisy"), ("low", "high"), strict=False):

@@ -1,5 +1,4 @@
-"""The table that dataset/prepare_pairs.py made a data set from, as it noted it, and whether it is
-still the same.
+"""The table that dataset/prepare_pairs.py made a data set from, and whether it has changed.
 
 Beside the caption files lie source.json, a `Source`, and {split}_rows.txt: for each caption line
 the row of the table that it is from and its place among the captions of that row, both from 0.
@@ -26,23 +25,25 @@ class Source(NamedTuple):
     table: str
     image_column: str
     caption_column: str
-    rows: int = 0
-    sha256: str = ""  # also of data sets that were prepared before these were noted
+    rows: int
+    sha256: str
 
     @property
     def columns(self):
+        """(image column, caption column)."""
         return self.image_column, self.caption_column
 
 
 class Digest:
-    """The number of rows that were added, and the hash of two columns of them all."""
+    """Counts the rows that are added, and hashes two of their columns."""
 
     def __init__(self, columns):
         self.columns, self.rows, self.sha256 = columns, 0, hashlib.sha256()
 
     def add(self, row):
+        """Add a row of `read_rows`."""
         for value in [row] if isinstance(row, str) else [row[name] for name in self.columns]:
-            if isinstance(value, Member):  # hundreds of gigabytes, perhaps
+            if isinstance(value, Member):  # its bytes are not read: there may be terabytes
                 value = Path(value.file).name, value.offset, value.size
             self.sha256.update(hashlib.sha256(repr(value).encode(errors="replace")).digest())
         self.rows += 1
@@ -55,7 +56,7 @@ def save_source(source, folder):
 
 
 def source_of(root):
-    """The `Source` of a data set, None where dataset/prepare_pairs.py did not make it."""
+    """The `Source` of a data set; None if dataset/prepare_pairs.py did not make it."""
     path = split_folder(root) / SOURCE
     if not path.exists():
         return None
@@ -64,21 +65,21 @@ def source_of(root):
 
 
 def rows_of(root, splits):
-    """(n, 2) int64: row of the table and place of each caption of some splits."""
+    """(n, 2) int64: the row in the table, and the place there, of each caption of some splits."""
     rows = []
     for split in splits:
         path = split_folder(root) / f"{split}_rows.txt"
         with parsing(path, "a list of rows and places", "prepare the data set again"):
-            rows += [tuple(map(int, [*line.split(), 0][:2])) for line in read_lines(path)]
+            rows += [(int(row), int(place)) for row, place in map(str.split, read_lines(path))]
     return np.array(rows, np.int64).reshape(-1, 2)
 
 
 def require_unchanged(source):
-    """Raise InputError unless the table is as it was when the data set was prepared."""
+    """Raise InputError if the table has changed since the data set was prepared from it."""
     now = Digest(source.columns)
     for row in read_rows(source.table, source.columns):
         now.add(row)
     if (now.rows, now.sha256.hexdigest()) != (source.rows, source.sha256):
         raise InputError(f"{source.table} has changed since the data set was prepared from it (it "
-                         f"had {source.rows} rows and has {now.rows}, or their order or content is "
-                         "another); prepare the data set again, or give back the table as it was")
+                         f"had {source.rows} rows and has {now.rows}, or their order or content "
+                         "differs); prepare the data set again, or restore the table")

@@ -24,8 +24,8 @@ class Estimate(NamedTuple):
 
 def draw_sample(order, seed):
     """Draw `SAMPLE` of the pairs order (n,), sorted by score, the same number in each of `STRATA`
-    strata: {pair: (stratum from 1, pairs in that stratum)}. Strata take turns in it, so that those
-    who stop early have answered for all of them."""
+    strata: {pair: (stratum from 1, pairs in that stratum)}. Strata take turns: a person who stops
+    early has seen pairs of all of them."""
     rng = np.random.default_rng(seed)
     strata = np.array_split(order, min(STRATA, len(order)))
     drawn = [[(int(i), (h, len(stratum))) for i in rng.permutation(stratum)[: SAMPLE // STRATA]]
@@ -36,13 +36,14 @@ def draw_sample(order, seed):
 def estimate(hits, among, stratum, size):
     """`Estimate` of the share of hits among some pairs of a population, from k pairs of a sample.
 
-    hits, among: (k,) bool, a hit being among them; stratum (k,) int; size (k,) int, the pairs of
-    the population in that stratum. NaN, between 0 and 1, where no pair of the sample is `among`.
+    hits, among: (k,) bool, where hits are a subset of among; stratum (k,) int; size (k,) int, the
+    number of pairs of the population in that stratum. If no pair of the sample is `among`, the
+    share is NaN and its interval from 0 to 1.
 
-    The share is the ratio of two stratified totals, its variance that of the linearised ratio
-    (Cochran 1977, 6.11), where each stratum has one more pair that deviates as all do on average:
-    a few answers that agree are no proof that a stratum is pure. The interval is that of Clopper
-    and Pearson for as many simple random draws as have this variance (Korn and Graubard 1998).
+    The share is the ratio of two stratified totals, and its variance that of the linearised ratio
+    (Cochran 1977, 6.11). For the variance each stratum gets one more pair, whose deviation is the
+    mean one: a few answers that agree do not prove that a stratum is pure. The interval is Clopper
+    and Pearson's for as many simple random draws as have this variance (Korn and Graubard 1998).
     """
     _, first, h = np.unique(stratum, return_index=True, return_inverse=True)
     size, answers = size[first].astype(float), np.bincount(h)  # of each stratum
@@ -51,7 +52,7 @@ def estimate(hits, among, stratum, size):
     if total == 0:
         return Estimate(np.nan, 0.0, 1.0)
     share = weight @ hits / total
-    if (answers == size).all():  # all is known
+    if (answers == size).all():  # the whole population is known
         return Estimate(share, share, share)
     deviation = hits - share * among
     squares = np.bincount(h, deviation**2) - np.bincount(h, deviation) ** 2 / answers

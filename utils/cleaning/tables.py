@@ -1,21 +1,20 @@
-"""Tables of images and captions in the formats that people have them in, read a row at a time.
+"""Tables of images and captions in the formats that people have them in, read row by row.
 
-    text      .csv .tsv .txt .token: a header, then a row a line; commas, tabs, semicolons or bars
-              between its fields. Without a header: name.jpg or name.jpg#0, then the caption
+    text      .csv .tsv .txt .token: a header, then a row a line, with commas, tabs, semicolons or
+              bars between fields. Without a header: name.jpg or name.jpg#0, then the caption
     JSON      .jsonl, an object a line; .json, an array of objects, or an object that holds one
     columns   Parquet and Arrow files, which need pyarrow
     shards    .tar files of img2dataset or webdataset, or the same as loose files: KEY.jpg, KEY.txt
-              and KEY.json are one row, of columns key, image, caption and those of the .json
+              and KEY.json are one row, with the columns key, image, caption and those of the .json
 
 A table is a file, a glob of files of one kind, or a folder. Its rows are counted from 0 over all
-its files; a header is none. Columns go by name, whatever their order in a file.
+its files; a header is not counted. Columns go by name, whatever their order in a file.
 
-pyarrow.dataset reads columns, as it brings the types of several files together. Text, JSON and tars
-are read by Python's own modules, since a broken row must cost this row and be listed by its number.
-Tried with such files: duckdb and pyarrow.csv take an unclosed quote for text, or swallow what
-follows it, and tell broken rows without their place among the others; for Hugging Face's datasets,
-pyarrow.json and duckdb a broken line of JSON is the end of the file; webdataset reads a tar once,
-as a stream, but images are needed twice.
+Columns are read by pyarrow.dataset, which unifies the types of several files. Text, JSON and tars
+are read by Python's own modules: a broken row must be skipped alone and listed by its number.
+duckdb, pyarrow.csv, pyarrow.json and Hugging Face's datasets, when tried, swallowed the rows behind
+a broken one or did not number it. webdataset reads a tar once, as a stream, but images are needed
+twice.
 """
 
 import contextlib
@@ -35,6 +34,7 @@ from utils.files import atomic_write, parsing, require_regular
 IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 IN_FOLDERS = (".tar.gz", ".tgz", ".tar", *(f".{ending}" for ending in IMAGES), ".parquet", ".arrow")
 NO_HEADER = re.compile(rf"[^,\t;|]+\.(?:{'|'.join(IMAGES)})(?:#\d+)?([,\t;|])", re.I)
+URL = re.compile(r"(^|[\t,;|\"])\s*https?://", re.I)  # in no header
 BARE = ["image", "number", "caption"]  # columns of a file without a header
 BYTE_ORDER_MARKS = b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff"  # of UTF-8 and of UTF-16
 NO_TABLES = {b"\xff\xff\xff\xff": "an Arrow stream, as save_to_disk of Hugging Face's datasets "
@@ -44,13 +44,15 @@ NO_TABLES = {b"\xff\xff\xff\xff": "an Arrow stream, as save_to_disk of Hugging F
 
 
 class Member(NamedTuple):
-    """A file inside a tar, or one of its own: where its bytes lie. Nothing is unpacked by name."""
+    """Where the bytes of a file lie: in a tar, or in a file of its own. Nothing is unpacked by its
+    name."""
 
     file: str
     offset: int
     size: int
 
     def read(self):
+        """The bytes."""
         with open(self.file, "rb") as f:
             f.seek(self.offset)
             return f.read(self.size)
@@ -58,11 +60,12 @@ class Member(NamedTuple):
 
 def read_rows(path, columns, advice="give --image_column and --caption_column ('caption_*' for "
                                     "several)"):
-    """Rows of a table: yields a dict of the `columns`, or a str that says why a row has none.
+    """Yield the rows of a table: for each a dict of the `columns`, or a str that says what is wrong
+    with the row.
 
-    An image is what its column holds, a `Member` in shards. A column may be a pattern, as
-    "caption_*", and its cell is then a list. Raises InputError when the table cannot be read, or,
-    with `advice`, when its first row lacks a column.
+    An image is what its column holds; in shards, a `Member`. A column may be a pattern, as
+    "caption_*"; its cell is then a list. Raises InputError when the table cannot be read, or, with
+    `advice`, when its first row lacks a column.
     """
     first = True
     for row in table_of(path).rows(columns):
@@ -95,12 +98,12 @@ def table_of(path):
         require_regular(file, "give a table of images and captions")
     kinds = {_kind(file) for file in found}
     if len(kinds) > 1:
-        raise InputError(f"{path} are files of several kinds; give those of one")
+        raise InputError(f"{path} holds files of several kinds; give files of one kind")
     return kinds.pop()(found)
 
 
 def _kind(file):
-    """The class that reads a file, by its content, where that tells, or else by its ending."""
+    """The class that reads a file: by the file's first bytes if they tell, else by its ending."""
     start, ending = _start(file), file.suffix.lower()
     for magic, what in NO_TABLES.items():
         if start.startswith(magic):
@@ -123,17 +126,17 @@ def _start(file):
 
 
 def matching(names, wanted):
-    """The names that are `wanted`, or fit it where it is a pattern as "caption_*"."""
+    """List of the names that equal `wanted` or, if it is a pattern as "caption_*", fit it."""
     return [wanted] if wanted in names else fnmatch.filter(names, wanted)
 
 
 def cell(row, column):
-    """What a row has in a column; where that is a pattern, the list of what fits it."""
+    """Value of a row in a column. For a pattern: the list of the values of all columns that fit."""
     return row[column] if column in row else [row[name] for name in matching(row, column)]
 
 
 def edited(row, column, places):
-    """A row with the captions at these places of `column` alone."""
+    """A row whose `column` keeps only the captions at `places`."""
     gone = {place for place, _ in captions_in(cell(row, column))}.difference(places)
     if column in row:
         return {**row, column: without(row[column], gone)} if gone else row
@@ -141,17 +144,21 @@ def edited(row, column, places):
 
 
 class Table:
-    """Files of one kind. `rows` yields a dict of each row, or what is wrong with it; `write` puts
-    rows into a file. suffix: how the name of a copy ends."""
+    """Files of one kind. `rows` yields, for each row, a dict or a str that says what is wrong with
+    it. `write` writes rows to a file. suffix: ending of the name of a copy."""
 
     def __init__(self, parts):
         self.parts, self.suffix = parts, parts[0].suffix.lower()
 
+    def count(self):
+        """Number of rows."""
+        return sum(1 for _ in self.rows())
+
     def copy(self, target, column, keep):
-        """Write rows with all their columns to the file `target`, in this format; of shards, a .csv
-        of shard, key and caption. keep: {number of a row: places of the captions in `column` that
-        stay, as `captions_in` counts them}. Values stay as they are, their spelling (quotes, line
-        ends, white space in JSON) may not."""
+        """Write rows, with all their columns, to the file `target` in this format. For shards: a
+        .csv of shard, key and caption. keep: {number of a row: places of the captions in `column`
+        that stay, as `captions_in` counts them}. Values stay as they are; quotes, line ends and
+        white space in JSON may change."""
         with atomic_write(target) as f:
             self.write(f, (edited(row, column, keep[number])
                            for number, row in enumerate(self.rows()) if number in keep), column)
@@ -197,9 +204,14 @@ class Text(Table):
 
 
 def _header(file, f):
-    """(csv.reader of the rows of a file, names of its columns, how fields are told apart)."""
+    """(csv.reader of the rows of a file, names of its columns, the csv dialect). Raises InputError
+    for a first line that holds a URL: it is no header, and a URL is no image."""
     start = next(filter(str.strip, f), "")
     f.seek(0)
+    if URL.search(start):
+        raise InputError(f"{file} has a URL in its first line, which should name the columns; "
+                         "Conceptual Captions' lists of captions and URLs have no header and no "
+                         "images: download the images, as with img2dataset, and give the folder")
     bare, ending = NO_HEADER.match(start), file.suffix.lower()
     likely_first = "\t,;|" if ending in (".tsv", ".tab") else ",\t;|"
     dialect = {"delimiter": bare[1] if bare else max(likely_first, key=start.count), "strict": True}
@@ -213,7 +225,7 @@ def _header(file, f):
 
 @contextlib.contextmanager
 def _opened(file, what):
-    """A text file, UTF-8 or with the mark of UTF-16."""
+    """The open text file: UTF-8, or UTF-16 if it begins with that byte order mark."""
     with parsing(file, what, "put fields that hold the characters between fields, quotes or line "
                              "ends in double quotes, and save it as UTF-8"):
         wide = _start(file).startswith(BYTE_ORDER_MARKS[1:])
@@ -243,7 +255,8 @@ class Json(Table):
 
 
 def _the_list(file, content):
-    """The list that the content of a file is, or holds alone; None for no JSON."""
+    """The list in the content of a JSON file: the content itself, or its only list; None where the
+    file is no JSON."""
     if not isinstance(content, dict):
         return content
     lists = [name for name, value in content.items() if isinstance(value, list) and value]
@@ -254,7 +267,7 @@ def _the_list(file, content):
 
 
 class Shards(Table):
-    """Tars, or folders of loose files. What stands before an ending that is known is the key."""
+    """Tars, or folders of loose files. A file's key is its name without a known ending."""
 
     suffix = ".csv"
 
@@ -264,7 +277,7 @@ class Shards(Table):
     def rows(self, columns=()):
         unknown, found = set(), False
         for part in self.parts:
-            samples = {}  # key with its folders: its images, texts and JSON files, mostly one each
+            samples = {}  # {key with its folders: its images, texts and JSON files}
             for name, member in _loose(part) if part.is_dir() else _members(part):
                 key, _, ending = name.rpartition(".")
                 kind = "image" if ending.lower() in IMAGES else ending.lower()
@@ -314,7 +327,7 @@ def _members(path):
 
 
 class Columns:
-    """Parquet or Arrow files, their types brought together; copied as one Parquet file."""
+    """Parquet or Arrow files, whose types are unified. A copy is one Parquet file."""
 
     suffix = ".parquet"
 
@@ -332,8 +345,12 @@ class Columns:
                 own = dataset.dataset([part], format=form).schema
                 self.schema = pa.unify_schemas([self.schema or own, own],
                                                promote_options="permissive")
-            what = f"a file with the same columns as {parts[0]}, of the same types,"
+            what = f"a file with columns of the same types as {parts[0]}"
         self.data = dataset.dataset(parts, self.schema, form)
+
+    def count(self):
+        """Number of rows."""
+        return self.data.count_rows()
 
     def batches(self, columns=None, **size):
         for fragment in self.data.get_fragments():

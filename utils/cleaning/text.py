@@ -1,4 +1,4 @@
-"""Tables as text: Markdown, and CSV files that a spreadsheet may open."""
+"""Tables as text: Markdown, and cells of CSV files that a spreadsheet may open."""
 
 
 def markdown(head, rows):
@@ -8,6 +8,6 @@ def markdown(head, rows):
 
 
 def text_cell(text):
-    """A text as a cell of a CSV file. One that a spreadsheet would run as a formula begins with an
-    apostrophe, which makes it text."""
+    """A text as a cell of a CSV file. A text that a spreadsheet would run as a formula gets an
+    apostrophe in front, which makes it text."""
     return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text

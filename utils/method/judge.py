@@ -398,7 +398,7 @@ def log_verdict(pairs, verdict, args, log):
     if pairs.wrong is not None:
         right = ~pairs.wrong
         hits = (clean & right).sum()
-        log(f"against train_caps.txt: precision {hits / clean.sum():.3f}, recall "
-            f"{hits / max(1, right.sum()):.3f}; {pairs.wrong.mean():.1%} of the pairs are wrong")
+        log(f"against the injected noise, in {pairs.wrong.mean():.1%} of the pairs: precision "
+            f"{hits / clean.sum():.3f}, recall {hits / max(1, right.sum()):.3f}")
     for line in doubts(verdict):
         log(line)

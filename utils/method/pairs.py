@@ -47,17 +47,24 @@ def first_pairs(item_of):
     return np.unique(item_of, return_index=True)[1]
 
 
-def for_model(pairs, args, preprocess, held=True, log=print):
-    """The same `Pairs` as a model reads them whose preprocessing is given: with tokens, and images
-    from `--image_cache` or, if `held`, where `--data_on` says."""
-    texts = [pairs.captions[i] for i in first_pairs(pairs.text_of)]
-    tokens, lengths = clip.tokenize_with_lengths(texts, args.context_length)
-    num_cut = int((lengths > args.context_length)[pairs.text_of].sum())
-    if num_cut:
-        log(f"warning: {num_cut} captions of {pairs.source} are longer than {args.context_length} "
-            "tokens and were cut, keeping the end token")
+def for_model(pairs, args, preprocess, log=print):
+    """The same `Pairs` as the model of `preprocess` reads them: with tokens, and with images from
+    `--image_cache` or held where `--data_on` says."""
     images = Images(args.dataset_root, pairs.images.names, preprocess, args.image_cache)
-    return replace(pairs, images=hold(args, images) if held else images, tokens=tokens)
+    tokens = tokens_of(pairs.captions, pairs.text_of, args, pairs.source, log)
+    return replace(pairs, images=hold(args, images), tokens=tokens)
+
+
+def tokens_of(captions, text_of, args, source, log=print):
+    """Tokens (v, `--context_length`) int32 of the distinct captions among n `captions`. Their rows
+    are text_of (n,). Captions of the file `source` that are too long are counted in the log."""
+    texts = [captions[i] for i in first_pairs(text_of)]
+    tokens, lengths = clip.tokenize_with_lengths(texts, args.context_length)
+    num_cut = int((lengths > args.context_length)[text_of].sum())
+    if num_cut:
+        log(f"warning: {num_cut} captions of {source} are longer than {args.context_length} "
+            "tokens and were cut, keeping the end token")
+    return tokens
 
 
 def fingerprint(pairs):

@@ -1,5 +1,5 @@
-"""Images of a split: from their files or from the image cache, by worker processes if wanted, or
-all of them in memory."""
+"""Images of a split: read from their files or from the image cache, by worker processes if wanted,
+or held in memory."""
 
 import functools
 import multiprocessing.util
@@ -13,45 +13,34 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, PngImagePlugin
+from PIL import Image
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Dataset, Subset
-from tqdm import tqdm
 
 from clip.preprocess import check_usable
 from utils.devices import ship
 from utils.distributed import world
 from utils.errors import InputError
 from utils.files import parsing
+from utils.progress import progress
 from utils.reading.image_cache import ImageCache
 
-
-class PictureAlone(PngImagePlugin.PngStream):
-    """The chunks of a PNG file of which the picture is made. What stands beside it (texts, colour
-    profiles, further frames) is passed over: where that is long, damaged or cut short, every
-    browser shows the picture all the same."""
-
-    def call(self, cid, pos, length):
-        if cid[:1].isupper() or cid == b"tRNS":
-            return super().call(cid, pos, length)
-        self.fp.seek(length, os.SEEK_CUR)
-        return b""
-
-    def crc(self, cid, data):
-        (super().crc if cid[:1].isupper() else self.crc_skip)(cid, data)
-
-
-PngImagePlugin.PngStream = PictureAlone
+END_MARKS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}  # last bytes of a file by its format
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Images(Dataset):
-    """Distinct images of a split; item k is the uint8 crop (3, R, R) that CLIP's preprocessing
-    ends in, before normalisation. An unreadable file raises InputError with its name."""
+    """Distinct images of a split. Item k is the uint8 crop (3, R, R) that CLIP's preprocessing ends
+    in, before normalisation. An unreadable file raises InputError with its name.
 
-    def __init__(self, root, names, preprocess, cache="off"):
+    names: file names below ROOT/images. preprocess: a `clip.Preprocess`, or None where names alone
+    are needed. cache: folder of the image cache, or "off".
+    """
+
+    def __init__(self, root, names, preprocess=None, cache="off"):
         self.folder, self.names, self.preprocess = Path(root) / "images", names, preprocess
         self.cache = None
-        if cache != "off":
+        if preprocess and cache != "off":
             paths = [self.folder / name for name in names]
             self.cache = ImageCache(cache, paths, preprocess.resolution, preprocess.resize)
 
@@ -84,11 +73,17 @@ class Images(Dataset):
             return self.preprocess.crop(image)
 
     def flaw(self, k):
-        """What is wrong with the header of image k, or None."""
+        """What is wrong with the file of image k, as a line of text, or None.
+
+        A JPEG or PNG file is whole if its header can be read and it ends in its format's end mark.
+        Any other file is decoded.
+        """
+        if self.cache and self.cache.has(k):
+            return None
         try:
-            if not (self.cache and self.cache.has(k)):
-                with self.opened(k):
-                    pass
+            with self.opened(k) as image:
+                if not ends_whole(self.folder / self.names[k], image.format):
+                    image.load()
         except InputError as error:
             return str(error)
 
@@ -104,7 +99,7 @@ class Images(Dataset):
 @contextmanager
 def open_image(file):
     """PIL image of a path or binary file, of which only the header is read yet. Pillow's warnings
-    are off, but for that of a decompression bomb, which is an error."""
+    are off, except that a decompression bomb is an error."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -113,14 +108,21 @@ def open_image(file):
             yield image
 
 
+def ends_whole(path, image_format):
+    """Whether a file ends in the end mark of its format. False where there is no such mark."""
+    mark = END_MARKS.get(image_format)
+    with open(path, "rb") as f:
+        return mark is not None and f.seek(-len(mark), os.SEEK_END) >= 0 and f.read() == mark
+
+
 # ---- in memory ----------------------------------------------------------------------------------
 
 HELD = weakref.WeakSet()  # `ImagesInMemory` that `hold` has made
 
 
 class ImagesInMemory(Images):
-    """The same `images`, or the crops (n, 3, R, R) given, on a device. They are read, each once,
-    when the first one is asked for; a step then ships row numbers alone."""
+    """The same `images`, or the crops (n, 3, R, R) given, on a device. The first access reads them
+    all, each once; a step then copies row numbers alone to the device."""
 
     def __init__(self, images, device, args=None):
         if isinstance(images, torch.Tensor):
@@ -139,7 +141,7 @@ class ImagesInMemory(Images):
             raise InputError(f"{len(self)} images do not fit into the memory ({self.device}); use "
                              "--data_on workers") from error
         left = crops
-        with tqdm(total=len(self), desc="reading", unit="img", disable=None) as bar:
+        with progress(total=len(self), desc="reading", unit="img") as bar:
             for batch in image_loader(self.args, self.images):
                 left[: len(batch)] = batch
                 left = left[len(batch) :]
@@ -152,9 +154,9 @@ class ImagesInMemory(Images):
 
 
 def hold(args, images):
-    """`images`, in the device's memory if `--data_on` wants them there or, by auto, if they and
-    what is held already fill a third of it at most. Under torchrun, auto leaves them to worker
-    processes, as each process would hold all."""
+    """`images`, held in the device's memory if `--data_on` says so. With auto they are held if they
+    and the images that are held already fill at most a third of the memory; under torchrun, where
+    each process would hold them all, they are left to worker processes."""
     if args.data_on == "workers":
         return images
     size = sum(len(x) * 3 * x.preprocess.resolution**2 for x in (images, *HELD))  # bytes
@@ -166,17 +168,16 @@ def hold(args, images):
 
 
 def room(device):
-    """Bytes of memory of a device; of the CPU, what the machine has and its container allows."""
+    """Bytes of memory of a device. For the CPU: those of the machine, or of its container's limit.
+    """
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    if not hasattr(os, "sysconf"):  # Windows
-        return 0
     return min([os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), *cgroup_limits()])
 
 
 def cgroup_limits(own="/proc/self/cgroup", root="/sys/fs/cgroup"):
-    """Limits of memory, in bytes, that Linux sets to the groups of processes, and to those around
-    them, which this one is in: containers and jobs of a cluster."""
+    """List of the memory limits, in bytes, of this process's control groups and of their parents:
+    Linux sets them for containers and for a cluster's jobs."""
     limits, root = [], Path(root)
     for line in Path(own).read_text().splitlines() if Path(own).exists() else []:
         _, version_1, group = line.split(":", 2)  # "0::/a/b" of version 2, "7:memory:/a/b" of 1
@@ -200,11 +201,11 @@ def in_memory(images):
 
 
 def check_images(args, images, dev):
-    """Open all `images`, decode those of `dev`. Raises InputError, with a count and the first
-    three, when some cannot be read."""
+    """Check the files of all `images` and decode those of `dev`, before training starts. Raises
+    InputError, with a count and the first three, when some cannot be read."""
     rows = range(0 if "crops" in vars(images) else len(images))
     checks = Loader(args, rows, len(rows) // 1000, batch_size=None, collate_fn=images.flaw)
-    broken = [flaw for flaw in tqdm(checks, desc="checking", unit="img", disable=None, leave=False)
+    broken = [flaw for flaw in progress(checks, desc="checking", unit="img", leave=False)
               if flaw]
     if broken:
         count = f"{len(broken)} images cannot be read: " if len(broken) > 1 else ""
@@ -220,14 +221,12 @@ def image_loader(args, images):
 
 
 class Loader(DataLoader):
-    """DataLoader with `--num_workers` processes, but no more than `most_workers`. It says in one
-    line that one has died or cannot hand over its batches, and only where they are fetched: torch's
-    handler of SIGCHLD would raise at any line."""
+    """DataLoader with `--num_workers` processes, but at most `most_workers`."""
 
     def __init__(self, args, dataset, most_workers, **options):
         workers = min(args.num_workers, most_workers)
         if workers:
-            _end_workers()
+            _kill_workers_at_exit()
             options["worker_init_fn"] = _ignore_signals
         super().__init__(dataset, num_workers=workers, persistent_workers=workers > 0,
                          pin_memory=workers > 0 and args.device.type == "cuda", **options)
@@ -235,17 +234,13 @@ class Loader(DataLoader):
             self.collate_fn = functools.partial(_shared, self.collate_fn)
 
     def __iter__(self):
-        with _explain_workers():
-            batches = super().__iter__()
-            if self.num_workers and hasattr(signal, "SIGCHLD") and (
-                    threading.current_thread() is threading.main_thread()):
-                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            yield from batches
+        with _signals_deferred():  # while the workers are forked
+            return super().__iter__()
 
 
 def _shared(collate, items):
-    """A batch in shared memory. Where that is full, torch's own thread, which would put it there
-    later, would only print it, and the main process would wait for ever."""
+    """A batch in shared memory. If the memory is full, this raises in the worker; torch's own
+    thread, which would copy the batch later, would print the error and the run would hang."""
     batch = collate(items)
     try:
         for value in tree_leaves(batch):
@@ -259,30 +254,36 @@ def _shared(collate, items):
     return batch
 
 
-@contextmanager
-def _explain_workers():
-    """Turn what the death of a worker provokes where its data are fetched into an InputError."""
-    try:
-        yield
-    except (RuntimeError, EOFError, OSError) as error:
-        of_torch = isinstance(error, RuntimeError) and "DataLoader worker (pid" not in str(error)
-        if of_torch or "Caught " in str(error):  # which a worker raised and handed over
-            raise
-        raise InputError("a worker process was killed: the memory may have run out (use fewer "
-                         "--num_workers), or an image crashes its decoder (--num_workers 0 shows "
-                         "where)") from error
-
-
 @functools.cache
-def _end_workers():
-    """Workers end with this process, also one that hangs, which would be waited for."""
+def _kill_workers_at_exit():
+    """Kill this process's workers when it ends. A worker that hangs would be waited for."""
     multiprocessing.util.Finalize(
         None, lambda: [worker.kill() for worker in multiprocessing.active_children()],
         exitpriority=100)  # before multiprocessing's own end
 
 
 def _ignore_signals(_):
-    """What Ctrl-C or a cluster sends reaches workers too: the main process decides what it
-    means."""
-    for name in {"SIGINT", "SIGHUP", "SIGTERM"}.intersection(dir(signal)):
-        signal.signal(getattr(signal, name), signal.SIG_IGN)
+    """Let a worker ignore Ctrl-C and what a cluster sends: the main process decides what it means.
+    """
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+@contextmanager
+def _signals_deferred():
+    """Handle a signal that comes within the block after it. Python swallows an exception that a
+    handler raises while a process is forked, so a Ctrl-C would be lost."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Python handles signals in the main thread
+        return
+    arrived, before = [], {}
+    for number in SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            before[number] = signal.signal(number, lambda number, _: arrived.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    for number in arrived:
+        signal.raise_signal(number)

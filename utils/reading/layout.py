@@ -10,19 +10,22 @@
 """
 
 import os
-from pathlib import Path, PureWindowsPath
+import unicodedata
+from collections import defaultdict
+from pathlib import Path
 
 from utils.errors import InputError
 from utils.files import atomic_write, parsing
 
 SPLITS = ("train", "dev", "test")
 BANK_FOLDERS = ("frozen_memory_bank", "memory_bank")  # ours and their README's; their code's
-DATASETS = {  # captions per id in train_caps.txt; None: whatever the two files add up to
+DATASETS = {  # captions per id in train_caps.txt; None: as many as the two files add up to
     "coco": 5,  # MSCOCO
     "f30k": 5,  # Flickr30K
     "cc": 1,  # CC120K
     "pairs": None,  # any collection with an image_name.txt (dataset/prepare_pairs.py)
 }
+DATA_SET = "a folder with annotations/scan_split/ and images/ (dataset/README.md)"
 
 
 def split_folder(root):
@@ -34,31 +37,26 @@ def require_dataset(root):
     """Raise InputError unless the folder `root` has the parts of a data set."""
     for folder in (split_folder(root), Path(root) / "images"):
         if not folder.is_dir():
-            raise InputError(f"{folder} does not exist or is no folder; --dataset_root must be a "
-                             "folder with annotations/scan_split/ and images/ (dataset/README.md)")
-
-
-def read_text(path, advice):
-    """Text of a UTF-8 file. Raises InputError when it is absent (with `advice`) or not UTF-8."""
-    with parsing(path, "a text file", advice):
-        data = Path(path).read_bytes()
-    try:
-        text = data.decode("utf-8-sig")  # Windows editors begin a file with a byte order mark
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise InputError(f"{path}, line {line}: not valid UTF-8; re-encode the file") from None
-    return text.replace("\r\n", "\n").replace("\r", "\n")
+            raise InputError(f"{folder} does not exist or is no folder; --dataset_root must be "
+                             f"{DATA_SET}")
 
 
 def read_lines(path):
-    """Lines of a UTF-8 text file as a list of str, each stripped of white space at both ends."""
-    text = read_text(path, "--dataset_root must be a folder with annotations/scan_split/ and "
-                           "images/ (dataset/README.md)")
-    return [line.strip() for line in text.removesuffix("\n").split("\n")] if text else []
+    """Lines of a UTF-8 text file as a list of str, each stripped of white space at both ends.
+    Raises InputError when the file is absent or not UTF-8."""
+    with parsing(path, "a text file", f"--dataset_root must be {DATA_SET}"):
+        data = Path(path).read_bytes()
+    try:
+        text = data.decode("utf-8-sig")  # some editors begin a file with a byte order mark
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise InputError(f"{path}, line {line}: not valid UTF-8; re-encode the file") from None
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n").split("\n")
+    return [line.strip() for line in lines] if text else []
 
 
 def read_captions(path):
-    """Captions of a file, one a line. Raises InputError when a line is empty."""
+    """Captions of a file, one a line. Raises InputError when a line, or the file, is empty."""
     captions = read_lines(path)
     empty = [i + 1 for i, caption in enumerate(captions) if not caption]
     if empty:
@@ -73,8 +71,8 @@ def read_ids(root, split, num_captions, num_anns, caption_file):
     """Image id of each caption of a split: list of str, `num_captions` long.
 
     In the training split each id of the file stands for `num_anns` captions (None: as many as the
-    two files add up to), elsewhere for one. Raises InputError, with the num_anns that would fit,
-    when ids and captions do not add up.
+    two files add up to); in the other splits it stands for one. Raises InputError, with the
+    num_anns that would fit, when ids and captions do not add up.
     """
     path = split_folder(root) / f"{split}_ids.txt"
     ids = read_lines(path)
@@ -102,14 +100,13 @@ def image_names(root, dataset, ids):
     """
     if dataset == "cc":
         for image_id in ids:
-            if "/" in image_id or "\\" in image_id:
+            if "/" in image_id:
                 raise InputError(f"image id '{image_id}' in {split_folder(root)} is no file name")
         return [f"{i}.jpg" for i in ids]
     path = split_folder(root) / "image_name.txt"
     names = None if dataset == "coco" else read_lines(path)
     for line, name in enumerate(names or [], 1):
-        windows = PureWindowsPath(name)  # knows both kinds of slashes
-        if not name or windows.root or ".." in windows.parts:
+        if not name or os.path.isabs(name) or ".." in name.split("/"):
             raise InputError(f"{path}, line {line}: '{name}' is not a file name inside the images "
                              "folder")
     result = []
@@ -126,17 +123,43 @@ def image_names(root, dataset, ids):
     return result
 
 
-def require_images(root, names):
-    """Raise InputError, with a count and the first few names, unless all images exist."""
+def find_images(root, names):
+    """File names below ROOT/images, as they are on disk, of a list of image names; same length.
+
+    A name that is no file stands for the one file that differs from it only in its Unicode form or
+    in white space at its ends. Raises InputError, with a count and the first few names, when images
+    are missing.
+    """
+    require_dataset(root)
     folder = Path(root) / "images"
-    if not folder.is_dir():
-        raise InputError(f"{folder} does not exist; the images of the data set belong there")
     here = set(os.listdir(folder))
     # unlike Path.is_file, os.path.isfile takes names of any length
-    missing = [name for name in dict.fromkeys(names)
-               if name not in here and not os.path.isfile(folder / name)]
+    absent = {name for name in names if name not in here and not os.path.isfile(folder / name)}
+    if not absent:
+        return names
+    alike = files_by_spelling(folder)
+    found = {name: files[0] for name in absent if len(files := alike[spelling(name)]) == 1}
+    missing = [name for name in dict.fromkeys(names) if name in absent - found.keys()]
     if missing:
         raise InputError(f"{len(missing)} images are missing from {folder}: {few(missing)}")
+    return [found.get(name, name) for name in names]
+
+
+def spelling(name):
+    """A file name without what two spellings of it may differ in: the Unicode form, and white space
+    at its ends."""
+    return unicodedata.normalize("NFC", name).strip()
+
+
+def files_by_spelling(folder):
+    """Dict from a `spelling` to the list of files below `folder`, relative to it, that have it; []
+    for any other."""
+    found = defaultdict(list)
+    for parent, _, files in os.walk(folder):
+        for file in files:
+            path = os.path.relpath(os.path.join(parent, file), folder)
+            found[spelling(path)].append(path)
+    return found
 
 
 def few(names, most=3):
@@ -145,7 +168,7 @@ def few(names, most=3):
 
 
 def find_by_ratio(folder, suffix, ratio):
-    """The file `{ratio}{suffix}` in `folder` in whatever spelling of the number (0, 0.0, 0.20);
+    """Path of the file `{ratio}{suffix}` in `folder`, however the number is spelled (0, 0.0, 0.20);
     None when there is none."""
     matches = []
     for path in sorted(Path(folder).glob(f"*{suffix}")):
@@ -159,16 +182,16 @@ def find_by_ratio(folder, suffix, ratio):
 
 
 def ratio_name(ratio):
-    """The one spelling of a noise ratio that we write, with all its digits: 0.2 for 0.20."""
+    """A noise ratio as we write it, in one spelling with all its digits: 0.2 for 0.20."""
     return repr(abs(float(ratio))).removesuffix(".0")
 
 
 def write_split(folder, split, image_ids, captions):
-    """Write `{split}_ids.txt` and `{split}_caps.txt` to the folder of these files.
+    """Write `{split}_ids.txt` and `{split}_caps.txt` to a folder.
 
-    image_ids: one id (str or int) per image. captions: per image, a list of str. Training images
-    that have all the same number of captions get one id line each; otherwise, and in dev and test,
-    there is one id line per caption (read back with num_anns 1).
+    image_ids: one id (str or int) per image. captions: per image, a list of str. If all training
+    images have the same number of captions, train_ids.txt has one line per image. Otherwise, and in
+    dev and test, there is one id line per caption (read back with num_anns 1).
     """
     one_id_per_image = split == "train" and len({len(c) for c in captions}) == 1
     write_lines(Path(folder) / f"{split}_ids.txt",
@@ -178,6 +201,6 @@ def write_split(folder, split, image_ids, captions):
 
 
 def write_lines(path, lines):
-    """Write one item a line; in image_name.txt the file name of image id i is on line i, from 0."""
+    """Write one item a line."""
     with atomic_write(path) as f:
         f.writelines(f"{line}\n" for line in lines)

@@ -1,16 +1,16 @@
-"""Noisy caption files: which captions change places, what the files are called, where they are.
+"""Noisy caption files: which captions change places, and the names of the files.
 
-A file's name says what it was made with. {ratio}_noise_train_caps.txt is the released name: that of
-the random noise of seed `SEED`, and of the authors' own files. {ratio}_noise_{kind}_seed{seed}_
-train_caps.txt is any other.
+{ratio}_noise_train_caps.txt, the released name, holds the random noise of seed `SEED`, or is one of
+the authors' own files. {ratio}_noise_{kind}_seed{seed}_train_caps.txt holds any other noise.
 """
 
 from collections import defaultdict
 
 import numpy as np
-from tqdm import tqdm
 
+from utils.distributed import main_first
 from utils.files import atomic_write
+from utils.progress import progress
 from utils.reading.layout import find_by_ratio, ratio_name, read_captions, read_ids, split_folder
 
 KINDS = ("random", "similar")
@@ -24,17 +24,17 @@ BLOCK = 64  # captions that are compared with all others at a time
 
 
 def drawn(n, noise_ratio, rng):
-    """int(noise_ratio n) positions of n, int64, in random order."""
+    """int(noise_ratio n) of the positions 0..n-1, int64, in random order."""
     positions = np.arange(n)
     rng.shuffle(positions)
     return positions[: int(noise_ratio * n)]
 
 
 def random_order(n, noise_ratio, seed):
-    """Permutation (n,) int64: position i of the noisy file takes clean caption order[i], as in the
-    released code.
+    """Random noise, as in the released code: a permutation `order` (n,) int64; line i of the noisy
+    file is clean caption order[i].
 
-    Random positions exchange their captions; some of these may stay where they were or move within
+    The captions at random positions are shuffled. Some of them stay where they were or move within
     their image, so the true share of wrong pairs is a little below the ratio.
     """
     rng = np.random.RandomState(seed)
@@ -47,14 +47,15 @@ def random_order(n, noise_ratio, seed):
 
 
 def similar_order(captions, image_of, noise_ratio, seed):
-    """The same for near misses (as in LEMoN, Zhang et al. 2025): the drawn positions, the same as
-    for random noise, pair up and exchange their captions.
+    """Near misses (as in LEMoN, Zhang et al. 2025), as a permutation like that of `random_order`.
 
-    One after the other, in random order, takes the most similar caption (cosine of TF-IDF) that is
-    left, of another image, and that neither image has among its own; the earlier one of equals.
-    captions: n str; image_of: (n,) the image of each, anything hashable.
+    The positions are those of random noise. In random order, each position exchanges its caption
+    with the position whose caption is most similar (cosine of TF-IDF; of equals the earlier one)
+    among those that are left, that belong to another image, and where neither image has the
+    caption that it would get among its own. captions: n str; image_of: (n,) hashable, the image of
+    each.
     """
-    from sklearn.feature_extraction.text import TfidfVectorizer  # seconds to import
+    from sklearn.feature_extraction.text import TfidfVectorizer  # takes seconds to import
 
     n = len(captions)
     positions = drawn(n, noise_ratio, np.random.RandomState(seed))
@@ -77,7 +78,7 @@ def similar_order(captions, image_of, noise_ratio, seed):
         (m, True), (len(images_of), False), (len(texts_of), False)))
 
     def best(p, others, similarity):
-        """The one of `others` that p takes, or None."""
+        """The position among `others` that p exchanges its caption with, or None."""
         own_text[texts_of[image[p]]] = own_image[images_of[text[p]]] = True
         fits = left[others] & ~own_text[text[others]] & ~own_image[image[others]]
         own_text[texts_of[image[p]]] = own_image[images_of[text[p]]] = False
@@ -86,7 +87,7 @@ def similar_order(captions, image_of, noise_ratio, seed):
         others, similarity = others[fits], similarity[fits]
         return others[similarity == similarity.max()].min()
 
-    with tqdm(total=m, desc="similar captions", unit="caption", disable=None) as bar:
+    with progress(total=m, desc="similar captions", unit="caption") as bar:
         while left.any():
             todo = np.flatnonzero(left)
             rows = todo[:BLOCK]
@@ -96,7 +97,7 @@ def similar_order(captions, image_of, noise_ratio, seed):
                     continue
                 left[p] = False
                 q = best(p, todo[similarity.indices[low:high]], similarity.data[low:high])
-                if q is None:  # none shares a word
+                if q is None:  # no caption that fits shares a word with p's
                     others = np.flatnonzero(left)
                     q = best(p, others, np.zeros(len(others), np.float32))
                 if q is not None:
@@ -107,7 +108,7 @@ def similar_order(captions, image_of, noise_ratio, seed):
 
 
 def numbered(items):
-    """(n,) int64: a number for each item, from 0, the same for equal ones."""
+    """(n,) int64: a number, from 0, for each of n items; equal items have the same number."""
     numbers = {}
     return np.fromiter((numbers.setdefault(item, len(numbers)) for item in items), np.int64)
 
@@ -116,19 +117,19 @@ def numbered(items):
 
 
 def suffix_of(kind, seed):
-    """How the name of a noise file ends, behind the ratio."""
-    named = (kind, seed) != ("random", SEED)
-    return f"_noise_{kind}_seed{seed}_train_caps.txt" if named else SUFFIX
+    """What follows the ratio in the name of a noise file."""
+    released = (kind, seed) == ("random", SEED)
+    return SUFFIX if released else f"_noise_{kind}_seed{seed}_train_caps.txt"
 
 
 def construct_noise(args, replace=True):
-    """Write the noisy caption file of the options; returns (path, noisy captions). Without
-    `replace` one that another run has written meanwhile stays."""
+    """Write the noisy caption file of the options; returns (path, noisy captions). If `replace` is
+    False, a file that another run has written meanwhile stays."""
     ratio, seed = args.noise_ratio, args.noise_seed
     folder = split_folder(args.dataset_root)
     clean = folder / "train_caps.txt"
     captions = read_captions(clean)
-    ids = read_ids(args.dataset_root, "train", len(captions), args.num_anns, clean)  # they fit
+    ids = read_ids(args.dataset_root, "train", len(captions), args.num_anns, clean)
     order = (random_order(len(captions), ratio, seed) if args.noise_kind == "random"
              else similar_order(captions, ids, ratio, seed))
     noisy = [captions[i] for i in order]
@@ -139,19 +140,18 @@ def construct_noise(args, replace=True):
 
 
 def training_captions(args, log=print):
-    """(captions, path) to train on: the clean ones at ratio 0, else those of the noise file of the
-    options, which is made if it is missing.
+    """(captions, path) to train on: the clean captions at ratio 0, else those of the options' noise
+    file, which is made if it is missing.
 
-    Where random noise has no file of its own name, one of the released name at hand is taken, as it
-    may be the authors', and the log says so; but not one that was made with `SEED` for another.
+    If random noise of this seed has no file, a file of the released name is taken, and the log says
+    so: it may be the authors'. A file of that name that holds the noise of seed `SEED` is not taken
+    for another seed.
     """
     ratio, kind, seed = args.noise_ratio, args.noise_kind, args.noise_seed
     folder = split_folder(args.dataset_root)
     clean = folder / "train_caps.txt"
     if float(ratio) == 0:
         return read_captions(clean), clean
-    from utils.distributed import main_first  # torch, which takes a second
-
     with main_first():
         path = find_by_ratio(folder, suffix_of(kind, seed), ratio)
         if kind == "random" and path is None:
@@ -168,7 +168,8 @@ def training_captions(args, log=print):
 
 
 def made_with(seed, path, clean, noise_ratio):
-    """Whether a file holds the random noise of a seed; `clean`: the file of the clean captions."""
+    """Whether the file at `path` holds the random noise of a seed. clean: path of the clean
+    captions."""
     if not clean.exists():
         return False
     captions = read_captions(clean)

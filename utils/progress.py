@@ -1,0 +1,27 @@
+"""Progress with remaining time: a bar in a terminal or notebook, a line a minute in a log file."""
+
+import sys
+
+from tqdm import std
+from tqdm.auto import tqdm
+
+IN_NOTEBOOK = any(base.__module__ == "tqdm.notebook" for base in tqdm.__mro__)
+SECONDS = 60  # between two lines
+
+
+class Lines(std.tqdm):
+    """A tqdm that prints each state as a line of its own."""
+
+    def display(self, msg=None, pos=None):
+        """Print the state. tqdm passes `msg`, an empty one, to erase a bar."""
+        if msg is None:
+            print(self, file=self.fp, flush=True)
+
+
+def progress(items=None, **options):
+    """tqdm over `items`, or of `total` steps, with tqdm's `options` desc, unit, unit_scale, leave.
+    """
+    if IN_NOTEBOOK or sys.stderr.isatty():
+        return tqdm(items, **options)
+    options |= {"mininterval": SECONDS, "miniters": 1, "delay": SECONDS, "leave": False}
+    return Lines(items, **options)
