@@ -135,8 +135,8 @@ def kill(started):
 
 @pytest.mark.parametrize("layout, methods, noise", [
     ("f30k", ["mine", "clip_released"], "0.4"),
-    pytest.param("coco", ["npc_paper"], "0.2", marks=pytest.mark.slow),
-    pytest.param("cc", ["npc_paper"], "0", marks=pytest.mark.slow)])
+    pytest.param("coco", ["npc_paper", "clip_paper"], "0.2", marks=pytest.mark.slow),
+    pytest.param("cc", ["npc_paper", "clip_paper"], "0", marks=pytest.mark.slow)])
 def test_a_table_from_nothing_after_kills_and_twice(tmp_path, layout, methods, noise):
     (source,) = blocks(PAGE, "python")
     (options,) = [block for block in blocks(PAGE) if block.startswith("# script: mine.py")]
