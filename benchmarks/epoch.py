@@ -52,11 +52,11 @@ def two_epochs(args, run, num_images, num_dev):
         seconds[name] = time.perf_counter() - start
         return found
 
-    verdict, features, *_ = timed(FEATURES, lambda: judge_pairs(
+    verdict, features = timed(FEATURES, lambda: judge_pairs(
         model, pairs, args, run.precision, lambda _: None))
     # which pairs are clean is made up, as random weights know nothing
     verdict = verdict._replace(clean=rng.random(len(pairs)) < 0.8 * (1 - NOISE))
-    timed(ENTRIES, lambda: bank_of(verdict, *features, pairs, args, {}))
+    timed(ENTRIES, lambda: bank_of(verdict, *features, pairs, args))
     bank = bench.make_bank(pairs, NOISE, rng)
     npc, loader = NPC(model, run, bank), training_loader(args, pairs, bank)
     begun = []  # when each step did; on a GPU none does before the last but one is computed

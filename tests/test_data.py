@@ -274,20 +274,22 @@ def test_what_is_trained_on_is_hashed(datasets):
         training_loader(args, pairs),
         training_loader(args, pairs_of(data, "--noise_ratio", 0)),  # the same
         training_loader(args, pairs, banks[0], with_memory=False),  # the same again
-        *(training_loader(args, pairs, chosen=np.arange(k, 9 + k)) for k in (0, 1)),
         *(training_loader(options, pairs, bank, memory) for bank in banks
           for options, memory in ((args, True), (by_chance, True), (clean, False), (clean, True))))}
-    assert len(hashes) == 11
-    everything = training_loader(args, pairs, chosen=np.arange(len(pairs)))
-    assert hash_of_data(everything) in hashes
+    assert len(hashes) == 9
+    banks[0].clean[:] = True
+    assert hash_of_data(training_loader(clean, pairs, banks[0], False)) in hashes
 
 
 def test_fewer_chosen_pairs_than_a_batch_are_refused(datasets):
     pairs = pairs_of(datasets["f30k"])
-    args = options(datasets["f30k"], "--batch_size", 5)
-    assert len(training_loader(args, pairs, chosen=np.arange(5))) == 1
+    args = options(datasets["f30k"], "--batch_size", 5, "--train_on", "clean")
+    bank = random_bank(pairs)
+    bank.clean = np.arange(len(pairs)) < 5
+    assert len(training_loader(args, pairs, bank)) == 1
+    bank.clean[0] = False
     with pytest.raises(InputError, match="--batch_size 5 is larger than the 4 pairs that"):
-        training_loader(args, pairs, chosen=np.arange(4))
+        training_loader(args, pairs, bank)
 
 
 def random_bank(pairs, seed=0):

@@ -326,25 +326,6 @@ def test_rounds_make_a_better_judge(drawings, monkeypatch):
                for k in again)
 
 
-def test_find_noise_and_training_are_of_one_mind(drawings, capsys, tmp_path):
-    """The rounds of a training take its --lr; find_noise.py, told the same rate, finds the same."""
-    place, options = drawings
-    judged = [*options, "--recipe", "robust", "--judge_rounds", "1", "--judge_steps", "6"]
-    find_noise.main([*judged, "--out", str(tmp_path / "found"), "--worst", "3", "--judge_lr",
-                     "3e-4"])
-    main_NPC.main([*judged, "--epochs", "1", "--lr", "3e-4", "--checkpoint_path", str(tmp_path)])
-    said = capsys.readouterr().out
-    first, again = (line for line in said.splitlines() if line.startswith("judge, round 1"))
-    assert first == again and "6 steps at 0.0003 on" in first
-    bank = banks(place / "target")["0.4_mbank_rounds1x6_neighbours15"]
-    info = json.loads(bank["info"].tobytes())
-    assert info["judge_lr"] == 3e-4
-    assert f"noise share: {info['wrong_share']:.1%} (standard error " in said
-    with open(tmp_path / "found" / "suspicious_pairs.csv", newline="") as f:
-        found = {int(row["pair"]): float(row["posterior"]) for row in csv.DictReader(f)}
-    assert np.allclose([found[i] for i in range(len(found))], bank["posterior"], atol=1e-5)
-
-
 def test_random_inputs_are_encoded_for_one_step_anti_noise_alone(drawings, tmp_path, monkeypatch):
     place, options = drawings
     asked, mean = [], rounds_module.mean_random_cosine
@@ -358,27 +339,38 @@ def test_random_inputs_are_encoded_for_one_step_anti_noise_alone(drawings, tmp_p
     assert asked == [1]
 
 
-def test_runs_use_the_bank_of_their_judge(drawings, capsys, tmp_path):
+def test_runs_use_the_bank_of_their_judge_and_find_noise_is_of_one_mind(drawings, capsys,
+                                                                       tmp_path):
+    """The rounds of a training take its --lr; find_noise.py, told the same rate, finds the same."""
     place, options = drawings
-    training = [*options, "--epochs", "1", "--warmup", "1", "--checkpoint_path", str(tmp_path)]
-    judged = ["--judge_rounds", "1", "--judge_steps", "4", "--judge_lr", "1e-4"]
-    names = {}
-    for name, main, more in (("npc", main_NPC.main, []), ("clip", main_CLIP.main, ["--train_on",
-                             "clean", *judged]), ("robust", main_NPC.main, ["--recipe", "robust",
-                                                                           *judged])):
-        main([*training, "--experiments", name, *more])
-        said = capsys.readouterr().out
-        names[name] = next(line for line in said.splitlines() if "0.4_mbank" in line)
-    assert "rounds" not in names["npc"]
-    assert "_rounds1x4_neighbours15_random_seed0_" in names["clip"]
-    assert "memory bank: " in names["robust"] and names["clip"].split("/")[-1] in names["robust"]
+    training = [*options, "--epochs", "1", "--warmup", "1", "--lr", "3e-4", "--checkpoint_path",
+                str(tmp_path)]
+    judged = ["--judge_rounds", "1", "--judge_steps", "4"]
+    main_NPC.main([*training, "--experiments", "npc"])
+    assert "0.4_mbank" in (said := capsys.readouterr().out) and "rounds" not in said
+    main_CLIP.main([*training, "--experiments", "clip", "--train_on", "clean", *judged])
+    main_NPC.main([*training, "--experiments", "robust", "--recipe", "robust", *judged])
+    find_noise.main([*options, "--out", str(tmp_path / "found"), "--worst", "3", "--judge_lr",
+                     "3e-4", *judged])
+    said = capsys.readouterr().out
+    first, again = (line for line in said.splitlines() if line.startswith("judge, round 1"))
+    assert first == again and "4 steps at 0.0003 on" in first
+    path = conftest.banks(place / "target")["0.4_mbank_rounds1x4_neighbours15"]
+    assert f"building {path}" in said and f"memory bank: {path}" in said
     # robust is CLIP on the same clean set, and no more
     a, b = (clip.read_checkpoint(tmp_path / name / "epoch1.pt") for name in ("clip", "robust"))
     assert all(torch.equal(a["state_dict"][k], b["state_dict"][k]) for k in a["state_dict"])
     assert "siamese_optimizer" not in b
-    clean = banks(place / "target")["0.4_mbank_rounds1x4_neighbours15"]["clean"]
+    bank = banks(place / "target")["0.4_mbank_rounds1x4_neighbours15"]
     w = np.load(tmp_path / "robust" / "weights.npz")["w"][0]
-    assert np.isnan(w[~clean]).all() and (w[clean][~np.isnan(w[clean])] == 1).all()
+    assert np.isnan(w[~bank["clean"]]).all()
+    assert (w[bank["clean"]][~np.isnan(w[bank["clean"]])] == 1).all()
+    info = json.loads(bank["info"].tobytes())
+    assert info["judge_lr"] == 3e-4
+    assert f"noise share: {info['wrong_share']:.1%} (standard error " in said
+    with open(tmp_path / "found" / "suspicious_pairs.csv", newline="") as f:
+        found = {int(row["pair"]): float(row["posterior"]) for row in csv.DictReader(f)}
+    assert np.allclose([found[i] for i in range(len(found))], bank["posterior"], atol=1e-5)
 
 
 def test_two_processes_judge_as_one(tmp_path, datasets, dataset):
@@ -429,29 +421,6 @@ def features(drawings):
     return place, options, arrays
 
 
-def test_features_of_any_model_judge(features, tmp_path, capsys):
-    place, options, arrays = features
-    np.savez(tmp_path / "distinct.npz", **arrays)
-    get_memorybank.main([*options, "--judge_neighbours", "15"])
-    get_memorybank.main([*options, "--judge_neighbours", "15", "--judge_features",
-                         str(tmp_path / "distinct.npz")])
-    found = banks(place / "target")
-    own = found["0.4_mbank_neighbours15"]
-    given = found["0.4_mbank_features_distinct_neighbours15"]
-    assert np.allclose(own["loss"], given["loss"], atol=1e-4)
-    assert (own["clean"] == given["clean"]).mean() > 0.99
-
-    pairs = data.training_pairs(parse_args("memorybank", options),
-                                clip.Preprocess(32), lambda _: None)
-    per_pair = {**arrays, "images": arrays["images"][pairs.image_of],
-                "texts": arrays["texts"][pairs.text_of]}
-    np.savez(tmp_path / "per_pair.npz", **per_pair)
-    get_memorybank.main([*options, "--judge_neighbours", "15", "--judge_features",
-                         str(tmp_path / "per_pair.npz")])
-    same = banks(place / "target")["0.4_mbank_features_per_pair_neighbours15"]
-    assert np.array_equal(same["loss"], given["loss"])
-
-
 def write_folder(folder, arrays, dtype=np.float32):
     """Features as a folder, which `data.py --list_items` would have begun."""
     folder.mkdir()
@@ -461,22 +430,30 @@ def write_folder(folder, arrays, dtype=np.float32):
     (folder / "logit_scale.txt").write_text(f"{float(arrays['logit_scale'])}\n")
 
 
-def test_a_folder_of_features_judges_as_the_file_does(features, tmp_path):
+def test_features_of_any_model_judge_in_any_form(features, tmp_path):
+    """As the model itself does: a file, a folder, half precision, a row for each pair."""
     place, options, arrays = features
-    judged = [*options, "--judge_neighbours", "15", "--judge_features"]
+    pairs = pairs_of(options)
     np.savez(tmp_path / "file.npz", **arrays)
+    np.savez(tmp_path / "per_pair.npz", **{**arrays, "images": arrays["images"][pairs.image_of],
+                                           "texts": arrays["texts"][pairs.text_of]})
     write_folder(tmp_path / "single", arrays)
     write_folder(tmp_path / "half", arrays, np.float16)
     before = (tmp_path / "half" / "images.npy").read_bytes()
-    for name in ("file.npz", "single", "half"):
-        get_memorybank.main([*judged, str(tmp_path / name)])
-    found = {name: banks(place / "target")[f"0.4_mbank_features_{name}_neighbours15"]
-             for name in ("file", "single", "half")}
-    for name in ("loss", "posterior", "clean", "image_entry", "caption_entry"):
-        assert np.array_equal(found["file"][name], found["single"][name])
-    assert 0 < np.abs(found["file"]["loss"] - found["half"]["loss"]).max() < 0.02
-    assert (found["file"]["clean"] == found["half"]["clean"]).mean() > 0.99
+    judged = [*options, "--judge_neighbours", "15"]
+    get_memorybank.main(judged)
+    for name in ("file.npz", "per_pair.npz", "single", "half"):
+        get_memorybank.main([*judged, "--judge_features", str(tmp_path / name)])
     assert (tmp_path / "half" / "images.npy").read_bytes() == before
+    found = banks(place / "target")
+    own = found["0.4_mbank_neighbours15"]
+    file, *others, half = (found[f"0.4_mbank_features_{name}_neighbours15"]
+                           for name in ("file", "per_pair", "single", "half"))
+    for name in ("loss", "posterior", "clean", "image_entry", "caption_entry"):
+        assert all(np.array_equal(file[name], other[name]) for other in others)
+    assert np.allclose(own["loss"], file["loss"], atol=1e-4)
+    assert 0 < np.abs(file["loss"] - half["loss"]).max() < 0.02
+    assert all((file["clean"] == other["clean"]).mean() > 0.99 for other in (own, half))
 
 
 def spoilt(name, content):
@@ -566,31 +543,26 @@ def test_features_are_used_in_blocks(monkeypatch):
     assert images.most == texts.most == 64
 
 
-def test_a_pool_of_all_is_the_whole_search_and_a_small_one_is_not(features, tmp_path, capsys):
+def test_a_pool_of_all_is_the_whole_search_and_a_small_one_is_not(features, tmp_path):
     place, options, arrays = features
     np.savez(tmp_path / "file.npz", **arrays)
     words = [*options, "--judge_features", str(tmp_path / "file.npz"), "--judge_neighbours", "15"]
     tables = {}
-    for name, most in (("all", []), ("as_many", ["--search_among", "600"]),
-                       ("few", ["--search_among", "40"])):
-        find_noise.main([*words, *most, "--out", str(tmp_path / name)])
-        get_memorybank.main([*words, *most])
-        with open(tmp_path / name / "suspicious_pairs.csv", newline="") as f:
-            tables[name] = list(csv.DictReader(f))
-    assert tables["all"] == tables["as_many"]
-    stem = "0.4_mbank_features_file_neighbours15"
-    found = banks(place / "target")
-    full, as_many, few = (found[f"{stem}{end}"] for end in ("", "_among600", "_among40"))
-    for name in ("loss", "posterior", "clean", "image_entry", "caption_entry"):
-        assert np.array_equal(full[name], as_many[name])
-    assert not np.array_equal(full["posterior"], few["posterior"])
-    assert np.array_equal(full["loss"], few["loss"])
-    assert len({row["best_caption"] for row in tables["few"]}) <= 40
-    assert len({row["best_caption"] for row in tables["all"]}) > 40
+    for most in ("", "600", "40"):
+        among = ["--search_among", most] if most else []
+        find_noise.main([*words, *among, "--out", str(tmp_path / f"out{most}")])
+        with open(tmp_path / f"out{most}" / "suspicious_pairs.csv", newline="") as f:
+            tables[most] = list(csv.DictReader(f))
+    assert tables[""] == tables["600"]
+    assert [row["posterior"] for row in tables[""]] != [row["posterior"] for row in tables["40"]]
+    few, all_of_them = ({row["best_caption"] for row in tables[most]} for most in ("40", ""))
+    assert len(few) <= 40 < len(all_of_them)
     # the bank's entries are the nearest among all clean pairs, whatever the neighbours were
+    get_memorybank.main([*words, "--search_among", "40"])
+    bank = banks(place / "target")["0.4_mbank_features_file_neighbours15_among40"]
     images = normalised(torch.from_numpy(arrays["images"]))
-    entries = nearest_clean(images, pairs_of(options).image_of, few["clean"])
-    assert np.array_equal(entries, few["image_entry"])
+    entries = nearest_clean(images, pairs_of(options).image_of, bank["clean"])
+    assert np.array_equal(entries, bank["image_entry"])
 
 
 def pairs_of(options):

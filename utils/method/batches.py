@@ -145,13 +145,11 @@ def require_batch(args, num_pairs):
                          f"that are trained on; choose one up to {num_pairs}")
 
 
-def training_loader(args, pairs, bank=None, with_memory=True, chosen=None):
-    """DataLoader of `Batch`es of the `chosen` pairs (k,) int64, or else of those that `--train_on`
-    says, with their memory entries in the `bank` if there is one; set `loader.sampler.epoch` (and
-    `first`) before each epoch."""
-    if chosen is None:
-        only_clean = bank is not None and args.train_on == "clean"
-        chosen = clean_pairs(bank) if only_clean else np.arange(len(pairs))
+def training_loader(args, pairs, bank=None, with_memory=True):
+    """DataLoader of `Batch`es of the pairs that `--train_on` says, with their memory entries in the
+    `bank` if there is one; set `loader.sampler.epoch` (and `first`) before each epoch."""
+    only_clean = bank is not None and args.train_on == "clean"
+    chosen = clean_pairs(bank) if only_clean else np.arange(len(pairs))
     require_batch(args, len(chosen))
     sampler = EpochSampler(chosen, args.batch_size, args.seed)
     with_memory = with_memory and bank is not None
