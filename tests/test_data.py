@@ -90,6 +90,18 @@ def test_images_of_cc_are_named_by_any_string(tmp_path):
                                                                      "1.5.jpg"]
 
 
+def test_an_image_name_that_fits_two_files_is_missing(dataset):
+    """One file that differs in blanks at its ends, or in its Unicode form, would be taken."""
+    data = dataset("cc")
+    path = data.root / "images" / data.name(data.ids["train"][0])
+    for name in (f" {path.name}", f"{path.name} "):
+        assert len(pairs_of(data)) == 12
+        (path.parent / name).write_bytes(path.read_bytes())
+    path.unlink()
+    with pytest.raises(InputError, match=f"1 images are missing from .*{path.name}"):
+        pairs_of(data)
+
+
 @pytest.mark.parametrize("num_anns", [1, 5, None])
 def test_num_anns_repeats_training_ids_only(tmp_path, num_anns):
     (tmp_path / "annotations/scan_split").mkdir(parents=True)
