@@ -24,10 +24,10 @@ from clip.model import ResidualAttentionBlock
 from data import retrieval_split
 from params import parse_args
 from utils.method import weightings
+from utils.method.optimizer import Precision
 from utils.reading.layout import read_lines
 from utils.scoring.retrieval import evaluate
 from utils.training import loop
-from utils.training.precision import Precision
 
 SCORES = {"i2t_R@1", "i2t_R@5", "i2t_R@10", "t2i_R@1", "t2i_R@5", "t2i_R@10", "mean_R1", "rsum"}
 COMMON = ["--vision_model", "tiny", "--device", "cpu", "--num_workers", "0", "--batch_size", "16"]

@@ -13,10 +13,9 @@ import main_NPC
 from clip import preprocess
 from utils.method import batches
 from utils.method.batches import Batch, Batches
-from utils.method.optimizer import trained
+from utils.method.optimizer import Precision, trained
 from utils.reading.images import ImagesInMemory
 from utils.training import history
-from utils.training.precision import Precision
 
 RUNS = [("npc", {}), ("npc", {"recipe": "released"}), ("npc", {"weighting": "none"}),
         ("clip", {})]

@@ -29,7 +29,7 @@ from processes import (
 import clip
 import search
 from utils import distributed
-from utils.devices import HostCopy
+from utils.distributed import HostCopy
 from utils.training.checkpoints import newest
 from utils.training.interruptions import INTERRUPTED
 

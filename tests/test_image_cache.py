@@ -26,8 +26,7 @@ from data import training_pairs
 from dataset import make_scenes
 from utils.errors import InputError
 from utils.files import lock
-from utils.reading.image_cache import ImageCache
-from utils.reading.images import Images
+from utils.reading.images import ImageCache, Images
 from utils.training import loop
 
 PREPROCESS = clip.Preprocess(32)

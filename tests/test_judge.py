@@ -27,6 +27,7 @@ from utils.errors import InputError
 from utils.method import judge, neighbours
 from utils.method import rounds as rounds_module
 from utils.method.building import bank_of, nearest_clean
+from utils.method.features import normalised, random_rows
 from utils.method.judge import (
     Agreements,
     draw_batches,
@@ -39,9 +40,8 @@ from utils.method.judge import (
     verdict_on,
     wrong_share_by,
 )
-from utils.method.losses import pair_losses
-from utils.method.neighbours import normalised, random_rows
 from utils.method.pairs import Pairs
+from utils.method.passes import pair_losses
 
 N_IMAGES, N_TEXTS, N = 9, 14, 30
 

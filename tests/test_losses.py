@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from utils.method.losses import pair_losses
+from utils.method.passes import pair_losses
 from utils.method.recipes import RECIPES
 from utils.method.weightings import negative_impact, one_step_anti_noise
 from utils.training.loop import Schedule, warmup_cosine

@@ -19,10 +19,10 @@ from utils.errors import InputError
 from utils.method import building, judge, neighbours
 from utils.method.building import build_bank, memory_bank, nearest_clean
 from utils.method.judge import losses_in_batches, mixture_posterior, strict_clean_set
-from utils.method.losses import pair_losses
 from utils.method.memorybank import bank_name, bank_path, load_bank, save_bank
+from utils.method.optimizer import Precision
+from utils.method.passes import pair_losses
 from utils.method.released_bank import save_released
-from utils.training.precision import Precision
 
 FP32 = Precision("fp32", torch.device("cpu"))
 N_IMAGES, PER_IMAGE = 12, 5

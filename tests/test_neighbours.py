@@ -6,15 +6,15 @@ import torch
 import torch.nn.functional as F
 from conftest import Watched
 
-from utils.method import neighbours
-from utils.method.neighbours import Features, nearest, normalised, random_rows
+from utils.method import features
+from utils.method.features import Features, nearest, normalised, random_rows
 
 
 @pytest.fixture(params=[(4096, 4096), (7, 5), (1, 1), (4, 64)])
 def blocks(request, monkeypatch):
     queries, keys = request.param
-    monkeypatch.setattr(neighbours, "QUERIES", queries)
-    monkeypatch.setattr(neighbours, "KEYS", keys)
+    monkeypatch.setattr(features, "QUERIES", queries)
+    monkeypatch.setattr(features, "KEYS", keys)
 
 
 # ---- the search ----------------------------------------------------------------------------------
@@ -80,7 +80,7 @@ def test_rows_are_those_of_the_whole(dtype):
 
 def test_the_search_never_holds_more_rows_than_a_block(monkeypatch):
     for name, value in (("QUERIES", 16), ("KEYS", 8)):
-        monkeypatch.setattr(neighbours, name, value)
+        monkeypatch.setattr(features, name, value)
     queries, keys = Watched(torch.randn(100, 4)), Watched(torch.randn(300, 4))
     nearest(normalised(queries), normalised(keys), 3)
     assert queries.most == 16 and keys.most == 8

@@ -23,11 +23,10 @@ from main_NPC import NPC
 from utils.errors import InputError
 from utils.method.batches import Batches
 from utils.method.memorybank import MemoryBank
-from utils.method.optimizer import adamw
+from utils.method.optimizer import Precision, adamw
 from utils.method.pairs import Pairs
 from utils.method.recipes import RECIPES
 from utils.reading.images import ImagesInMemory
-from utils.training.precision import Precision
 
 TEXT = {"context_length": 12, "vocab_size": 50, "transformer_width": 64, "transformer_heads": 1,
         "transformer_layers": 1, "embed_dim": 16, "image_resolution": 32}

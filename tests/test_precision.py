@@ -12,8 +12,8 @@ import main_CLIP
 import main_NPC
 from params import PRECISIONS
 from utils.errors import InputError
-from utils.method.losses import pair_losses
 from utils.method.optimizer import adamw, clip_gradients
+from utils.method.passes import pair_losses
 
 ARGS = parsed("clip", lr=1e-5, device="cpu")
 HALF_TOO = {torch.float16, torch.float32}

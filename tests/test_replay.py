@@ -23,14 +23,13 @@ import clip
 import utils.method.optimizer as optimizer_module
 from main_CLIP import Baseline
 from main_NPC import NPC
-from utils import devices
+from utils import distributed
 from utils.method.batches import Batches
-from utils.method.optimizer import adamw, replays, set_rate
+from utils.method.optimizer import Precision, adamw, replays, set_rate
 from utils.method.weightings import WEIGHTINGS, Weighting
 from utils.reading.images import ImagesInMemory
 from utils.training import checkpoints
 from utils.training.interruptions import INTERRUPTED
-from utils.training.precision import Precision
 from utils.training.replay import Replay, shape_of
 from utils.training.run import Run
 
@@ -123,7 +122,7 @@ def test_attention_plans_no_shape_outside_of_few(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     args = options(precision="amp_bf16")
     args.device = GPU
-    devices.use_device(args)
+    distributed.use_device(args)
     assert now == [False]
     pairs, bank = make_data()
     batch = Batches(pairs, bank, few_shapes=True)[list(range(BATCH))]
@@ -137,7 +136,7 @@ def test_fp32_is_fp32(monkeypatch, precision):
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     args = options(precision=precision)
     args.device = GPU
-    devices.use_device(args)
+    distributed.use_device(args)
     assert torch.backends.cudnn.allow_tf32 == (precision != "fp32")
 
 
@@ -368,7 +367,7 @@ def test_a_step_that_looks_at_a_value_is_not_replayed(monkeypatch):
 def test_fp32_on_a_gpu_is_that_of_a_cpu(tower):
     args = options(precision="fp32")
     args.device = GPU
-    devices.use_device(args)
+    distributed.use_device(args)
     start = [p.detach().clone() for p in make_model(tower).parameters()]
     host, gpu = (Trainer("npc", tower, device, torch.float32) for device in (CPU, GPU))
     for on_host, on_gpu in zip(host(range(5)), gpu(range(5)), strict=True):

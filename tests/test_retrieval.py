@@ -8,6 +8,7 @@ from conftest import Lookup, pairs_for, parsed
 
 import utils.scoring.retrieval
 from utils.errors import InputError
+from utils.method.optimizer import Precision
 from utils.scoring.retrieval import (
     KS,
     best_ranks,
@@ -17,7 +18,6 @@ from utils.scoring.retrieval import (
     intervals,
     recalls,
 )
-from utils.training.precision import Precision
 
 
 def brute_ranks(queries, gallery, query_group, gallery_group):

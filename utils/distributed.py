@@ -1,4 +1,6 @@
-"""Several processes under torchrun: each encodes its share, all of them see every feature.
+"""This process among the processes of torchrun, and its device.
+
+Under torchrun each process encodes its share of the items, and all of them see every feature.
 
 Item i of a step belongs to process i mod N. Features are gathered, and every process computes the
 whole loss from them (which costs little beside the towers), so that the gradient of a process's own
@@ -117,3 +119,45 @@ def any_process(flag, device):
     if world() > 1:
         dist.all_reduce(flags, dist.ReduceOp.MAX)
     return flags
+
+
+# ---- the device of this process -----------------------------------------------------------------
+
+
+def use_device(args):
+    """Make `--device` the device of this process, before anything is put on it, and choose among
+    PyTorch's kernels for a GPU.
+
+    cuDNN's attention takes a third of a second to plan each new shape, and most steps and most
+    batches of captions bring a new one. In fp32 its convolutions would round to TF32.
+    """
+    if args.device.type != "cuda":
+        return
+    torch.cuda.set_device(args.device.index or 0)
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
+
+
+def ship(tensor, device):
+    """A host tensor copied to a device in the background, through pinned memory; a tensor that is
+    there already as it is."""
+    if device.type == "cuda" and not (tensor.is_cuda or tensor.is_pinned()):
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+class HostCopy:
+    """A copy of a small tensor in host memory, made in the background: reading it a step later does
+    not wait for the step at hand."""
+
+    def __init__(self, tensor):
+        self.host = tensor.to("cpu", non_blocking=True)
+        self.event = torch.cuda.Event() if tensor.is_cuda else None
+        if self.event:
+            self.event.record()
+
+    def get(self):
+        """The copy, a tensor on the CPU; waits until it is complete."""
+        if self.event:
+            self.event.synchronize()
+        return self.host

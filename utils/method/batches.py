@@ -7,8 +7,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from utils.devices import ship
-from utils.distributed import rank, world
+from utils.distributed import rank, ship, world
 from utils.errors import InputError
 from utils.method.memorybank import clean_pairs
 from utils.method.optimizer import replays

@@ -6,6 +6,7 @@ import torch
 
 from utils.distributed import any_process, from_main, is_main
 from utils.errors import InputError
+from utils.method.features import Features, nearest, normalised, random_rows
 from utils.method.memorybank import (
     MemoryBank,
     bank_name,
@@ -15,7 +16,6 @@ from utils.method.memorybank import (
     require_writable,
     save_bank,
 )
-from utils.method.neighbours import Features, nearest, normalised, random_rows
 from utils.method.recipes import RECIPES
 from utils.method.rounds import judge_pairs
 from utils.reading.layout import ratio_name

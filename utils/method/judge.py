@@ -24,9 +24,9 @@ import torch
 from tqdm.auto import tqdm
 
 from utils.errors import InputError
-from utils.method.losses import pair_losses
-from utils.method.neighbours import Features, nearest, normalised, random_rows
+from utils.method.features import Features, nearest, normalised, random_rows
 from utils.method.pairs import first_seen
+from utils.method.passes import pair_losses
 from utils.method.recipes import RECIPES
 
 DRAWS = 4  # random divisions into batches; a pair's loss is the mean over them

@@ -1,10 +1,13 @@
-"""AdamW as CLIP's fine-tuners use it, and what surrounds its step."""
+"""AdamW as CLIP's fine-tuners use it, its rate, its gradients, and `--precision`."""
+
+import contextlib
 
 import torch
 import torch._functorch.config
 from torch.nn import BatchNorm2d
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+import clip
 import clip.model
 from utils.distributed import world
 from utils.errors import InputError
@@ -110,3 +113,32 @@ def steps_of(optimizer):
     """Steps that an AdamW optimiser has made so far, also before a resume: a scalar tensor."""
     state = optimizer.state.get(optimizer.param_groups[0]["params"][0])
     return state["step"].clone() if state else torch.zeros(())
+
+
+# ---- --precision --------------------------------------------------------------------------------
+
+
+class Precision:
+    """`fp32`; `amp_bf16` and `amp_fp16`: fp32 weights, half-precision arithmetic; `fp16`: weights
+    and AdamW's state in half, as the released script trains on a GPU."""
+
+    def __init__(self, name, device):
+        self.name, self.device = name, device
+        self.amp = {"amp_bf16": torch.bfloat16, "amp_fp16": torch.float16}.get(name)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=name == "amp_fp16")
+
+    def anew(self):
+        """The same, with a gradient scaler that has seen nothing yet."""
+        return Precision(self.name, self.device)
+
+    def autocast(self):
+        """Context in which the towers run."""
+        if self.amp is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self.amp)
+
+    def prepare(self, model):
+        """Convert a freshly loaded fp32 model in place; returns it."""
+        if self.name == "fp16":
+            clip.convert_weights_to_fp16(model)
+        return model

@@ -24,7 +24,6 @@ from torch.utils.checkpoint import checkpoint
 from utils.distributed import gather, num_own_below, reduce_gradients
 from utils.method.batches import BATCH, MEMORY_I, MEMORY_T
 from utils.method.features import encoders
-from utils.method.losses import pair_losses
 from utils.method.optimizer import trained
 
 
@@ -41,7 +40,7 @@ class Passes:
     A's parameters. The method makes totals of them; `siamese_backward` and then `backward` give the
     totals' gradients to the parameters of A' and of A.
 
-    precision: a utils.training.precision.Precision, whose scaler scales both gradients.
+    precision: a utils.method.optimizer.Precision, whose scaler scales both gradients.
     accum_steps: number of pieces in which items are encoded, each once more in the backward pass,
     so that the activations of one piece are held at a time (GradCache, Gao et al. 2021).
     memory_gradient: whether losses on the memory have one.
@@ -131,3 +130,23 @@ def copy_parameters(source, target):
     torch._foreach_copy_(list(target.parameters()), list(source.parameters()))
     for old, new in zip(target.buffers(), source.buffers(), strict=True):
         old.copy_(new)
+
+
+# ---- the loss of a pair -------------------------------------------------------------------------
+
+
+def pair_losses(image_features, text_features, logit_scale):
+    """Loss of every pair against the others of its batch: shape (B,).
+
+    l_i = (CE of row i image->text + CE of row i text->image) / 2. Features are L2-normalised,
+    (B, D); `logit_scale` is the log temperature (scalar). Half-precision features are scored in
+    fp32.
+    """
+    with torch.autocast(image_features.device.type, enabled=False):
+        if image_features.dtype in (torch.float16, torch.bfloat16):
+            image_features, text_features = image_features.float(), text_features.float()
+        logits = logit_scale.exp().to(image_features.dtype) * image_features @ text_features.T
+        target = torch.arange(len(logits), device=logits.device)  # (B,)
+        i2t = F.cross_entropy(logits, target, reduction="none")
+        t2i = F.cross_entropy(logits.T, target, reduction="none")
+        return (i2t + t2i) / 2

@@ -1,7 +1,9 @@
 """Images of a split: read from their files or from the image cache, by worker processes if wanted,
 or held in memory."""
 
+import contextlib
 import functools
+import hashlib
 import multiprocessing.util
 import os
 import signal
@@ -18,12 +20,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from clip.preprocess import check_usable
-from utils.devices import ship
-from utils.distributed import world
+from utils.distributed import ship, world
 from utils.errors import InputError
 from utils.files import parsing
 from utils.progress import progress
-from utils.reading.image_cache import ImageCache
 
 END_MARKS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}  # last bytes of a file by its format
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -287,3 +287,72 @@ def _signals_deferred():
             signal.signal(number, handler)
     for number in arrived:
         signal.raise_signal(number)
+
+
+# ---- the image cache ----------------------------------------------------------------------------
+
+
+class ImageCache:
+    """Crops (n, 3, R, R) uint8 of the files `paths`, in `folder`.
+
+    Each process opens the file for itself. The whole file is reserved when it is made. Raises
+    InputError when the folder cannot be written or has no room for it.
+    """
+
+    def __init__(self, folder, paths, resolution, resize="shortest"):
+        cut = resolution if resize == "shortest" else f"{resolution} {resize}"
+        digest = hashlib.sha256(f"{cut}\n".encode())
+        for path in paths:
+            stat = os.stat(path)
+            source = f"{os.path.abspath(path)}\t{stat.st_size}\t{stat.st_mtime_ns}\n"
+            digest.update(os.fsencode(source))
+        self.path = Path(folder) / f"{digest.hexdigest()[:24]}.crops"
+        self.shape = (len(paths), 3, resolution, resolution)
+        self.size = 3 * resolution**2  # bytes of a crop
+        self._reserve()
+
+    def _reserve(self):
+        """Make the file, or the part that it lacks, of zeros: no image is stored there yet."""
+        total = len(self) * (self.size + 1)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "ab") as f:
+                if f.tell() < total and hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(f.fileno(), 0, total)  # no later write finds a full disk
+                elif f.tell() < total:  # macOS
+                    f.truncate(total)
+        except OSError as error:
+            with contextlib.suppress(OSError):  # the file may fill the rest of the disk
+                self.path.unlink()
+            raise InputError(f"cannot make the image cache {self.path} of {total / 1e9:.1f} GB: "
+                             f"{error.strerror}; choose another --image_cache or off") from error
+
+    def __len__(self):
+        return self.shape[0]
+
+    def __getstate__(self):
+        return {name: value for name, value in vars(self).items() if name != "opened"}
+
+    @functools.cached_property
+    def opened(self):
+        """(descriptor, crops, stored) of the file, opened by each process at its first use."""
+        crops = np.memmap(self.path, np.uint8, "r", 0, self.shape)
+        stored = np.memmap(self.path, bool, "r", len(self) * self.size, (len(self),))
+        return os.open(self.path, os.O_RDWR), crops, stored
+
+    def has(self, k):
+        """Whether crop k is stored."""
+        return bool(self.opened[2][k])
+
+    def get(self, k):
+        """Crop k, which must be stored, as a new array (3, R, R)."""
+        return np.array(self.opened[1][k])
+
+    def put(self, crops):
+        """Store crops: a dict from k to (3, R, R) uint8."""
+        descriptor = self.opened[0]
+        for k, crop in crops.items():
+            os.pwrite(descriptor, crop.tobytes(), k * self.size)
+        os.fsync(descriptor)  # a crash of the machine may keep later writes and lose earlier ones
+        for k in crops:
+            os.pwrite(descriptor, b"\1", len(self) * self.size + k)

@@ -10,8 +10,7 @@ import time
 import numpy as np
 import torch
 
-from utils.devices import HostCopy
-from utils.distributed import is_main
+from utils.distributed import HostCopy, is_main
 from utils.errors import InputError
 from utils.files import atomic_write, parsing
 from utils.method.pairs import fingerprint

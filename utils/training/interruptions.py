@@ -7,8 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from utils.devices import HostCopy
-from utils.distributed import any_process, leave_processes, world
+from utils.distributed import HostCopy, any_process, leave_processes, world
 
 INTERRUPTED = 75  # exit status after a signal, when a checkpoint to resume from was saved
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)

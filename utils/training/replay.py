@@ -66,7 +66,7 @@ class Replay:
 @contextlib.contextmanager
 def cudnn_attention():
     """Context in which attention is cuDNN's: the fastest kernel where shapes repeat. It plans each
-    new shape for a third of a second, see `utils.devices.use_device`."""
+    new shape for a third of a second, see `utils.distributed.use_device`."""
     torch.backends.cuda.enable_cudnn_sdp(True)
     try:
         yield

@@ -9,14 +9,14 @@ from tqdm.auto import tqdm
 
 import clip
 from utils import distributed
-from utils.devices import use_device
+from utils.distributed import use_device
 from utils.errors import InputError
 from utils.files import atomic_write, lock
+from utils.method.optimizer import Precision
 from utils.method.recipes import RECIPES
 from utils.reading.layout import require_dataset
 from utils.scoring.retrieval import KS, evaluate_test
 from utils.training import checkpoints
-from utils.training.precision import Precision
 
 TITLES = {"coco": "MSCOCO", "f30k": "Flickr30K", "cc": "CC120K"}
 
