@@ -172,15 +172,17 @@ def _rebuild_tensor(storage, offset, size, stride, *_):
 
 
 class RestrictedUnpickler(pickle.Unpickler):
-    """An unpickler that looks up each function or class of a pickle in NAMES ("module.name": its
+    """An unpickler that looks up each function or class of a pickle in `names` ("module.name": its
     replacement) and refuses all others."""
 
-    NAMES = {}
+    def __init__(self, file, names):
+        super().__init__(file)
+        self.names = names
 
     def find_class(self, module, name):
-        if f"{module}.{name}" not in self.NAMES:
+        if f"{module}.{name}" not in self.names:
             raise pickle.UnpicklingError(f"refused to run GLOBAL {module}.{name}")
-        return self.NAMES[f"{module}.{name}"]
+        return self.names[f"{module}.{name}"]
 
 
 class _TorchScriptUnpickler(RestrictedUnpickler):
@@ -196,7 +198,7 @@ class _TorchScriptUnpickler(RestrictedUnpickler):
     }
 
     def __init__(self, file, archive, folder):
-        super().__init__(file)
+        super().__init__(file, self.NAMES)
         self.archive, self.folder = archive, folder
         self.storages = {}
 
