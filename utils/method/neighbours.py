@@ -3,7 +3,8 @@
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm.auto import tqdm
+
+from utils.progress import progress
 
 QUERIES, KEYS = 4096, 4096  # of a block of similarities: 64 MiB in fp32
 
@@ -64,8 +65,8 @@ def nearest(queries, keys, k=1, without=None, title="nearest"):
         return similarity, found
     room = torch.empty(min(QUERIES, len(queries)) * min(KEYS, total), dtype=queries.dtype,
                        device=device)  # fresh memory for each block would cost a tenth of the time
-    with tqdm(total=len(queries) * total, desc=title, unit="", unit_scale=True, disable=None,
-              leave=False) as bar:
+    with progress(total=len(queries) * total, desc=title, unit="", unit_scale=True,
+                  leave=False) as bar:
         for first in range(0, len(queries), QUERIES):
             block = queries[first : first + QUERIES]
             best = similarity[first : first + QUERIES].fill_(-torch.inf)
