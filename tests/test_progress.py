@@ -43,7 +43,13 @@ def test_a_terminal_and_a_notebook_have_a_bar(monkeypatch, place):
     else:
         monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     assert list(progress.progress(range(3), unit="img")) == [0, 1, 2]
-    assert made == [{"unit": "img"}] and Lines is not progress.tqdm
+    assert made == [{"unit": "img", "disable": False}] and Lines is not progress.tqdm
+
+
+def test_one_of_several_processes_shows_it(monkeypatch, capsys):
+    monkeypatch.setattr(progress, "SECONDS", 0)
+    monkeypatch.setattr(progress, "is_main", lambda: False)
+    assert list(progress.progress(range(3))) == [0, 1, 2] and capsys.readouterr().err == ""
 
 
 def test_preparing_pairs_says_how_much_is_left(tmp_path, monkeypatch, capsys):

@@ -5,6 +5,8 @@ import sys
 from tqdm import std
 from tqdm.auto import tqdm
 
+from utils.distributed import is_main
+
 IN_NOTEBOOK = any(base.__module__ == "tqdm.notebook" for base in tqdm.__mro__)
 SECONDS = 60  # between two lines
 
@@ -20,7 +22,8 @@ class Lines(std.tqdm):
 
 def progress(items=None, **options):
     """tqdm over `items`, or of `total` steps, with tqdm's `options` desc, unit, unit_scale, leave.
-    """
+    Of several processes the main one alone shows it."""
+    options["disable"] = not is_main()
     if IN_NOTEBOOK or sys.stderr.isatty():
         return tqdm(items, **options)
     options |= {"mininterval": SECONDS, "miniters": 1, "delay": SECONDS, "leave": False}

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.data import Subset
-from tqdm.auto import tqdm
 
 import clip
 from utils.distributed import gather, rank, world
@@ -16,6 +15,7 @@ from utils.errors import InputError
 from utils.files import atomic_write, parsing
 from utils.method.batches import cut_tokens
 from utils.method.pairs import fingerprint, first_pairs
+from utils.progress import progress
 from utils.reading.images import image_loader
 
 RANDOM = 256  # random images, and captions, whose cosines are averaged
@@ -57,11 +57,11 @@ def embed_pairs(model, pairs, args, precision):
     own_texts = order[rank() % len(order) :: world()]
     with precision.autocast():
         images, texts = [], []
-        with tqdm(total=len(own_images), desc="images", unit="img", disable=None) as bar:
+        with progress(total=len(own_images), desc="images", unit="img") as bar:
             for batch in image_loader(args, Subset(pairs.images, own_images)):
                 images.append(encode_image(batch.to(args.device, non_blocking=True)))
                 bar.update(len(batch))
-        with tqdm(total=len(order), desc="captions", unit="cap", disable=None) as bar:
+        with progress(total=len(order), desc="captions", unit="cap") as bar:
             for rows in own_texts.split(args.eval_batch_size):
                 texts.append(encode_text(cut_tokens(pairs.tokens[rows]).to(args.device)))
                 bar.update(len(rows) * world())
@@ -220,8 +220,8 @@ def nearest(queries, keys, k=1, without=None, title="nearest"):
         return similarity, found
     room = torch.empty(min(QUERIES, len(queries)) * min(KEYS, total), dtype=queries.dtype,
                        device=device)  # fresh memory for each block would cost a tenth of the time
-    with tqdm(total=len(queries) * total, desc=title, unit="", unit_scale=True, disable=None,
-              leave=False) as bar:
+    with progress(total=len(queries) * total, desc=title, unit="", unit_scale=True,
+                  leave=False) as bar:
         for first in range(0, len(queries), QUERIES):
             block = queries[first : first + QUERIES]
             best = similarity[first : first + QUERIES].fill_(-torch.inf)

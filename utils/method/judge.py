@@ -21,13 +21,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
 from utils.errors import InputError
 from utils.method.features import Features, nearest, normalised, random_rows
 from utils.method.pairs import first_seen
 from utils.method.passes import pair_losses
 from utils.method.recipes import RECIPES
+from utils.progress import progress
 
 DRAWS = 4  # random divisions into batches; a pair's loss is the mean over them
 MISMATCHES = 4  # mismatches made of each pair
@@ -144,7 +144,7 @@ def losses_in_batches(images, texts, image_of, text_of, logit_scale, batches):
     """Loss of each pair (n,) against the others of its batch. `batches`: int64 tensors of pairs
     that cover 0..n-1; features are L2-normalised, rows given by image_of and text_of (n,)."""
     losses = torch.empty(len(image_of), dtype=images.dtype, device=images.device)
-    for batch in tqdm(batches, desc="losses", unit="batch", disable=None, leave=False):
+    for batch in progress(batches, desc="losses", unit="batch", leave=False):
         batch = batch.to(losses.device)
         losses[batch] = pair_losses(images[image_of[batch]], texts[text_of[batch]], logit_scale)
     return losses
@@ -154,8 +154,7 @@ def losses_if(images, texts, image_of, text_of, logit_scale, batches, other_of):
     """Loss (m, n) that each pair would have in its batch if its caption were one of the m other_of
     (n,) instead of text_of, with all other pairs as they are."""
     losses = torch.empty(len(other_of), len(image_of), dtype=images.dtype, device=images.device)
-    for batch in tqdm(batches, desc="losses of mismatches", unit="batch", disable=None,
-                      leave=False):
+    for batch in progress(batches, desc="losses of mismatches", unit="batch", leave=False):
         batch = batch.to(losses.device)
         scaled = logit_scale.exp() * images[image_of[batch]]
         logits = scaled @ texts[text_of[batch]].T  # (b, b)
@@ -240,8 +239,8 @@ class Neighbours:
         found = []
         size = BLOCK // max(1, self.near.shape[1] * self.partners.shape[1]) or 1
         blocks = zip(item_of.split(size), partner_of.split(size), strict=True)
-        for item, partner in tqdm(blocks, desc="agreement", total=-(-len(item_of) // size),
-                                  unit="block", disable=None, leave=False):
+        for item, partner in progress(blocks, desc="agreement", total=-(-len(item_of) // size),
+                                      unit="block", leave=False):
             near = self.near[item]  # (b, k)
             same = self.together(self.some[near], partner[:, None])
             left = self.count[near] - same

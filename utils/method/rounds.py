@@ -6,7 +6,6 @@ import math
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
 import clip
 from utils.distributed import main_first
@@ -17,6 +16,7 @@ from utils.method.memorybank import asks_for_beta
 from utils.method.optimizer import adamw, clip_gradients, replays, set_rate
 from utils.method.pairs import for_model
 from utils.method.passes import Passes
+from utils.progress import progress
 from utils.reading.images import Loader, in_memory
 
 WARMUP = 4  # steps of a round in which the rate rises
@@ -77,7 +77,7 @@ def train_judge(model, pairs, clean, args, precision, rng):
     trained, precision = copy.deepcopy(model), precision.anew()
     trained.grad_checkpointing = args.grad_checkpointing
     optimizer = adamw(trained, with_options(args, lr=args.judge_lr))
-    steps = tqdm(loader, desc="judge", unit="step", disable=None, leave=False)
+    steps = progress(loader, desc="judge", unit="step", leave=False)
     for number, batch in enumerate(steps, 1):
         set_rate(optimizer, args.judge_lr * min(1, number / WARMUP))
         passes = Passes(trained, batch.to(args.device), precision, accum_steps=args.accum_steps)
