@@ -344,7 +344,7 @@ option("--wandb", metavar="PROJECT", help="""
     also send TensorBoard's curves to this project of Weights & Biases (pip install wandb)""")
 option("--display", type=positive_int, metavar="STEPS", help="""
     steps between two lines of the log and points in TensorBoard; default: points every 20 steps, a
-    line every ten seconds at most""")
+    line a minute at most""")
 option("--save_every", type=natural_int, default=0, metavar="STEPS", help="""
     save the training state every so many steps too, where an epoch is too long to lose; 0: only at
     the end of an epoch""")

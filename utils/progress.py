@@ -20,11 +20,12 @@ class Lines(std.tqdm):
             print(self, file=self.fp, flush=True)
 
 
-def progress(items=None, **options):
+def progress(items=None, lines=True, **options):
     """tqdm over `items`, or of `total` steps, with tqdm's `options` desc, unit, unit_scale, leave.
-    Of several processes the main one alone shows it."""
+    Of several processes the main one alone shows it. Without `lines` a log file has none."""
     options["disable"] = not is_main()
     if IN_NOTEBOOK or sys.stderr.isatty():
         return tqdm(items, **options)
+    options["disable"] |= not lines
     options |= {"mininterval": SECONDS, "miniters": 1, "delay": SECONDS, "leave": False}
     return Lines(items, **options)

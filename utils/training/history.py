@@ -14,9 +14,9 @@ from utils.distributed import HostCopy, is_main
 from utils.errors import InputError
 from utils.files import atomic_write, parsing
 from utils.method.pairs import fingerprint
+from utils.progress import SECONDS
 
 POINTS = 20  # steps between two points of a curve
-SECONDS = 10  # between two lines about steps
 
 
 class History:

@@ -5,10 +5,10 @@ import time
 from contextlib import nullcontext
 
 import torch
-from tqdm.auto import tqdm
 
 from utils.distributed import is_main, leave_processes
 from utils.method.optimizer import replays, set_rate, trains_batch_norm
+from utils.progress import progress
 from utils.reading.images import check_images
 from utils.scoring.retrieval import evaluate
 from utils.training import checkpoints
@@ -56,8 +56,8 @@ def fit(run, model, dev, optimizers, loader, step, kept=()):
             loader.sampler.epoch, loader.sampler.first = epoch, first_batch
             model.train(trains_batch_norm(model, args, run.recipe))
             history.start_epoch(epoch, resumed=first_batch > 0)
-            bar = tqdm(loader, f"epoch {epoch + 1}/{args.epochs}", initial=first_batch, unit="pair",
-                       unit_scale=args.batch_size, disable=None if is_main() else True)
+            bar = progress(loader, lines=False, desc=f"epoch {epoch + 1}/{args.epochs}",
+                           initial=first_batch, unit="pair", unit_scale=args.batch_size)
             for index, batch in enumerate(history.timed(bar), first_batch):
                 rate = schedule(epoch, index)
                 for optimizer in optimizers.values():
