@@ -621,9 +621,9 @@ def refused(argv, folder, *words):
 def test_what_another_run_has_earned_is_not_overwritten(data, whole, copied, tmp_path):
     folder = copied("clip")
     argv = arguments(data, "clip", tmp_path)
-    unread = ["--dataset_root", str(tmp_path / "nowhere"), "--vision_model", "none.pt"]
+    unread = ["--vision_model", "none.pt"]
     advice = str(folder), "--resume auto", "--overwrite", "--experiments"
-    refused([*argv, *unread], folder, "epoch3.pt", *advice)  # before anything is read
+    refused([*argv, *unread], folder, "epoch3.pt", *advice)  # before a model is read
     refused([*argv, "--resume", str(folder / "epoch1.pt")], folder, "later checkpoints",
             "epoch2.pt", "epoch3.pt")
     for path in folder.glob("epoch*.pt"):
@@ -657,7 +657,7 @@ def test_one_run_an_experiment(data, tmp_path):
     first = Started(CLIP, argv, tmp_path / "first", hook=hook)
     try:
         first.wait_for("epoch 2, step 1")
-        refused(argv, tmp_path / "x", "is being written by another process")
+        refused([*argv, "--resume", "auto"], tmp_path / "x", "is being written by another")
     finally:
         os.kill(first.pid, signal.SIGKILL)
     first.wait()

@@ -29,8 +29,8 @@ SAME_RUN = ("dataset", "noise_ratio", "noise_kind", "noise_seed", "num_anns", "c
             "freeze")  # options that make it another run
 NOT_COMPARED = ("resume", "force_resume", "overwrite", "eval", "device", "vision_model",
                 "num_workers", "checkpoint_path", "experiments")
-OF_A_RUN = ("epoch*.pt", "step*.pt", "best.pt", "log.jsonl", "weights.npz", "eval_test.json",
-            "options_eval.json")  # what --overwrite deletes, beside the log of earlier runs
+OF_A_RUN = ("epoch*.pt", "step*.pt", "best.pt", "log.txt", "log.jsonl", "weights.npz",
+            "eval_test.json", "options_eval.json")  # what --overwrite deletes
 
 
 class TrainingState:
@@ -75,9 +75,8 @@ class TrainingState:
                 prune(self.run.folder, self.run.args.keep_checkpoints)
 
     def restore(self):
-        """Load the checkpoint that the run continues, if there is one, and remove from the run's
-        folder what is of no use any more."""
-        run, args = self.run, self.run.args
+        """Load the checkpoint that the run continues, if there is one."""
+        run = self.run
         if run.state:
             self._check(run.state)
             try:
@@ -88,16 +87,6 @@ class TrainingState:
                                  "another checkpoint, or start from its weights with "
                                  "--vision_model") from error
             run.state = {}  # frees the memory
-        if is_main():
-            gone = [f".*{UNFINISHED}"]  # of a run that was killed
-            if not is_in(run.folder, run.resume):
-                gone += ["events.out.tfevents*", *(OF_A_RUN if args.overwrite else ())]
-                if args.overwrite:
-                    run.forget_earlier_log()
-            for path in [path for pattern in gone for path in run.folder.glob(pattern)]:
-                path.unlink()
-            if self.history.best():
-                self._restore_best(self.history.best()[0])
 
     def _check(self, state):
         """Raise InputError unless `state` is that of a run which this one may continue."""
@@ -132,10 +121,12 @@ class TrainingState:
         if state["dev"] != self.dev:
             self.history.ignore_scores()
 
-    def _restore_best(self, epoch):
-        """Make best.pt that of `epoch`, the best one when the checkpoint was saved. It lies beside
+    def restore_best(self):
+        """Make best.pt that of the best epoch when the checkpoint was saved. That epoch lies beside
         the checkpoint under its own name or as best.pt."""
-        resume = Path(self.run.resume)
+        if not is_main() or not self.history.best():
+            return
+        epoch, resume = self.history.best()[0], Path(self.run.resume)
         for path in (resume.with_name(f"epoch{epoch}.pt"), resume.with_name("best.pt")):
             if epoch_of(path) == epoch:
                 hard_link(path, self.run.folder / "best.pt")
@@ -250,6 +241,16 @@ def require_free(folder, resume, overwrite):
                          f"({', '.join(sorted(path.name for path in there))}): continue it with "
                          "--resume auto, replace it with --overwrite, or give this one a new "
                          "--experiments")
+
+
+def clear(folder, resume, overwrite):
+    """Remove from a folder what killed runs left and, unless it holds the checkpoint `resume`, the
+    curves of an earlier run; with `overwrite` all that an earlier run wrote."""
+    gone = [f".*{UNFINISHED}"]
+    if not is_in(folder, resume):
+        gone += ["events.out.tfevents*", *(OF_A_RUN if overwrite else ())]
+    for path in [path for pattern in gone for path in folder.glob(pattern)]:
+        path.unlink()
 
 
 def is_in(folder, resume):

@@ -41,6 +41,8 @@ def fit(run, model, dev, optimizers, loader, step, kept=()):
     if replays(args) and not trains_batch_norm(model, args, run.recipe):
         step = Replay(step, run.log)
     check_images(args, pairs.images, dev.images)
+    run.begin()
+    state.restore_best()
     run.write_options("options.json")
     announce(run, loader, schedule, state)
 

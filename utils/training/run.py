@@ -38,33 +38,34 @@ class Run:
         distributed.join_processes(args.device)
         self.precision = Precision(args.precision, self.device)
         self.recipe = RECIPES[args.recipe]
-        self.folder, self.resume, self.state = None, args.resume, {}
+        self.resume, self.state, self.lines = args.resume, {}, []  # lines: not in log.txt yet
+        self.folder = Path(args.checkpoint_path) / args.experiments if folder else None
+        self.begun = False
         torch.manual_seed(args.seed)
-        if folder:
-            self.folder = Path(args.checkpoint_path) / args.experiments
-            if distributed.is_main():
-                self.folder.mkdir(parents=True, exist_ok=True)
-                log = self.folder / "log.txt"
-                self.earlier_log = log.stat().st_size if log.exists() else 0  # bytes
-                if not args.eval:
-                    self.lock = lock(self.folder / ".lock", self.folder)
+
+    def begin(self):
+        """Make the folder, lock it for training, and begin log.txt: a run that fails before it
+        starts leaves nothing."""
+        if self.folder and distributed.is_main():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if not self.args.eval:
+                self.lock = lock(self.folder / ".lock", self.folder)
+                checkpoints.clear(self.folder, self.resume, self.args.overwrite)
+            self.begun = True
+            self._write_lines()
 
     def log(self, message):
         """One line for people, on the terminal and in log.txt."""
-        if not distributed.is_main():
-            return
-        tqdm.write(message)
-        if self.folder:
-            with open(self.folder / "log.txt", "a", encoding="utf-8",
-                      errors="backslashreplace") as f:
-                f.write(f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S} {message}\n")
+        if distributed.is_main():
+            tqdm.write(message)
+            self.lines.append(f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S} {message}\n")
+            if self.begun:
+                self._write_lines()
 
-    def forget_earlier_log(self):
-        """Remove from log.txt what earlier runs have written."""
-        path = self.folder / "log.txt"
-        own = path.read_bytes()[self.earlier_log :]
-        with atomic_write(path, "wb") as f:
-            f.write(own)
+    def _write_lines(self):
+        with open(self.folder / "log.txt", "a", encoding="utf-8", errors="backslashreplace") as f:
+            f.writelines(self.lines)
+        self.lines = []
 
     def options(self):
         """The options by name, and what was found for them since."""
@@ -133,6 +134,7 @@ class Run:
     def evaluate_test(self, model, pairs):
         """Score `model` on the test split, below the model that its training started from: logs
         both and writes eval_test.json."""
+        self.begin()
         args, title = self.args, TITLES.get(self.args.dataset, "test")
         initial, before = self._initial_model(), {}
         if initial is not None:
