@@ -83,8 +83,8 @@ def run_jobs(jobs, at_once=1):
     todo, running, stopped = list(jobs), {}, []
 
     def stop(number, _):
-        for process in running if stopped else ():  # a second signal ends them at once
-            process.kill()
+        for process in running:
+            (process.kill if stopped else process.terminate)()  # a second signal ends them at once
         stopped.append(number)
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -99,6 +99,8 @@ def run_jobs(jobs, at_once=1):
                 elif ended := connection.wait([p.sentinel for p in running], timeout=1):
                     process = next(p for p in running if p.sentinel == ended[0])
                     job, steps = running.pop(process)
+                    if stopped:
+                        break
                 else:
                     continue
                 process = next(steps)
@@ -109,8 +111,10 @@ def run_jobs(jobs, at_once=1):
                     bar.update()
                 else:
                     running[process] = job, steps
+                    if stopped:  # while it started
+                        process.terminate()
         finally:
-            for process in running:
+            for process in () if stopped else running:
                 process.terminate()
             for process in running:
                 process.join()
@@ -230,7 +234,9 @@ def options_of(doc, seeds=3):
 
 
 def read_scores(folder):
-    return json.loads((folder / "eval_test.json").read_text())
+    """The content of an eval_test.json, of MSCOCO that of 5K."""
+    scores = json.loads((folder / "eval_test.json").read_text())
+    return scores.get("5K", scores)
 
 
 def read_seconds(folder):
