@@ -745,7 +745,7 @@ def test_killed_ten_times_at_random_moments(data, whole, tmp_path):
             "--dataset_root", str(tmp_path / "data")]
     rng, folder, steps = random.Random(0), tmp_path / "x", []
     for k in range(10):
-        operation = rng.randrange(1, 60) + 100 * (k > 1)  # two at the start, others in training
+        operation = rng.randrange(1, 50) + 7 * k * (k > 1)  # two at the start, others in training
         hook = functools.partial(killed_at, tmp_path, operation)
         run(NPC, argv, tmp_path / f"out{k}", -signal.SIGKILL, hook)
         newest = checkpoints.newest(folder, print)
