@@ -1,5 +1,5 @@
-"""What a step trains on: a batch of pairs with their memory entries, each distinct image and
-caption once; how it is drawn, and how it is read."""
+"""What a step trains on: a batch of pairs with their memory entries. It holds each distinct image
+and caption once."""
 
 from typing import NamedTuple
 
@@ -19,10 +19,10 @@ BATCH, MEMORY_I, MEMORY_T = range(3)  # whose pairs: rows of `DistinctItems.rows
 class DistinctItems(NamedTuple):
     """Distinct images, or captions, of a batch of B pairs and of its memory entries.
 
-    Those that only the batch needs come first, then those that both need, then those that only the
-    memory needs: the batch has items 0..num_batch-1, the memory memory_start..total-1. Where these
-    numbers are rounded, so that steps have few shapes, a part ends in items that no pair has:
-    nobody reads their features, and so they have no gradient.
+    Items of the batch alone come first, then items of both, then items of the memory alone: the
+    batch has the items 0..num_batch-1, the memory memory_start..total-1. Where these numbers are
+    rounded up, so that steps have few shapes, a part ends in items that no pair has. No loss reads
+    their features, so they have no gradient.
 
     items: (total, ...) tensor; under torchrun only this process's, see utils.distributed.
     rows: (3, B) int64, the item of each pair of the batch, of M^I and of M^T; (1, B) without a
@@ -53,8 +53,8 @@ class Batch(NamedTuple):
 
 
 def distinct_items(wanted, round_to=1):
-    """(items (total,), rows (k, B), num_batch, memory_start) as in `DistinctItems` for the items
-    (k, B) int64 that the pairs of the batch, of M^I and of M^T want; numbers are multiples of
+    """(items (total,), rows (k, B), num_batch, memory_start), as in `DistinctItems`. wanted: (k, B)
+    int64, the items of the pairs of the batch, of M^I and of M^T. Numbers of items are multiples of
     `round_to`."""
     batch, memory = np.unique(wanted[0]), np.unique(wanted[1:])
     both = np.intersect1d(batch, memory, assume_unique=True)
@@ -69,23 +69,25 @@ def distinct_items(wanted, round_to=1):
 
 
 def rounded_up(items, round_to):
-    """`items` (n,) and the last of them again and again, up to a multiple of `round_to`."""
+    """`items` (n,), the last one repeated up to a multiple of `round_to`."""
     return np.pad(items, (0, -len(items) % round_to), mode="edge" if len(items) else "empty")
 
 
 def cut_tokens(tokens, round_to=1):
-    """`tokens` (v, L) without the columns behind the last end token, which no caption reads, but a
-    multiple of `round_to` of them, or all."""
+    """`tokens` (v, L) without the columns behind the last end token. The number of columns is a
+    multiple of `round_to`, or L."""
     length = int(tokens.argmax(dim=1).max()) + 1
     return tokens[:, : -(-length // round_to) * round_to]
 
 
 class Batches(Dataset):
-    """Item = the list of a batch's pair indices, result = the `Batch` of these pairs and, with a
-    `bank`, of their memory entries M^I and M^T: the nearest ones, or with `random_memory` clean
-    pairs by chance, which depend on the batch and the seed alone. Of several processes each reads
-    only its own images. `few_shapes`: numbers of items are multiples of an eighth of a batch and
-    lengths of captions of 8 tokens, which costs 6 % more work and leaves two dozen shapes."""
+    """Maps the list of a batch's pair indices to the `Batch` of these pairs.
+
+    With a `bank` it holds their memory entries M^I and M^T too: the nearest ones, or with
+    `random_memory` random clean pairs, which depend on the batch and the seed alone. Each process
+    reads only its own images. few_shapes: numbers of items are multiples of an eighth of a batch,
+    lengths of captions multiples of 8 tokens. That costs 6 % more work and leaves two dozen
+    shapes."""
 
     def __init__(self, pairs, bank=None, random_memory=False, seed=0, few_shapes=False):
         self.pairs, self.bank, self.seed, self.few_shapes = pairs, bank, seed, few_shapes

@@ -82,8 +82,8 @@ def trains_batch_norm(model, args, recipe):
 
 
 def compile_blocks(model):
-    """Have torch.compile fuse what surrounds attention in the blocks of both towers, in place. All
-    blocks of a tower share what is compiled for one, for items and captions of any number."""
+    """Let torch.compile fuse the operations around attention in the blocks of both towers, in
+    place. All blocks of a tower share the compiled code, for any number of items."""
     torch._functorch.config.donated_buffer = False  # the graph is retained for A's own gradient
     torch._dynamo.config.recompile_limit = MOST_SHAPES
     clip.model.attend = torch.compiler.disable(clip.model.attend)  # to be cuDNN's
@@ -110,7 +110,7 @@ def trained(model):
 
 
 def steps_of(optimizer):
-    """Steps that an AdamW optimiser has made so far, also before a resume: a scalar tensor."""
+    """Steps that an AdamW optimiser has made, those before a resume included: a scalar tensor."""
     state = optimizer.state.get(optimizer.param_groups[0]["params"][0])
     return state["step"].clone() if state else torch.zeros(())
 
@@ -128,7 +128,7 @@ class Precision:
         self.scaler = torch.amp.GradScaler(device.type, enabled=name == "amp_fp16")
 
     def anew(self):
-        """The same, with a gradient scaler that has seen nothing yet."""
+        """The same precision with a new gradient scaler."""
         return Precision(self.name, self.device)
 
     def autocast(self):

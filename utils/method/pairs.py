@@ -1,5 +1,5 @@
-"""Pairs: what is trained on, judged and scored. A *pair* i is caption line i of a split with the
-image it stands beside; each distinct image and caption is kept once and referred to by row."""
+"""Pairs: what is trained on, judged and scored. Pair i is caption line i of a split with its image.
+Each distinct image and caption is kept once; pairs refer to it by row."""
 
 import hashlib
 from dataclasses import dataclass, replace
@@ -42,8 +42,8 @@ def first_seen(items):
 
 
 def first_pairs(item_of):
-    """(items,) int64: of each item (image or caption) the lowest of its pairs, by the item of each
-    pair (n,)."""
+    """The first pair of each item (image or caption): (items,) int64. item_of: (n,), the item of
+    each pair."""
     return np.unique(item_of, return_index=True)[1]
 
 
@@ -68,7 +68,7 @@ def tokens_of(captions, text_of, args, source, log=print):
 
 
 def fingerprint(pairs):
-    """SHA-256 (hex) of the captions and of the images they stand beside: what a bank belongs to."""
+    """SHA-256 (hex) of the captions and the ids of their images. A bank belongs to such pairs."""
     digest = hashlib.sha256()
     for row, caption in zip(pairs.image_of, pairs.captions, strict=True):
         digest.update(f"{pairs.image_ids[row]}\t{caption}\n".encode())

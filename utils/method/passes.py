@@ -1,20 +1,19 @@
 """The losses of one step by as few passes through the towers as they need.
 
-Nothing here knows the method. Whoever distrusts it can put the naive version in its place, which
-makes every pass for itself (tests/naive.py, the tests' transcription): the numbers stay the same.
-The equalities that save passes:
+This module does not know the method. tests/naive.py has a naive version that makes every pass by
+itself; the tests show that both give the same numbers. The equalities that save passes:
 
-1. A' starts as A, so that A's pass over the batch is also that of A': one forward, two backward.
-2. One pass over the memory gives the losses before the step and those that are trained on.
+1. A' starts as A, so A's pass over the batch is also that of A': one forward, two backward.
+2. One pass over the memory gives the losses of the ratio and the losses that A trains on.
 3. Each distinct image and caption of batch and memory is encoded once; pairs are gathered from
    these. Each process of torchrun encodes its share of them.
-4. What the memory needs beyond the batch is encoded apart from it, so that the gradient of A'
-   crosses the batch's graph alone.
+4. Items of the memory alone are encoded apart, so that the gradient of A' crosses only the
+   batch's graph.
 5. The text tower is causal and read at the end token: captions are cut at the longest of a step.
-6. What nobody asks for is not computed: a step without A' and memory is a plain CLIP step.
+6. Unused losses are not computed: a step without A' and memory is a plain CLIP step.
 
-BatchNorm in training mode makes a feature depend on what is encoded beside it, and so forbids 1 and
-3: images are then encoded as they lie in the batch, and A' makes passes of its own.
+BatchNorm in training mode makes a feature depend on the items beside it, which forbids 1 and 3:
+images are then encoded as they lie in the batch, and A' makes passes of its own.
 """
 
 import torch

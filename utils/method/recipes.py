@@ -1,5 +1,5 @@
-"""`--recipe`: the paper's method, what the authors' released script does, point by point, and
-`robust`, the recipe of this repository."""
+"""`--recipe`: `paper` follows the paper, `released` the authors' script, `robust` is the recipe of
+this repository."""
 
 import math
 from dataclasses import dataclass, replace
@@ -18,7 +18,7 @@ class Recipe:
     max_logit_scale: float  # upper limit of the learned log temperature
     cosine_bank: bool  # the bank's nearest neighbour is by cosine; else only queries are normalised
     random_bank_batches: bool  # the bank's losses come from random batches; else in data order
-    # what options are unless they are given
+    # defaults of options
     weighting: str = "npc"
     memory_loss_weight: float = 1.0
     train_on: str = "all"

@@ -1,5 +1,5 @@
-"""`--weighting`: how much each pair of a batch counts, one function a weighting. One that is added
-here, or in a script of your own that then calls main_NPC.main, is a choice of the option."""
+"""`--weighting`: how much each pair of a batch counts, one function per weighting. A weighting that
+is added here, or in your own script before it calls main_NPC.main, is a choice of the option."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -8,9 +8,9 @@ import torch
 
 
 class Weighting(NamedTuple):
-    """function(**known) gives w (B,); `help` says what it is. looks_ahead: A' takes its step
-    before, so after_i and after_t are known. of_bank: arrays of the `MemoryBank` that it needs.
-    keeps: names of its own numbers of each pair, which live on from step to step."""
+    """function(**known) returns w (B,); `help` describes it. looks_ahead: A' takes its step first,
+    so after_i and after_t are known. of_bank: arrays of the `MemoryBank` that the function needs.
+    keeps: names of numbers per pair that the function keeps from step to step."""
 
     function: Callable
     help: str
@@ -23,15 +23,15 @@ WEIGHTINGS = {}
 
 
 def weighting(name, help, looks_ahead=False, of_bank=(), keeps=()):
-    """Decorator that puts a function in the table.
+    """Decorator that adds a function to `WEIGHTINGS`.
 
-    It gets as keywords, (B,) each: `batch`, l(batch; A); `memory_i` and `memory_t`, l(M^I; A) and
-    l(M^T; A), zeros where nobody looks ahead or trains on the memory; with looks_ahead `after_i`
-    and `after_t`, the same under A'; `indices`, which of the `num_pairs` training pairs these are;
-    and the entries of the batch's pairs in the arrays `of_bank`: posterior, cosine, loss or clean.
-    `step`, a scalar tensor, is the number of steps made so far. For each name in `keeps` it also
-    gets a tensor (num_pairs,), zeros at first, that it may change in place, such as a history of
-    each pair's loss. Checkpoints hold these tensors, and a resumed run goes on with them.
+    The function gets keywords, (B,) each: `batch`, l(batch; A); `memory_i` and `memory_t`,
+    l(M^I; A) and l(M^T; A), zeros where the memory is not used; with looks_ahead `after_i` and
+    `after_t`, the same under A'; `indices`, which of the `num_pairs` training pairs these are; and
+    the batch's entries in the arrays `of_bank`: posterior, cosine, loss or clean. `step`, a scalar
+    tensor, is the number of steps made so far. For each name in `keeps` the function also gets a
+    tensor (num_pairs,), zeros at first, and may change it in place: a history of each pair's loss,
+    for instance. Checkpoints hold these tensors, and a resumed run goes on with them.
     """
     def register(function):
         WEIGHTINGS[name] = Weighting(function, help, looks_ahead, of_bank, keeps)
@@ -49,7 +49,7 @@ def negative_impact(memory_i, memory_t, after_i, after_t, **_):
 
 
 def ratio(before, after):
-    """before / after of losses >= 0, where nothing over nothing means: unchanged."""
+    """before / after of losses >= 0; 0 / 0 counts as 1, unchanged."""
     return (before / after).where((before != 0) | (after != 0), 1.0)
 
 

@@ -1,4 +1,4 @@
-"""Do weights or losses tell the wrong pairs? Measures, and what TensorBoard shows of them."""
+"""How well weights or losses separate wrong pairs from right ones: measures and figures."""
 
 import textwrap
 
@@ -11,12 +11,12 @@ LOWEST = 10  # pairs in the figure
 
 
 def noise_measures(suspicion, wrong):
-    """How well high values of suspicion (n,) tell the wrong pairs, (n,) bool: a dict of floats,
-    None if all pairs are of one kind.
+    """How well high values of suspicion (n,) mark the wrong pairs, (n,) bool: a dict of floats,
+    None if all pairs are right or all are wrong.
 
-    `auc`, `average_precision`; `mean_noise_rank`: with the pairs sorted from most to least trusted,
-    the mean rank of the wrong ones, where equal ones share theirs; `optimum` of that, when all
-    wrong ones come last, and `chance`.
+    Keys: `auc`; `average_precision`; `mean_noise_rank`, the mean rank of the wrong pairs when pairs
+    are sorted from most to least trusted (equal pairs share a rank); its `optimum`, when all wrong
+    pairs come last; its value by `chance`.
     """
     n, num_wrong = len(wrong), int(wrong.sum())
     if not 0 < num_wrong < n:
@@ -28,9 +28,9 @@ def noise_measures(suspicion, wrong):
 
 
 def show_weights(writer, step, weights, pairs):
-    """Write, at `step`, histograms of an epoch's weights (n,), NaN where not drawn, split by truly
-    clean and truly noisy where that is known, their AUC, and a figure of the pairs that weigh
-    least."""
+    """Write histograms of an epoch's weights (n,), NaN where not drawn, and a figure of the pairs
+    of lowest weight to TensorBoard at `step`. Where the clean captions are known, the histograms
+    are split into clean and noisy pairs and the AUC is written too."""
     drawn = np.flatnonzero(np.isfinite(weights))
     w = weights[drawn]
     writer.add_histogram("w/all", w, step)

@@ -4,9 +4,9 @@
 (batches done of the next one), `step` (optimiser steps in all), `epoch_steps`, `name`,
 `state_dict`, `config` (the model's), the optimisers, the gradient scaler, `args` (options), `data`
 and `dev` (hashes of what is trained and scored on), `kept` (what the weighting keeps of each pair)
-and `history` (see utils.training.history). The
-order of the pairs depends on seed and epoch alone and nothing else is random, so no random state is
-kept. clip.read_checkpoint reads them and runs none of their code.
+and `history` (see utils.training.history). The order of the pairs depends on seed and epoch alone
+and nothing else is random, so no random state is kept. clip.read_checkpoint reads checkpoints and
+runs none of their code.
 """
 
 import hashlib
