@@ -6,11 +6,9 @@ The same seed gives the same file as the released code.
 """
 
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-from utils.errors import command  # first: Ctrl-C ends in a line  # isort: skip
+sys.path.insert(0, __file__.rpartition("/")[0])
+from utils.errors import command  # isort: skip
 
 from params import parse_args
 from utils.reading.layout import read_captions, split_folder

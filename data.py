@@ -10,11 +10,11 @@ lists the distinct training images and captions for a judge of another kind (`--
 """
 
 import sys
+
+sys.path.insert(0, __file__.rpartition("/")[0])
+from utils.errors import command  # isort: skip
+
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-from utils.errors import command  # first: Ctrl-C ends in a line  # isort: skip
 
 import numpy as np
 

@@ -18,11 +18,9 @@ pretrained="logs/ex0/best.pt") loads a checkpoint of this project, ResNets too.
 """
 
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-from utils.errors import InputError, command  # first: Ctrl-C ends in a line  # isort: skip
+sys.path.insert(0, __file__.rpartition("/")[0])
+from utils.errors import InputError, command  # isort: skip
 
 import clip
 from params import parse_args

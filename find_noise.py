@@ -11,13 +11,12 @@ many pairs are wrong.
 """
 
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-from utils.errors import InputError, command  # first: Ctrl-C ends in a line  # isort: skip
+sys.path.insert(0, __file__.rpartition("/")[0])
+from utils.errors import InputError, command  # isort: skip
 
 import csv
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np

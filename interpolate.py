@@ -9,11 +9,11 @@ writes the best as a checkpoint, which every other command takes.
 """
 
 import sys
+
+sys.path.insert(0, __file__.rpartition("/")[0])
+from utils.errors import InputError, command  # isort: skip
+
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-from utils.errors import InputError, command  # first: Ctrl-C ends in a line  # isort: skip
 
 import clip
 from data import retrieval_split

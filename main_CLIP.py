@@ -5,11 +5,9 @@
 """
 
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-from utils.errors import command  # first: Ctrl-C ends in a line  # isort: skip
+sys.path.insert(0, __file__.rpartition("/")[0])
+from utils.errors import command  # isort: skip
 
 import torch
 

@@ -7,17 +7,16 @@ Prints the best matches with their cosine and writes a contact sheet of their im
 """
 
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-from utils.errors import InputError, command  # first: Ctrl-C ends in a line  # isort: skip
+sys.path.insert(0, __file__.rpartition("/")[0])
+from utils.errors import InputError, command  # isort: skip
 
 import dataclasses
 import itertools
 import os
 import re
 import textwrap
+from pathlib import Path
 
 import matplotlib
 import numpy as np

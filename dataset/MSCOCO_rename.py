@@ -10,11 +10,9 @@ Files are moved and never overwritten. After an interruption, run the command ag
 """
 
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from utils.errors import InputError, command  # first: Ctrl-C ends in a line  # isort: skip
+sys.path.insert(0, __file__.rsplit("/", 2)[0])
+from utils.errors import InputError, command  # isort: skip
 
 import os
 import re

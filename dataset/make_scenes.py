@@ -9,15 +9,14 @@ domain, with other colours and other words, is for fine-tuning it:
 """
 
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from utils.errors import InputError, command  # first: Ctrl-C ends in a line  # isort: skip
+sys.path.insert(0, __file__.rsplit("/", 2)[0])
+from utils.errors import InputError, command  # isort: skip
 
 import math
 import random
 from functools import cache
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np

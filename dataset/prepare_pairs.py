@@ -16,11 +16,9 @@ stopped and run again.
 """
 
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from utils.errors import InputError, command  # first: Ctrl-C ends in a line  # isort: skip
+sys.path.insert(0, __file__.rsplit("/", 2)[0])
+from utils.errors import InputError, command  # isort: skip
 
 import csv
 import hashlib
@@ -30,6 +28,7 @@ import random
 import shlex
 from collections import defaultdict
 from functools import cached_property
+from pathlib import Path
 
 from dataset.common import (
     JPEG,

@@ -1,7 +1,8 @@
 """Errors that a user can fix end in one line and status 2; others keep their traceback.
 
-A script imports this module before all others: then Ctrl-C and a missing package end in one line
-during the script's imports, too.
+A script imports this module first: then Ctrl-C and a missing package also end in one line during
+the imports that follow. The line before puts the repository first on the path: python -P does not
+put it there, and an own script's folder may hold another data.py.
 """
 
 import errno
