@@ -24,35 +24,25 @@ PRECISIONS = ("fp32", "amp_bf16", "amp_fp16", "fp16")
 ADAMW = {"beta1": 0.9, "beta2": 0.98, "eps": 1e-6, "weight_decay": 0.2}  # CLIP's
 DEFAULT_MODEL = "ViT-B/32"
 SCORES = ("judge", "loss", "cosine", "npc")
-NEIGHBOURS = 15  # of a judge that is not the paper's
+NEIGHBOURS = 15  # of any judge but the paper's
 CLEAN_THRESHOLD, PAPER_CLEAN_THRESHOLD = 0.8, 0.9
 OF_THIS_COMMAND = ("resume", "force_resume", "overwrite", "eval", "device", "num_workers",
-                   "eval_batch_size")  # options that a checkpoint does not bring along
-LR = 1e-5  # of weights that are not half
-HALF_LR = {"npc": 2e-7, "clip": 5e-7}  # of commands that train, for half weights: the authors'
+                   "eval_batch_size")  # options that are never taken from a checkpoint
+LR = 1e-5
+HALF_LR = {"npc": 2e-7, "clip": 5e-7}  # of commands that train, with fp16 weights: the authors'
 OTHERS_NAMES = {"--learning_rate": "--lr", "--model": "--vision_model", "--wd": "--weight_decay"}
 ROOT = Path(__file__).resolve().parent
 
-FIRST_STEPS = {
-    "npc": """\
-Train on noisy pairs:  python main_NPC.py --dataset coco --dataset_root DIR --noise_ratio 0.2
-Score a checkpoint:    python main_NPC.py --eval --resume CKPT --dataset coco --dataset_root DIR
-Your own pairs:        python dataset/prepare_pairs.py --help, then --dataset pairs
-No data at hand?       make demo (a few minutes on a CPU, it draws its own)
-All options:           python main_NPC.py --help; how DIR must look: dataset/README.md
-"""}
-FIRST_STEPS["clip"] = FIRST_STEPS["npc"].replace("main_NPC.py", "main_CLIP.py")
-
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Options with their defaults below a description that keeps its line ends."""
+    """Help that shows defaults other than None and keeps the line ends of the description."""
 
     def _get_help_string(self, action):
         return action.help if action.default is None else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line with a hint, and whose options of type Path expand ~."""
+    """An ArgumentParser with errors of one line and a hint; options of type Path expand ~."""
 
     def __init__(self, description, usage=None):
         super().__init__(usage=usage, description=description, allow_abbrev=False,
@@ -60,19 +50,16 @@ class Parser(argparse.ArgumentParser):
         self.register("type", Path, lambda text: Path(path(text)))
 
     def parse_known_args(self, args=None, namespace=None):
-        """Parse as argparse does; @FILE is also looked for beside this module (@configs/...)."""
+        """Parse as argparse does; @FILE may also be a path of this repository (@configs/...)."""
         words = sys.argv[1:] if args is None else args
-        try:
-            return super().parse_known_args(map(options_file, words), namespace)
-        except UnicodeDecodeError:
-            self.error("a file that is given as @FILE is not a text file")
+        return super().parse_known_args(map(options_file, words), namespace)
 
     def convert_arg_line_to_args(self, line):
         """The words of a line of @FILE; # begins a comment."""
         try:
             return shlex.split(line, comments=True)
         except ValueError as error:
-            self.error(f"a file that is given as @FILE has the line '{line}': {error}")
+            self.error(f"@FILE has the line '{line}': {error}")
 
     def error(self, message):
         """End the program with one line: the message, what was probably meant, where help is."""
@@ -88,13 +75,13 @@ class Parser(argparse.ArgumentParser):
         if near:
             hint = f"did you mean {near[0]}? "
         elif said.startswith("[Errno"):
-            hint = "@FILE is a file of options; a text that begins with @ needs a space before it; "
+            hint = "@FILE is a file of options; put a space before a text that begins with @; "
         self.exit(2, f"error: {message} ({hint}{self.prog} --help lists the options)\n")
 
 
 def options_file(word):
-    """A word of a command line. In @FILE, ~ is expanded, and a file that is not there is looked for
-    beside this module."""
+    """A word of a command line; @FILE with ~ expanded, and as a path of this repository where no
+    other file has that path."""
     if not word.startswith("@"):
         return word
     file = os.path.expanduser(word[1:])
@@ -126,26 +113,23 @@ seed = number(int, 0, 2**32, "a whole number from 0 to below 2^32")
 natural_float = number(float, 0, float("inf"), "a number from 0")
 positive_float = number(float, math.nextafter(0, 1), float("inf"), "a number above 0")
 probability = number(float, 0, 1, "a number from 0 to below 1")
-ratio = number(float, 0, 1, "a number from 0 to below 1 (0.2 is 20 %)")
 
 
 def path(text):
-    """An argparse type: a path with ~ expanded, or a name, as str."""
+    """An argparse type: a path or a name, as str with ~ expanded."""
     expanded = os.path.expanduser(text)
+    if not text:
+        raise argparse.ArgumentTypeError("expected a path, got ''")
     if re.match("~(/|$)", expanded):
         raise argparse.ArgumentTypeError(f"'{text}' begins with ~, but HOME is not set")
     return expanded
 
 
 def device(text):
-    """An argparse type: cpu, cuda or cuda:N as a torch.device."""
-    try:
-        value = torch.device(text)
-    except RuntimeError:
-        value = None
-    if value is None or value.type not in ("cpu", "cuda"):
+    """An argparse type: cpu, cuda or cuda:N, as torch.device."""
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", text):
         raise argparse.ArgumentTypeError(f"expected cpu, cuda or cuda:N, got '{text}'")
-    return value
+    return torch.device(text)
 
 
 # ---- options ------------------------------------------------------------------------------------
@@ -154,53 +138,47 @@ OPTIONS = {}
 
 
 def option(name, of=None, **settings):
-    """Put an option of all commands, or that of one, in the table; `settings` are argparse's."""
+    """Put an option in the table, of all commands or `of` one; `settings` are argparse's."""
     OPTIONS[name.lstrip("-"), of] = name, settings
 
 
 option("--dataset", choices=DATASETS, help="""
-    how image ids become file names: coco, f30k, cc, or pairs for any collection with an
-    image_name.txt; default: pairs where that file is, else coco""")
+    how image ids become file names: coco, f30k, cc, or pairs (any collection with an
+    image_name.txt); default: pairs where that file is, else coco""")
 option("--dataset_root", type=path, default="./dataset/MSCOCO", metavar="DIR", help="""
     folder of the data set, with annotations/ and images/ (dataset/README.md)""")
 option("--num_anns", type=positive_int, metavar="N", help="""
-    captions per line of train_ids.txt; default: 5 for coco and f30k, 1 for cc, for pairs what the
-    two files add up to""")
-option("--noise_ratio", type=ratio, default=0.0, metavar="RATIO", help="""
-    share of training captions that are shuffled, in [0, 1); a missing caption file of this ratio,
-    kind and seed is made""")
+    captions per line of train_ids.txt; default: coco and f30k 5, cc 1, pairs: as the files say""")
+option("--noise_ratio", type=probability, default=0.0, metavar="RATIO", help="""
+    share of the training captions that are shuffled; a missing caption file is made""")
 option("--noise_kind", choices=KINDS, default="random", help="""
-    random: the drawn captions are shuffled, as in the paper; similar: each is exchanged with the
-    most similar caption of another image (a near miss)""")
+    random: shuffle the drawn captions, as in the paper; similar: exchange each with the most
+    similar caption of another image (a near miss)""")
 option("--noise_seed", type=seed, metavar="SEED", help="""
-    seed of the noise and of the memory bank, to train again on the same noise and bank with another
-    --seed; default: --seed""")
+    seed of the noise and of the memory bank; default: --seed""")
 option("--context_length", type=at_least_two, default=77, metavar="N", help="""
-    longest caption in tokens, with its start and end token; longer ones are cut; at most the
-    model's (77 for all published ones)""")
+    cut captions to N tokens, start and end token included""")
 option("--num_workers", type=natural_int, default=min(8, os.cpu_count() or 1), metavar="N", help="""
     processes that read images; 0: the main process reads them, best for very small images""")
 option("--data_on", choices=("auto", "device", "workers"), default="auto", help="""
-    device: decoded images stay in the memory of the device; workers: worker processes read them in
-    each pass; auto: device if they fill at most a third of it, but workers under torchrun and where
-    one pass is made""")
+    device: keep decoded images in the device's memory; workers: read images in each pass; auto:
+    device for several passes of one process if the images fill at most a third of the memory""")
 option("--image_cache", type=path, default="off", metavar="off|DIR", help="""
-    keep the decoded and cropped images in a file in this folder, 0.15 MB each at 224 pixels; later
-    passes and runs read the same pixels from there""")
+    keep decoded and cropped images in a file there, for all later passes and runs; 0.15 MB each
+    at 224 pixels""")
 option("--list_items", type=path, metavar="DIR", help="""
-    list the distinct training images and captions there, for a judge that is another kind of model
-    (--judge_features)""")
+    list the distinct training images and captions there, for --judge_features""")
 
 option("--vision_model", of="cache", type=path, default="ViT-B/32", metavar="NAME|PATH", help="""
     model whose resolution the images are cut to""")
 option("--vision_model", type=path, metavar="NAME|PATH", help="""
     initial model: one of OpenAI's (ViT-B/32, ViT-B/16, ViT-L/14, ViT-L/14@336px, RN50, RN101,
     RN50x4, RN50x16, RN50x64), tiny (random weights), a checkpoint file, a folder of open_clip or
-    transformers, or a model of either on the Hugging Face hub (hf-hub:ORG/NAME, or ORG/NAME where
-    that is no path); default: ViT-B/32, or the model in --resume""")
+    transformers, or hf-hub:ORG/NAME of the Hugging Face hub; default: ViT-B/32, or the model in
+    --resume""")
 option("--resume", type=path, metavar="CKPT|auto", help="""
-    checkpoint to start from; training continues a state of the same script where it stopped; auto:
-    the newest intact checkpoint of this experiment, if there is one""")
+    checkpoint to start from; if it holds a training state, training continues there; auto: the
+    newest intact checkpoint of this experiment, if there is one""")
 option("--resume", of="interpolate", type=path, required=True, metavar="CKPT", help="""
     the trained model""")
 option("--resume", of="export", type=path, required=True, metavar="CKPT", help="""
@@ -208,13 +186,12 @@ option("--resume", of="export", type=path, required=True, metavar="CKPT", help="
 option("--initial", type=path, required=True, metavar="NAME|PATH", help="""
     the model that --resume was trained from, as for --vision_model in training""")
 option("--activation", choices=("quick_gelu", "gelu"), help="""
-    activation of the transformers, for files that hold nothing but weights: quick_gelu for OpenAI,
-    MetaCLIP and DFN, gelu for LAION and DataComp; default: quick_gelu, and the log says so""")
+    activation of a model whose file does not say it: quick_gelu for OpenAI, MetaCLIP and DFN, gelu
+    for LAION and DataComp; default: quick_gelu""")
 option("--device", type=device, help="cpu, cuda or cuda:N; default: cuda where there is one")
 option("--precision", choices=PRECISIONS, help="""
-    fp32; amp_bf16 or amp_fp16: half-precision arithmetic on fp32 weights; fp16: weights and
-    optimiser state in half, as the released script runs on a GPU; default: amp_bf16 on cuda, fp32
-    on cpu""")
+    amp_bf16, amp_fp16: half-precision arithmetic on fp32 weights; fp16: weights and optimiser
+    state in half, as in the released script; default: amp_bf16 on cuda, fp32 on cpu""")
 
 option("--recipe", choices=RECIPES, help="""
     paper: as the paper says; released: as the authors' script does; robust: train on the pairs that
@@ -227,18 +204,15 @@ option("--memory", choices=("nearest", "random"), default="nearest", help="""
     memory entries of a batch: the clean pairs nearest to its images and captions, as in the paper,
     or random clean pairs""")
 option("--memory_loss_weight", type=natural_float, metavar="X", help="""
-    factor of the loss on the memory entries; 0: no such loss; default: 1, or 0 for --recipe
-    robust""")
+    factor of the loss on the memory entries; default: 1, or 0 for --recipe robust""")
 option("--train_on", choices=("all", "clean"), help="""
-    draw the batches from all pairs, or from the strict clean set alone (shorter epochs); default:
-    all, or clean for --recipe robust""")
+    all pairs, or the strict clean set alone; default: all, or clean for --recipe robust""")
 option("--clean_threshold", type=probability, metavar="P", help=f"""
-    posterior above which a pair is in the strict clean set; raise it when precision is low, lower
-    it when the set is small; default: {PAPER_CLEAN_THRESHOLD} with the paper's judge,
-    {CLEAN_THRESHOLD} with others""")
+    a pair is in the strict clean set if its posterior is above P; default: {PAPER_CLEAN_THRESHOLD}
+    with the paper's judge, {CLEAN_THRESHOLD} with others""")
 option("--min_clean", type=probability, default=0.02, metavar="P", help="""
-    smallest share of pairs in the strict clean set; when fewer pass the threshold, the set is this
-    share of the pairs, the least suspicious""")
+    smallest share of pairs in the strict clean set; if fewer pass the threshold, the least
+    suspicious pairs fill it up""")
 
 option("--judge_rounds", type=natural_int, metavar="N", help="""
     times that the judge trains on the pairs which it finds clean, then judges again; 0: the initial
@@ -246,16 +220,14 @@ option("--judge_rounds", type=natural_int, metavar="N", help="""
 option("--judge_steps", type=positive_int, default=32, metavar="K", help="""
     optimiser steps of a round; many more overfit""")
 option("--judge_neighbours", type=natural_int, metavar="K", help=f"""
-    before the first round a pair must also agree with the K nearest neighbours of its image and
-    caption; 0: no such test; default: {NEIGHBOURS} with rounds or for --recipe robust, else 0, the
-    paper's""")
+    before the first round also compare a pair with the K nearest neighbours of its image and
+    caption; 0: off; default: {NEIGHBOURS} with rounds or for --recipe robust, else 0""")
 option("--search_among", type=at_least_two, metavar="N", help="""
     search neighbours, and find_noise.py its best captions and clean pairs, among N random items:
-    the time then grows with the number of pairs, not with its square. 16384 suits a million pairs
-    on a CPU; fewer find a little less; default: all items""")
+    16384 suits a million pairs on a CPU; fewer find a little less; default: all items""")
 option("--judge_lr", type=positive_float, metavar="LR", help=f"""
-    learning rate of the rounds, best the one at which the model is fine-tuned; default: --lr, or
-    {LR:g} in commands that do not train""")
+    learning rate of the rounds, best that of fine-tuning; default: --lr, or {LR:g} in commands that
+    do not train""")
 option("--judge", type=path, metavar="NAME|PATH", help="""
     model that judges, as for --vision_model; default: the initial model""")
 option("--judge_features", type=path, metavar="PATH", help="""
@@ -263,25 +235,23 @@ option("--judge_features", type=path, metavar="PATH", help="""
     (docs/finding_noise.md), without rounds""")
 
 option("--score", choices=SCORES, default="judge", help="""
-    what makes a pair suspicious: the judge's score; a high loss among the pairs of its batch; a low
-    cosine; npc: a low mean weight in an NPC run (--weights)""")
+    what makes a pair suspicious: the judge's score; a high loss in its batch; a low cosine; npc: a
+    low mean weight in an NPC run (--weights)""")
 option("--weights", type=path, metavar="FILE", help="""
     weights.npz of an NPC run on the same captions, for --score npc""")
 option("--labels", type=path, metavar="FILE", help="""
-    decisions.csv of the HTML page, or suspicious_pairs.csv with its column decision filled in:
-    prints how many pairs are wrong and how right each --keep_above is; a label overrules what was
-    computed""")
+    decisions.csv of the HTML page, or suspicious_pairs.csv with its column decision filled in; a
+    label overrules the judge, and labels tell how many pairs are wrong and which --keep_above is
+    right""")
 option("--wanted_precision", type=probability, default=0.95, metavar="P", help="""
-    with --labels: share of right pairs among the kept ones, for which a --keep_above is
-    proposed""")
+    with --labels: propose a --keep_above that leaves this share of right pairs""")
 option("--worst", type=positive_int, default=200, metavar="N", help="""
     pairs on the HTML page; the CSV file holds all""")
 option("--write_clean", type=path, metavar="DIR", help="""
     also write a data set without the pairs that are probably wrong, whatever --score is, to this
     new folder; images, dev and test split stay the same""")
 option("--keep_above", type=probability, default=0.5, metavar="P", help="""
-    smallest posterior of being clean that --write_clean keeps; raise it for fewer and cleaner
-    pairs""")
+    smallest posterior that --write_clean keeps; raise it for fewer and cleaner pairs""")
 
 option("query", help="a text, which finds images, or an image file, which finds captions")
 option("--split", choices=(*SPLITS, "all"), help="""
@@ -289,71 +259,57 @@ option("--split", choices=(*SPLITS, "all"), help="""
 option("--top", type=positive_int, default=10, metavar="N", help="results to print and draw")
 
 option("--epochs", type=positive_int, metavar="N", help="""
-    passes over the pairs that are trained on; fewer where dev scores fall again at the end;
-    default: 10, or 13 for --recipe robust""")
+    passes over the pairs that are trained on; default: 10, or 13 for --recipe robust""")
 option("--lr", type=natural_float, help="""
-    peak learning rate; default: 1e-5, which suits CLIP at any number of pairs, or for --precision
-    fp16 the authors' 2e-7 (NPC) and 5e-7 (CLIP), which are too small elsewhere
-    (docs/precision.md)""")
+    peak learning rate; default: 1e-5, or for --precision fp16 the authors' 2e-7 (NPC) and 5e-7
+    (CLIP), which are too small elsewhere (docs/precision.md)""")
 option("--warmup", type=natural_int, metavar="STEPS", help="""
     optimiser steps of linear warm-up; default: a tenth of all steps, at most 500 (--recipe
     released: 500)""")
-option("--beta1", type=probability, help="""
-    AdamW's decay of the mean gradient; CLIP's, seldom changed""")
-option("--beta2", type=probability, help="""
-    AdamW's decay of the squared gradient; CLIP's, seldom changed""")
+option("--beta1", type=probability, help="AdamW's decay of the mean gradient")
+option("--beta2", type=probability, help="AdamW's decay of the squared gradient")
 option("--eps", type=natural_float, help="""
-    AdamW's epsilon; with --precision fp16 the size of a step depends on it as much as on --lr:
-    change both together""")
+    AdamW's epsilon; with --precision fp16 a step depends on it as much as on --lr""")
 option("--weight_decay", type=natural_float, metavar="X", help="""
-    AdamW's decoupled weight decay, on all parameters; a step decays by this times the learning
-    rate: at 1e-6 it hardly matters""")
+    AdamW's decoupled weight decay, on all parameters""")
 option("--freeze", choices=("none", "image", "text"), default="none", help="""
-    tower that keeps its weights, where there are few pairs or only the other tower is new; the
-    temperature is always trained""")
+    tower that keeps its weights; the temperature is always trained""")
 option("--accum_steps", type=positive_int, default=1, metavar="N", help="""
     encode a batch in N pieces and recompute each in the backward pass: less memory, the same
     gradients, slower""")
 option("--grad_checkpointing", action="store_true", help="""
-    keep only the input of each residual block and recompute the rest in the backward pass: less
-    memory, the same gradients, slower""")
+    recompute each residual block in the backward pass: less memory, the same gradients, slower""")
 option("--eager", action="store_true", help="""
-    launch each operation of a step by itself, for debugging; default: on a GPU, in amp_bf16 or
-    fp32, a step is captured as a CUDA graph for each of a few shapes and then replayed, which takes
-    half the time""")
+    do not replay steps as CUDA graphs, for debugging; a step takes twice as long""")
 option("--compile", action="store_true", help="""
-    have torch.compile fuse what surrounds attention in the towers: a step on one GPU takes a fifth
-    less time, the first one half a minute more; needs a C compiler""")
+    torch.compile the towers: a step on one GPU takes a fifth less time, the first one half a minute
+    more; needs a C compiler""")
 option("--clip_grad", type=natural_float, default=10.0, metavar="X", help="""
-    largest norm of the gradient; 0: no clipping; lower it when grad_norm in the log has spikes""")
+    largest norm of the gradient; 0: no clipping""")
 
 option("--seed", type=seed, default=SEED, help="""
-    seed of the noise, the bank, the order of the pairs and random weights; change it for another
-    repetition""")
+    seed of the noise, the bank, the order of the pairs and random weights""")
 option("--batch_size", type=at_least_two, metavar="B", help="""
-    pairs in a step; every pair is contrasted with the others of its batch, so save memory by
-    --accum_steps instead; default: 256, or a sixteenth of fewer than 4096 pairs, at least 8""")
+    pairs in a step; each pair is contrasted with the others, so save memory by --accum_steps
+    instead; default: 256, or a sixteenth of fewer than 4096 pairs, at least 8""")
 option("--checkpoint_path", type=path, default="./logs", metavar="DIR", help="""
-    folder of all experiments, on a disk with room""")
+    folder of all experiments""")
 option("--experiments", type=path, default="ex0", metavar="NAME", help="""
-    name of this experiment's folder in --checkpoint_path; a new one for each run""")
+    folder of this run in --checkpoint_path""")
 option("--name", help="""
-    name of the method, in checkpoints, options.json and the tables of benchmarks/table.py; default:
-    NPC or CLIP, with the recipe where it is not the paper's""")
+    name of the method in tables; default: NPC or CLIP, with the recipe where it is not the
+    paper's""")
 option("--wandb", metavar="PROJECT", help="""
     also send TensorBoard's curves to this project of Weights & Biases (pip install wandb)""")
 option("--display", type=positive_int, metavar="STEPS", help="""
     steps between two lines of the log and points in TensorBoard; default: points every 20 steps, a
     line a minute at most""")
 option("--save_every", type=natural_int, default=0, metavar="STEPS", help="""
-    save the training state every so many steps too, where an epoch is too long to lose; 0: only at
-    the end of an epoch""")
+    also save the training state every so many steps; 0: only at the end of an epoch""")
 option("--keep_checkpoints", type=natural_int, default=2, metavar="K", help="""
-    keep the last K checkpoints beside best.pt (each takes 20 bytes a parameter for NPC in fp32); 0:
-    all epochs""")
+    keep the last K checkpoints beside best.pt; 0: all""")
 option("--overwrite", action="store_true", help="""
-    delete an earlier run in this experiment's folder, once data and model are read; default: such a
-    folder is refused""")
+    delete an earlier run in this experiment's folder; default: such a folder is refused""")
 option("--force_resume", action="store_true", help="""
     resume although changed options or data make it another run""")
 
@@ -363,14 +319,14 @@ option("--eval_batch_size", type=positive_int, metavar="N", help="""
     images or captions that are encoded at a time outside training; changes speed and memory, never
     a score; default: 64 on a CPU, 512 on a GPU""")
 option("--dev_length", type=positive_int, metavar="N", help="""
-    score an epoch on the first N dev captions, where scoring takes long; default: all of them""")
+    score an epoch on the first N dev captions; default: all of them""")
 
 option("--format", of="memorybank", choices=("npz", "released"), default="npz", help="""
     npz: ours, with the losses and posteriors; released: the authors' two pickled dictionaries""")
 option("--out", of="find_noise", type=path, default="./logs/noise", metavar="DIR", help="""
     folder for suspicious_pairs.csv and suspicious_pairs.html""")
-option("--out", of="search", type=path, metavar="FILE", help="""
-    contact sheet of the results, a PNG; default: a new file in ./logs/search""")
+option("--out", of="search", type=path, default="./logs/search.png", metavar="FILE", help="""
+    PNG file for the pictures that were found""")
 option("--out", of="interpolate", type=path, metavar="FILE", help="""
     checkpoint to write; default: interpolated.pt beside --resume""")
 option("--out", of="export", type=path, required=True, metavar="DIR", help="new folder to write")
@@ -446,8 +402,6 @@ def parse_args(command, argv=None):
     Returns a namespace with defaults filled in (`device` is a torch.device). Bad values end the
     program with one line on stderr and status 2.
     """
-    if command in FIRST_STEPS and not (sys.argv[1:] if argv is None else argv):
-        sys.exit(FIRST_STEPS[command].rstrip())
     parser = parser_of(command)
     args = parser.parse_args(argv)
     if command in HALF_LR and args.resume:  # options that are not given are the checkpoint's
@@ -458,14 +412,14 @@ def parse_args(command, argv=None):
 
 
 def options_of_checkpoint(parser, args):
-    """Options of the run that wrote the checkpoint `--resume`, {} where it holds no training state.
-    Its folder is that run's, unless another one is given."""
+    """Options of the run that wrote the checkpoint `--resume`, {} if it holds no training state.
+    The run goes on in the checkpoint's folder, unless another one is given."""
     saved = options_of(args.resume, Path(args.checkpoint_path, args.experiments))
     elsewhere = any(getattr(args, name) != parser.get_default(name)
                     for name in ("checkpoint_path", "experiments"))
     if saved and args.resume != "auto" and not elsewhere:
         folder = Path(args.resume).parent
-        if folder.name in ("", ".."):  # as typed where that says enough
+        if folder.name in ("", ".."):
             folder = folder.resolve()
         saved |= {"checkpoint_path": str(folder.parent), "experiments": folder.name}
     else:
@@ -489,8 +443,8 @@ def parser_of(command):
 
 
 def fill_in(parser, command, args):
-    """Fill in the options that are not given and depend on others or on the machine; refuse those
-    that do not go together."""
+    """Fill in the defaults that depend on other options or on the machine; refuse options that do
+    not go together."""
 
     def given(name):
         return getattr(args, name, None)
@@ -503,7 +457,8 @@ def fill_in(parser, command, args):
     if given("judge_features"):
         args.judge_rounds = 0
     defaults = {  # in this order, as some depend on others
-        "dataset": lambda: "pairs" if has_image_names(args.dataset_root) else "coco",
+        "dataset": lambda: (
+            "pairs" if (split_folder(args.dataset_root) / "image_name.txt").exists() else "coco"),
         "num_anns": lambda: DATASETS[args.dataset],
         "split": lambda: "all" if args.dataset == "pairs" else "test",
         "noise_seed": lambda: args.seed,
@@ -532,9 +487,6 @@ def fill_in(parser, command, args):
     if "precision" in args and args.device.type == "cuda":
         index = os.environ.get("LOCAL_RANK") or args.device.index or 0  # torchrun: one per process
         args.device = torch.device("cuda", int(index))
-    if given("resume") == "":
-        parser.error("--resume '' names no checkpoint")
-    if "precision" in args and args.device.type == "cuda":
         if args.device.index >= torch.cuda.device_count():
             parser.error(f"--device {args.device}: torch sees {torch.cuda.device_count()} CUDA "
                          "devices here; --device cpu works everywhere")
@@ -551,11 +503,6 @@ def fill_in(parser, command, args):
         parser.error("--overwrite deletes what --resume auto continues; give one of them")
     if given("judge_features") and args.judge:
         parser.error("--judge and --judge_features name two judges; give one")
-
-
-def has_image_names(dataset_root):
-    """Whether an image_name.txt says what the images are called."""
-    return (split_folder(dataset_root) / "image_name.txt").exists()
 
 
 def number_of_pairs(dataset_root):

@@ -3,7 +3,7 @@
     python search.py --resume CKPT --dataset f30k --dataset_root PATH "a dog on a beach"
     python search.py --resume CKPT --dataset f30k --dataset_root PATH photo.jpg
 
-Prints the best matches with their cosine and writes a contact sheet of their images.
+Prints the best matches with their cosine and draws their images into a file.
 """
 
 import sys
@@ -12,16 +12,12 @@ sys.path.insert(0, __file__.rpartition("/")[0])
 from utils.errors import InputError, command  # isort: skip
 
 import dataclasses
-import itertools
 import os
-import re
-import textwrap
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 import clip
 from data import all_pairs, retrieval_split, training_pairs
@@ -30,11 +26,10 @@ from utils.distributed import is_main
 from utils.files import atomic_write
 from utils.method.features import embed_pairs
 from utils.reading.images import Images
+from utils.scoring.diagnostics import pictures
 from utils.training.run import Run
 
-COLUMNS, TILE, GAP = 5, 200, 16  # of the contact sheet; the latter two in pixels
-LETTERS, LINES, LINE = 28, 4, 16  # caption below a tile: letters a line, lines, pixels a line
-FONT = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
+SIDE = 224  # pixels of a picture that was found
 
 
 @command
@@ -78,52 +73,24 @@ def main(argv=None):
         print(f"{rank:3} {score:7.4f}  {file}  {caption}")
 
     names = (picture if by_image else []) + files
-    pictures = Images(args.dataset_root, names, clip.Preprocess(TILE))
-    tiles = [pictures[k].numpy() for k in range(len(names))]
+    found = Images(args.dataset_root, names, clip.Preprocess(SIDE))
     words = ["the query"] if by_image else []
     words += [f"{score:.3f}  {caption}" for score, caption in zip(scores, captions, strict=True)]
-    out = args.out or new_name(args.query)
-    with atomic_write(out, "wb") as f:
-        contact_sheet(args.query, tiles, words).save(f, "PNG")
-    run.log(f"wrote {out}")
-
-
-def new_name(query):
-    """Path of a picture that does not exist yet, named after its query."""
-    text = Path(query).stem if is_image(query) else query
-    stem = re.sub(r"\W+", "_", text)[:40].strip("_") or "query"
-    names = itertools.chain([stem], (f"{stem}_{n}" for n in itertools.count(2)))
-    paths = (Path("logs", "search", f"{name}.png") for name in names)
-    return next(path for path in paths if not path.exists())
+    figure = pictures([found[k] for k in range(len(names))], words)
+    with atomic_write(args.out, "wb") as f:
+        figure.savefig(f, format="png")
+    run.log(f"wrote {args.out}")
 
 
 def is_image(query):
-    """Whether a query names an image file. Raises InputError when it is empty, or looks like the
-    name of one that does not exist."""
+    """Whether a query is the path of a file, which should be an image. Raises InputError if the
+    query is empty or names an image file that does not exist."""
     if not query.strip():
         raise InputError("the query is empty; give a text or an image file")
     exists = os.path.isfile(os.path.expanduser(query))
     if not exists and Path(query).suffix.lower() in Image.registered_extensions():
         raise InputError(f"the query {query} looks like an image file, but there is none")
     return exists
-
-
-def contact_sheet(title, tiles, words):
-    """PIL image: a title, then rows of tiles, uint8 (3, TILE, TILE), each above its words."""
-    columns = min(COLUMNS, len(tiles))
-    rows = -(-len(tiles) // columns)
-    width, height, top = TILE + GAP, TILE + LINES * LINE + GAP, 3 * GAP
-    sheet = Image.new("RGB", (columns * width + GAP, top + rows * height), "white")
-    draw = ImageDraw.Draw(sheet)
-    draw.text((GAP, GAP), textwrap.shorten(title, 24 * columns, placeholder=" ..."), "black",
-              ImageFont.truetype(FONT, 15))
-    font = ImageFont.truetype(FONT, 12)
-    for k, (tile, text) in enumerate(zip(tiles, words, strict=True)):
-        x, y = GAP + k % columns * width, top + k // columns * height
-        sheet.paste(Image.fromarray(tile.transpose(1, 2, 0)), (x, y))
-        lines = textwrap.wrap(text, LETTERS, max_lines=LINES, placeholder=" ...")
-        draw.text((x, y + TILE + 4), "\n".join(lines), (60, 60, 60), font, spacing=3)
-    return sheet
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ def go(function, argv, output, environment=(), hook=None):
     os.environ.update(environment)
     torch.set_num_threads(1)
     clip.tokenize_with_lengths = small_tokens
-    diagnostics.pairs_figure = SummaryWriter.add_figure = lambda *_: None  # half of the time
+    diagnostics.pictures = SummaryWriter.add_figure = lambda *_: None  # half of the time
     if hook:
         hook()
     status = 0

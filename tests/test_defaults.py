@@ -119,7 +119,7 @@ def test_compile_is_for_replayed_steps(monkeypatch, capsys, more, refused):
 
 
 @pytest.mark.parametrize("command, words, said", [
-    ("npc", ["--resume", ""], "names no checkpoint"),
+    ("npc", ["--resume", ""], "expected a path"),
     ("npc", ["--resume", "auto", "--overwrite"], "--overwrite deletes what --resume auto"),
     ("npc", ["--wandb", "x"], "pip install wandb"),
     ("memorybank", ["--judge", "tiny", "--judge_features", "x.npz"], "two judges"),

@@ -7,7 +7,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.tensorboard import SummaryWriter
 
 from utils.method.pairs import Pairs
-from utils.scoring.diagnostics import noise_measures, pairs_figure, show_weights
+from utils.scoring.diagnostics import noise_measures, pictures, show_weights
 
 
 def make_pairs(wrong):
@@ -56,11 +56,12 @@ def test_tensorboard_gets_histograms_auc_and_the_lowest_pairs(tmp_path):
     assert events.Histograms("w/truly_noisy")[0].histogram_value.num == 10
 
 
-def test_figure_shows_the_chosen_pairs_and_marks_wrong_captions():
-    wrong = np.array([True, False, True])
-    figure = pairs_figure(make_pairs(wrong), np.array([2, 1]), np.array([0.25, 0.5]))
-    titles = [(axis.get_title(), axis.title.get_color()) for axis in figure.axes]
-    assert titles[0] == ("w 0.250: caption $2$", "firebrick")
-    assert titles[1] == ("w 0.500: caption $1$", "black")
-    assert titles[2][0] == ""
-    assert (figure.axes[0].images[0].get_array() == 16).all()
+def test_pictures_stand_in_rows_and_marked_words_are_red():
+    images = [torch.full((3, 8, 8), 8 * k, dtype=torch.uint8) for k in range(6)]
+    figure = pictures(images, [f"$x^{k}$" for k in range(6)], np.arange(6) == 1)
+    for k, axis in enumerate(figure.axes):
+        assert (axis.images[0].get_array() == 8 * k).all()
+        assert axis.get_title() == f"$x^{k}$" and not axis.title.get_parse_math()
+        assert axis.title.get_color() == ("firebrick" if k == 1 else "black")
+        spec = axis.get_subplotspec()
+        assert (spec.rowspan.start, spec.colspan.start) == divmod(k, 5)

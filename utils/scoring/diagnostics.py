@@ -1,13 +1,16 @@
 """How well weights or losses separate wrong pairs from right ones: measures and figures."""
 
 import textwrap
+import warnings
 
 import numpy as np
 from matplotlib.figure import Figure
 from scipy.stats import rankdata
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-LOWEST = 10  # pairs in the figure
+LOWEST = 10  # pairs in TensorBoard's figure
+COLUMNS = 5
+warnings.filterwarnings("ignore", "Glyph .* missing from font")  # such a letter is drawn as a box
 
 
 def noise_measures(suspicion, wrong):
@@ -43,20 +46,23 @@ def show_weights(writer, step, weights, pairs):
         if measures:
             writer.add_scalar("noise/auc_of_w", measures["auc"], step)
     lowest = drawn[np.argsort(w, kind="stable")[:LOWEST]]
-    writer.add_figure("w/lowest", pairs_figure(pairs, lowest, weights[lowest]), step)
+    words = [f"w {weights[i]:.3f}: {pairs.captions[i]}" for i in lowest]
+    known_wrong = None if pairs.wrong is None else pairs.wrong[lowest]
+    figure = pictures([pairs.images[pairs.image_of[i]] for i in lowest], words, known_wrong)
+    writer.add_figure("w/lowest", figure, step)
 
 
-def pairs_figure(pairs, chosen, w):
-    """Images of chosen pairs (k,) with their weights w (k,) and captions, red where the caption is
-    known to be wrong."""
-    figure = Figure(figsize=(11, 5), layout="constrained")
-    axes = figure.subplots(2, -(-LOWEST // 2))
-    for axis in axes.flat:
+def pictures(images, words, marked=None):
+    """Figure of images, uint8 (3, H, W) tensors, in rows of `COLUMNS`. Each is below its words,
+    which are red where `marked` (bool) is set."""
+    rows = -(-len(images) // COLUMNS)
+    figure = Figure(figsize=(2.2 * COLUMNS, 2.6 * rows))
+    figure.subplots_adjust(0.01, 0.01, 0.99, 1 - 0.5 / (2.6 * rows), 0.05, 0.3)
+    for k, (image, text) in enumerate(zip(images, words, strict=True)):
+        axis = figure.add_subplot(rows, COLUMNS, k + 1)
         axis.axis("off")
-    for axis, i, weight in zip(axes.flat, chosen, w, strict=False):
-        axis.imshow(pairs.images[pairs.image_of[i]].permute(1, 2, 0).cpu().numpy())
-        wrong = pairs.wrong is not None and pairs.wrong[i]
-        lines = textwrap.wrap(f"w {weight:.3f}: {pairs.captions[i]}", 40, max_lines=3)
-        axis.set_title("\n".join(lines), fontsize=7, parse_math=False,
-                       color="firebrick" if wrong else "black")
+        axis.imshow(image.permute(1, 2, 0).cpu().numpy())
+        axis.set_title("\n".join(textwrap.wrap(text, 40, max_lines=3)), fontsize=7,
+                       parse_math=False,
+                       color="firebrick" if marked is not None and marked[k] else "black")
     return figure
