@@ -24,7 +24,7 @@ from .model import POOLING
 from .preprocess import MEAN, STD
 from .tokenizer import END, START, default_tokenizer
 
-WAYS = (  # description and weights of a folder's model, the preferred ones first
+WAYS = (  # description and weights of a model: safetensors before pickles
     ("open_clip_config.json", "open_clip_model.safetensors"),
     ("config.json", "model.safetensors"),
     ("config.json", "model.safetensors.index.json"),
@@ -35,9 +35,9 @@ WAYS = (  # description and weights of a folder's model, the preferred ones firs
 
 
 def read_checkpoint(path):
-    """Content (dict) of a file, as `read_file`, or "state_dict" and "config" of a folder, on the
-    CPU. Raises CheckpointError if there is no such file or folder, or if it is damaged, has another
-    format, would run code, or holds a model that cannot be built here."""
+    """Content of a file, as from `read_file`, or of a folder, {"state_dict", "config"}, on the CPU.
+    Raises CheckpointError for a path that does not exist, is damaged, has another format, would run
+    code, or holds a model that cannot be built here."""
     path = Path(path)
     if not path.is_dir():
         return read_file(path)
@@ -52,14 +52,13 @@ def read_checkpoint(path):
         return {"state_dict": state_dict_of(content, path / weights), "config": config}
     except CheckpointError:
         raise
-    except Exception as error:  # values of unexpected types provoke errors of any type
+    except Exception as error:  # a value of an unexpected type
         raise CheckpointError(f"{path / described} or a file that goes with it is damaged "
                               f"({error!r:.100})") from None
 
 
 def _choose(files, where):
-    """(description, weights) to read, of the names `files` (set) in a folder: safetensors before
-    pickles, then open_clip's before transformers'."""
+    """The first (description, weights) of `WAYS` that the names `files` (set) of a folder hold."""
     for pair in WAYS:
         if files.issuperset(pair):
             return pair
@@ -83,12 +82,12 @@ def _read_json(path):
 
 
 def _side(size):
-    """Side of a square that is given as one number or as two."""
+    """Side of a square, given as one number or two."""
     return size[0] if isinstance(size, list) and size == size[:1] * 2 else size
 
 
 def _three(value):
-    """The numbers for red, green, blue: one for all of them, or three."""
+    """Numbers for red, green and blue, given as one number or three."""
     return (value,) * 3 if isinstance(value, int | float) else tuple(value)
 
 
@@ -104,7 +103,7 @@ def _hf_settings(folder):
     if config["model_type"] != "clip":
         refuse_other_model(folder, f"a model of type {config['model_type']}")
     text, vision = (config.get(f"{tower}_config_dict") or config.get(f"{tower}_config") or {}
-                    for tower in ("text", "vision"))  # transformers prefers the first, too
+                    for tower in ("text", "vision"))  # in transformers' order
     activation = vision.get("hidden_act", "quick_gelu")
     last = min(text.get("vocab_size", 49408), 49408) - 1  # the end token, a caption's largest id
     for part, key, default, accepted in (
@@ -137,8 +136,8 @@ def _check_tokenizer(folder):
 
 
 def _hf_preprocessing(folder, resolution):
-    """The `SETTINGS` of images in the file of a folder's image processor, {} if it has none. A
-    rescale factor other than 1 / 255 becomes part of mean and standard deviation."""
+    """The `SETTINGS` of a folder's image processor, {} if it has none. A rescale factor other than
+    1 / 255 becomes part of mean and standard deviation."""
     for path in (folder / name for name in PROCESSOR):
         said = _read_json(path) if path.exists() else {}
         if path.name == "processor_config.json":  # older ones hold no image processor
@@ -179,9 +178,8 @@ def _hf_preprocessing(folder, resolution):
 
 
 def save_hf(model, folder):
-    """Write `model` as config.json, model.safetensors and preprocessor_config.json to `folder`, for
-    CLIPModel and CLIPProcessor.from_pretrained of transformers. CLIP's tokenizer is added if the
-    model has its vocabulary. Raises ValueError if the image encoder is a ResNet."""
+    """Write `model` to `folder` for CLIPModel and CLIPProcessor.from_pretrained of transformers.
+    CLIP's tokenizer is added if the model has its vocabulary. Raises ValueError for a ResNet."""
     weights, config = to_hf(model.state_dict()), model.config
     resolution, squash = config["image_resolution"], config["image_resize"] == "squash"
     tokenizer = default_tokenizer()
@@ -239,7 +237,7 @@ def save_hf(model, folder):
 
 # ------------------------------------------------------------------------------ open_clip
 
-OPEN_CLIP_READ = {  # keys of a tower that are read here, told by the weights, or without effect
+OPEN_CLIP_READ = {  # keys that are read here, known from the weights, or without effect
     "vision_cfg": ("layers", "width", "head_width", "mlp_ratio", "patch_size", "image_size",
                    "patch_dropout"),
     "text_cfg": ("context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio", "pad_id",
@@ -278,9 +276,8 @@ def _open_clip_settings(folder):
 
 
 def download(name):
-    """Folder, in huggingface_hub's cache, of the hub's model `name` (ORG/NAME). Only files that
-    `read_checkpoint` reads are downloaded, and only those that the cache lacks. Raises
-    CheckpointError."""
+    """Folder of the hub's model `name` (ORG/NAME) in huggingface_hub's cache. Downloads the files
+    that `read_checkpoint` reads and the cache lacks. Raises CheckpointError."""
     try:
         import huggingface_hub as hub
     except ImportError:

@@ -36,9 +36,9 @@ class CheckpointError(RuntimeError):
 
 
 def read_file(path):
-    """Content (dict) of a file (Path) of any format named above, on the CPU: all entries of a
-    training checkpoint, otherwise the parameters by name. Raises CheckpointError if there is no
-    such file, or if it is damaged, has another format, or would run code."""
+    """Content (dict) of a file (Path) of any format named above, on the CPU: the entries of a
+    training checkpoint, or the parameters by name. Raises CheckpointError for a file that does not
+    exist, is damaged, has another format, or would run code."""
     require_file(path)
     with open(path, "rb") as file:
         start = file.read(40)
@@ -78,8 +78,8 @@ def require_file(path):
 
 
 def state_dict_of(content, path):
-    """The state dict in what `read_file` returned for `path`, in the dtypes of the file. Raises
-    CheckpointError if it holds none, or that of another kind of model."""
+    """The state dict in `content`, which `read_file` returned for `path`, in the file's dtypes.
+    Raises CheckpointError if there is none, or one of another kind of model."""
     state_dict = _model_in(content, path)
     for key in list(state_dict):  # archives hold these beside the weights
         if key in ("input_resolution", "context_length", "vocab_size") or "attn_mask" in key:
@@ -107,9 +107,8 @@ def refuse_other_model(path, what):
 
 
 def _model_in(content, path):
-    """{name: tensor} of the model in the content of a checkpoint, without the prefixes of wrappers
-    (DistributedDataParallel, torch.compile, trainers, weight averaging) and without the tensors
-    that are not the model's."""
+    """{name: tensor} of the model in a checkpoint, without other tensors and without the prefixes
+    of wrappers (DistributedDataParallel, torch.compile, trainers, weight averaging)."""
     entries = [content.get("state_dict"), content, *content.values()]
     entries = [entry for entry in entries if isinstance(entry, dict)]
     for entry in entries:
@@ -130,7 +129,7 @@ def _model_in(content, path):
 
 
 def _numpy_scalar(dtype, data):
-    """Stands for numpy's function in pickled scalars, which also takes dtypes with pointers."""
+    """Replaces numpy's function for pickled scalars, which would also take pointers."""
     return np.frombuffer(data, dtype)[0]
 
 
@@ -172,8 +171,8 @@ def _rebuild_tensor(storage, offset, size, stride, *_):
 
 
 class RestrictedUnpickler(pickle.Unpickler):
-    """An unpickler that looks up each function or class of a pickle in `names` ("module.name": its
-    replacement) and refuses all others."""
+    """Unpickles with the functions and classes in `names` ({"module.name": function or class})
+    and refuses all others."""
 
     def __init__(self, file, names):
         super().__init__(file)
@@ -243,7 +242,7 @@ TRANSPOSED = ("text_projection", "visual.proj")
 
 def to_hf(state_dict):
     """A state dict with OpenAI's names -> one with the names of transformers.CLIPModel. Raises
-    ValueError if the image encoder is a ResNet: transformers has none."""
+    ValueError for a ResNet."""
     if "visual.proj" not in state_dict:
         raise ValueError("transformers has CLIP with a Vision Transformer only")
     out = {}
@@ -260,8 +259,8 @@ def to_hf(state_dict):
 
 
 def from_hf(state_dict):
-    """The inverse of to_hf. Position ids, which older versions of transformers saved, are dropped;
-    names that transformers.CLIPModel does not have are kept. Raises KeyError if one is missing."""
+    """The inverse of to_hf, without the position ids of older versions of transformers. Unknown
+    names are kept. Raises KeyError if a name is missing."""
     out = {}
     for key, value in state_dict.items():
         name = key

@@ -2,8 +2,8 @@
 [0, 1] and normalisation with the mean and standard deviation of the model's training images.
 
 The resize happens in the image's own mode, the conversion to RGB after it, and EXIF rotation is not
-applied: all as in OpenAI's release. An animation gives its current frame (the first one, after
-Image.open).
+applied: all as in OpenAI's release. Of an animation the current frame is taken, after Image.open
+the first.
 """
 
 import functools
@@ -31,18 +31,16 @@ def normalize(images, dtype=torch.float32, mean=MEAN, std=STD):
 @functools.cache
 @torch.inference_mode(False)
 def _channels(values, dtype, device):
-    """Three numbers as a (3, 1, 1) tensor on a device. Cached: each copy to a GPU waits for it."""
+    """Three numbers as a (3, 1, 1) tensor on a device, cached, as a copy to a GPU synchronises."""
     return torch.tensor(values, dtype=dtype, device=device).view(3, 1, 1)
 
 
 def check_usable(image):
-    """Raise ValueError for a PIL image (not decoded yet) that cannot be decoded and resized
-    safely."""
+    """Raise ValueError for a PIL image, not decoded yet, that cannot be used."""
     if image.format == "EPS":
         raise ValueError("EPS, which only Ghostscript can draw")
     if image.mode in ("I", "F"):
-        raise ValueError("32 bits a pixel, of which no file says how much is white; save it with 8 "
-                         "or 16")
+        raise ValueError("32 bits a pixel, without a known value of white; save it with 8 or 16")
     if max(image.size) > MAX_ASPECT * min(image.size):
         raise ValueError(f"{image.width} x {image.height} pixels are too thin")
 
@@ -62,8 +60,8 @@ class Preprocess:
     preprocess.crop(image): uint8 array (3, R, R), RGB, before the normalisation;
     normalize(torch.from_numpy(crop), mean=..., std=...) is preprocess(image) exactly.
 
-    resize: "shortest" resizes the shorter side to R and crops the centre, as OpenAI does; "squash"
-    resizes both sides to R, as DFN's largest models do.
+    resize: "shortest" resizes the shorter side to R and crops the centre (OpenAI); "squash" resizes
+    both sides to R (DFN's largest models).
     """
 
     def __init__(self, resolution, resize="shortest", mean=MEAN, std=STD):

@@ -119,9 +119,8 @@ def tokenize_with_lengths(texts, context_length=77):
 
 
 def tokenize(texts, context_length=77, truncate=False):
-    """Tokens int32 (n, context_length) of one text or a sequence of texts, zeros behind the end
-    token. With `truncate`, a text that is too long is cut; its last token is the end token. Raises
-    RuntimeError for it otherwise; TypeError and ValueError as tokenize_with_lengths."""
+    """The tokens of `tokenize_with_lengths`. Raises RuntimeError for a text that is too long,
+    unless `truncate` is set."""
     texts = [texts] if isinstance(texts, str) else list(texts)
     tokens, lengths = tokenize_with_lengths(texts, context_length)
     if not truncate and (lengths > context_length).any():

@@ -57,8 +57,8 @@ def available_models():
 
 
 def describe(config):
-    """A config in words: the model's name if it has one, otherwise its settings, without those that
-    OpenAI's models of this size share."""
+    """A config in words: the model's name, or its size and the settings in which it differs from
+    OpenAI's models of that size."""
     for name, known in CONFIGS.items():
         if config == known:
             return name
@@ -70,8 +70,7 @@ def describe(config):
 
 
 def architecture(name_or_path, activation=None):
-    """The `config` of the model that `load` would return; for a name of OpenAI's, without reading
-    its weights. Raises CheckpointError."""
+    """The `config` of the model that `load` would return. Raises CheckpointError."""
     if name_or_path in CONFIGS:
         return CONFIGS[name_or_path]
     return _understand(_read(name_or_path), name_or_path, activation)[1]
@@ -82,8 +81,7 @@ def load(name_or_path, device=None, activation=None, log=print):
 
     `name_or_path` is one of
 
-    - available_models(): looked up in pre-trained_models/ and ~/.cache/clip, otherwise downloaded
-      to the latter;
+    - available_models(): from pre-trained_models/ or ~/.cache/clip, or downloaded to the latter;
     - "tiny": a small architecture for tests with random weights from torch's global generator;
     - a file or folder that read_checkpoint reads;
     - a model on the Hugging Face hub: "hf-hub:ORG/NAME", or "ORG/NAME" if that is no path.
@@ -105,16 +103,15 @@ def load(name_or_path, device=None, activation=None, log=print):
 
 
 def build(checkpoint, source, device="cpu", activation=None, log=print):
-    """(CLIP, Preprocess), as from `load`, of the content that `read_checkpoint` returned; `source`
-    names it in messages.
+    """(CLIP, Preprocess), as from `load`, of what `read_checkpoint` returned; `source` names it in
+    messages.
 
     activation: "quick_gelu" or "gelu", for a checkpoint that does not say it. `log` receives a line
-    with the values that are assumed because the checkpoint does not say them. Raises
-    CheckpointError, also when the checkpoint says another activation.
+    about the values that had to be assumed. Raises CheckpointError.
     """
     state_dict, config = _understand(checkpoint, source, activation, log)
     try:
-        with torch.device("meta"):  # no time for an initialisation, no random numbers
+        with torch.device("meta"):  # skips the initialisation and its random numbers
             model = CLIP(**config)
         model.load_state_dict(state_dict, assign=True)
     except RuntimeError as error:
@@ -165,7 +162,7 @@ def _read(name_or_path):
 
 
 def _find(name):
-    """Path of the weights of one of OpenAI's models, downloaded if no folder has them."""
+    """Path of the weights of one of OpenAI's models, which are downloaded if need be."""
     file = re.sub("[/@]", "-", name) + ".pt"
     for folder in (PRETRAINED, CACHE):
         if (folder / file).is_file():

@@ -21,7 +21,7 @@ from utils.errors import InputError
 
 def launched():
     """Number of processes that torchrun started, from its environment variables. Raises InputError
-    where WORLD_SIZE is set without the others."""
+    if WORLD_SIZE is set alone."""
     number = os.environ.get("WORLD_SIZE") or "1"
     missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
                if not os.environ.get(name)]
@@ -61,7 +61,7 @@ def leave_processes():
 
 @contextlib.contextmanager
 def main_first():
-    """Run the block in the main process before the others: it makes the files that they read."""
+    """Run the block in the main process, which writes files, before the others, which read them."""
     if not is_main():
         dist.barrier()
     yield
@@ -76,7 +76,7 @@ def num_own_below(k):
 
 def gather(features, start, end):
     """Features (end - start, D) of the items start..end-1. `features` are those of this process's
-    own items, in order; gradients flow back to them."""
+    own items, in order, and get gradients."""
     if world() == 1:
         return features
     longest = -(-(end - start) // world())
@@ -125,11 +125,10 @@ def any_process(flag, device):
 
 
 def use_device(args):
-    """Make `--device` the device of this process, before anything is put on it, and choose among
-    PyTorch's kernels for a GPU.
+    """Make `--device` the device of this process, before anything is put on it.
 
-    cuDNN's attention takes a third of a second to plan each new shape, and most steps and most
-    batches of captions bring a new one. In fp32 its convolutions would round to TF32.
+    On a GPU cuDNN's attention is off: it plans each new shape for a third of a second, and most
+    batches bring a new shape. In fp32 TF32 is off, too, which cuDNN's convolutions would use.
     """
     if args.device.type != "cuda":
         return
@@ -139,16 +138,15 @@ def use_device(args):
 
 
 def ship(tensor, device):
-    """A host tensor copied to a device in the background, through pinned memory; a tensor that is
-    there already as it is."""
+    """`tensor` on `device`; copied from the host in the background, through pinned memory."""
     if device.type == "cuda" and not (tensor.is_cuda or tensor.is_pinned()):
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
 
 
 class HostCopy:
-    """A copy of a small tensor in host memory, made in the background: reading it a step later does
-    not wait for the step at hand."""
+    """A copy of a small tensor in host memory that does not synchronise: when it is read a step
+    later, the GPU is not waited for."""
 
     def __init__(self, tensor):
         self.host = tensor.to("cpu", non_blocking=True)

@@ -26,7 +26,7 @@ def command(main):
 
     @functools.wraps(main)
     def run(*args, **kwargs):
-        # A caption may have letters that a stream cannot show; in a file lines keep their order
+        # A stream may lack a caption's letters; lines to one file keep their order
         for stream in (sys.stdout, sys.stderr):
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="backslashreplace", line_buffering=True)
@@ -37,7 +37,7 @@ def command(main):
             status, where = end.code, end.__traceback__
         except (KeyboardInterrupt, Exception) as error:
             status, where = tell(error), error.__traceback__
-        # End the data loaders now: the interpreter's end would kill their workers, with tracebacks
+        # End the data loaders now: at exit their workers would print tracebacks
         traceback.clear_frames(where)
         sys.exit(status)
 
@@ -52,7 +52,7 @@ def tell(error):
     if isinstance(error, BrokenPipeError):
         with suppress(OSError):  # stderr may be the same pipe
             print("stopped: the program that read this output has ended", file=sys.stderr)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is still in stdout's buffer
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # takes the rest of stdout's buffer
         return 1
     line = explain(error)
     if line is None or os.environ.get("NPC_DEBUG") == "1":
@@ -66,10 +66,10 @@ sys.excepthook = lambda kind, error, trace: sys.exit(tell(error))
 
 
 def explain(error):
-    """The line for the user of an error; None for what may be a mistake in the code, of which a
-    traceback says more. Readers of files raise InputError themselves (utils.files.parsing)."""
+    """The line that tells a user of an error, None for an error that may be a mistake in the code
+    and needs its traceback."""
     if getattr(error, "for_people", False):
-        # a DataLoader worker wraps the error in its own traceback: the last line is ours
+        # The last line is ours; a DataLoader's worker puts its traceback before it
         return str(error).strip().splitlines()[-1].split("InputError: ", 1)[-1]
     said = " ".join(str(error).split())[:300]
     if isinstance(error, ModuleNotFoundError):
@@ -95,7 +95,7 @@ def _advice(error):
 
 
 def _thread_died(hook):
-    """An error that ends a library's thread (TensorBoard's writer on a full disk) also ends the
-    next call into it, which reports it: silent here, unless it may be a mistake in the code."""
+    """Print nothing for a user's error in a library's thread (TensorBoard's writer on a full disk):
+    the next call into the library raises it again."""
     if explain(hook.exc_value) is None:
         threading.__excepthook__(hook)

@@ -40,9 +40,9 @@ def atomic_write(path, mode="w", replace=True):
     """Open a file beside `path` for writing; it is renamed to `path` once it is whole and on disk.
 
     Use as `with atomic_write(path) as f: f.write(...)`; text is UTF-8 with "\\n" line ends, `mode`
-    "wb" is for bytes. Without `replace` a file that another run has written to `path` meanwhile
-    stays. Missing folders are made. Raises InputError when `path` is not writable or the disk is
-    full; an earlier file at `path` is then untouched.
+    "wb" is for bytes. Without `replace`, a file that is at `path` by then is kept. Missing folders
+    are made. Raises InputError when `path` is not writable or the disk is full, and leaves an
+    earlier file at `path` untouched.
     """
     path = Path(path)
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
@@ -64,9 +64,9 @@ def atomic_write(path, mode="w", replace=True):
 
 
 def lock(path, what):
-    """The open lock file `path` of `what`. This process, not its workers, holds the lock until the
-    file is closed or the process ends. Raises InputError when another process holds it. File
-    systems without locks let everyone in."""
+    """The open lock file `path` of `what`. This process holds the lock until the file is closed or
+    the process ends; its workers do not. Raises InputError when another process holds it. A file
+    system without locks lets everyone in."""
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         held = open(path, "a")
@@ -86,8 +86,8 @@ def lock(path, what):
 
 @contextlib.contextmanager
 def new_folder(option, target):
-    """Give the block a new folder beside `target`, which is renamed to `target` after the block.
-    Raises InputError, which names `option`, when `target` exists or another process makes it."""
+    """Give the block a new folder; rename it to `target` after the block. Raises InputError, which
+    names `option`, when `target` exists or another process makes it."""
     target = Path(target)
     require_new(option, target)
     beside = target.with_name(f".{target.name}{UNFINISHED}")

@@ -21,8 +21,8 @@ class Lines(std.tqdm):
 
 
 def progress(items=None, lines=True, **options):
-    """tqdm over `items`, or of `total` steps, with tqdm's `options` desc, unit, unit_scale, leave.
-    Of several processes the main one alone shows it. Without `lines` a log file has none."""
+    """tqdm over `items`, or of `total` steps, with tqdm's `options`, in the main process. Without
+    `lines` nothing is written to a log file."""
     options["disable"] = not is_main()
     if IN_NOTEBOOK or sys.stderr.isatty():
         return tqdm(items, **options)

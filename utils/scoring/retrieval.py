@@ -17,8 +17,8 @@ def best_ranks(queries, gallery, query_group, gallery_group):
 
     queries (q, D), gallery (g, D): features whose dot product is the score. Item j is correct for
     query i when query_group[i] == gallery_group[j], (q,) and (g,) int64. Equal scores rank by
-    index, so that a model which scores everything alike gets what chance gives. Items that score
-    higher are counted in blocks of queries: memory stays bounded and nothing is sorted.
+    index: a model that scores everything alike is at chance. Higher scores are counted, in blocks
+    of queries; nothing is sorted.
     """
     sorted_group, order = gallery_group.sort(stable=True)
     start = torch.searchsorted(sorted_group, query_group)  # (q,)
@@ -71,8 +71,7 @@ def scores_of(ranks):
 
 def intervals(ranks, image_of, seed=0):
     """95 % intervals {name: [low, high]} of i2t R@1, t2i R@1 and their mean, by bootstrap: images
-    are drawn with replacement, each with its captions, `RESAMPLES` times. They say how far a test
-    set of so many images leaves the scores uncertain."""
+    are drawn with replacement, each with its captions, `RESAMPLES` times."""
     image_of, (i2t, t2i) = image_of.cpu(), ((ranks[way] < 1).double().cpu() for way in ranks)
     n = len(i2t)
     captions = torch.zeros(n, dtype=torch.double).index_add_(0, image_of, torch.ones_like(t2i))
