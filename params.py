@@ -27,7 +27,7 @@ SCORES = ("judge", "loss", "cosine", "npc")
 NEIGHBOURS = 15  # of any judge but the paper's
 CLEAN_THRESHOLD, PAPER_CLEAN_THRESHOLD = 0.8, 0.9
 OF_THIS_COMMAND = ("resume", "force_resume", "overwrite", "eval", "device", "num_workers",
-                   "eval_batch_size")  # options that are never taken from a checkpoint
+                   "eval_batch_size", "checkpoint_path", "experiments")  # not a checkpoint's
 LR = 1e-5
 HALF_LR = {"npc": 2e-7, "clip": 5e-7}  # of commands that train, with fp16 weights: the authors'
 OTHERS_NAMES = {"--learning_rate": "--lr", "--model": "--vision_model", "--wd": "--weight_decay"}
@@ -411,17 +411,16 @@ def options_of_checkpoint(parser, args):
     """Options of the run that wrote the checkpoint `--resume`, {} if it holds no training state.
     The run goes on in the checkpoint's folder, unless another one is given."""
     saved = options_of(args.resume, Path(args.checkpoint_path, args.experiments))
+    options = {name: value for name, value in saved.items()
+               if name in args and name not in OF_THIS_COMMAND}
     elsewhere = any(getattr(args, name) != parser.get_default(name)
                     for name in ("checkpoint_path", "experiments"))
     if saved and args.resume != "auto" and not elsewhere:
         folder = Path(args.resume).parent
         if folder.name in ("", ".."):
             folder = folder.resolve()
-        saved |= {"checkpoint_path": str(folder.parent), "experiments": folder.name}
-    else:
-        saved |= {"checkpoint_path": args.checkpoint_path, "experiments": args.experiments}
-    return {name: value for name, value in saved.items()
-            if name in args and name not in OF_THIS_COMMAND}
+        options |= {"checkpoint_path": str(folder.parent), "experiments": folder.name}
+    return options
 
 
 def parser_of(command):
