@@ -17,6 +17,8 @@ from params import parse_args
 from utils.distributed import is_main
 from utils.method.building import build_bank
 from utils.method.memorybank import bank_name, bank_path, require_writable, save_bank
+from utils.method.released_bank import save_released
+from utils.reading.layout import BANK_FOLDERS
 from utils.training.run import Run
 
 
@@ -26,13 +28,20 @@ def main(argv=None):
     run = Run(args)
     model, preprocess = (None, None) if args.judge_features else run.load_model()
     pairs = training_pairs(args, preprocess, run.log)
-    path = bank_path(args.dataset_root, bank_name(model, pairs, args))
+    released = args.format == "released"
     if is_main():
-        require_writable(path.parent)
+        ours, theirs = BANK_FOLDERS
+        folder = bank_path(args.dataset_root, folder=theirs if released else ours)
+        require_writable(folder)
     bank = build_bank(model, pairs, args, run.precision, run.log)
-    if is_main():
-        save_bank(bank, pairs, path)
-    run.log(f"wrote {path}")
+    if not is_main():
+        return
+    if released:
+        paths = save_released(bank, pairs, folder, args.noise_ratio)
+    else:
+        paths = [folder / bank_name(model, pairs, args)]
+        save_bank(bank, pairs, paths[0])
+    run.log(f"wrote {' and '.join(map(str, paths))}")
 
 
 if __name__ == "__main__":

@@ -169,6 +169,8 @@ option("--image_cache", type=path, default="off", metavar="off|DIR", help="""
 option("--list_items", type=path, metavar="DIR", help="""
     list the distinct training images and captions there, for --judge_features""")
 
+option("--vision_model", of="cache", type=path, default="ViT-B/32", metavar="NAME|PATH", help="""
+    model whose resolution the images are cut to""")
 option("--vision_model", type=path, metavar="NAME|PATH", help="""
     initial model: one of OpenAI's (ViT-B/32, ViT-B/16, ViT-L/14, ViT-L/14@336px, RN50, RN101,
     RN50x4, RN50x16, RN50x64), tiny (random weights), a checkpoint file, a folder of open_clip or
@@ -319,6 +321,8 @@ option("--eval_batch_size", type=positive_int, metavar="N", help="""
 option("--dev_length", type=positive_int, metavar="N", help="""
     score an epoch on the first N dev captions; default: all of them""")
 
+option("--format", of="memorybank", choices=("npz", "released"), default="npz", help="""
+    npz: ours, with the losses and posteriors; released: the authors' two pickled dictionaries""")
 option("--out", of="find_noise", type=path, default="./logs/noise", metavar="DIR", help="""
     folder for suspicious_pairs.csv and suspicious_pairs.html""")
 option("--out", of="search", type=path, default="./logs/search.png", metavar="FILE", help="""
@@ -364,7 +368,7 @@ COMMANDS = {  # name: what it does, its options by group, defaults of its own
              {"data": DATA, "model": MODEL, **TRAINING, "method": f"recipe train_on {CLEAN}",
               "judge": JUDGE}, {"recipe": "paper", **ADAMW}),
     "memorybank": ("Build the memory bank of a training set.",
-                   {"data": DATA, "model": MODEL, "method": f"recipe weighting {CLEAN}",
+                   {"data": DATA, "model": MODEL, "method": f"recipe weighting format {CLEAN}",
                     "judge": f"{JUDGE} {SAVERS}", "run": "seed batch_size",
                     "evaluation": "eval_batch_size"}, {"recipe": "paper", **JUDGED}),
     "noise": ("Make a noisy caption file.", {"data": SET, "run": "seed"}, {}),
@@ -458,8 +462,7 @@ def fill_in(parser, command, args):
         "split": lambda: "all" if args.dataset == "pairs" else "test",
         "noise_seed": lambda: args.seed,
         "device": lambda: torch.device("cuda" if torch.cuda.is_available() else "cpu"),
-        "vision_model": lambda: (
-            DEFAULT_MODEL if given("resume") in (None, "auto") else args.resume),
+        "vision_model": lambda: DEFAULT_MODEL if args.resume in (None, "auto") else args.resume,
         "precision": lambda: "amp_bf16" if args.device.type == "cuda" else "fp32",
         "eval_batch_size": lambda: 512 if args.device.type == "cuda" else 64,
         "name": lambda: {"paper": command.upper(), "released": f"{command.upper()} released",
@@ -477,8 +480,8 @@ def fill_in(parser, command, args):
     for name, default in defaults.items():
         if getattr(args, name, 0) is None:
             setattr(args, name, default())
-    if command in ("memorybank", "find_noise") and args.data_on == "auto" and not args.judge_rounds:
-        args.data_on = "workers"  # suits a single pass
+    if "judge" in args and args.data_on == "auto" and command not in HALF_LR:
+        args.data_on = "auto" if args.judge_rounds else "workers"  # which suits a single pass
 
     if "precision" in args and args.device.type == "cuda":
         index = os.environ.get("LOCAL_RANK") or args.device.index or 0  # torchrun: one per process

@@ -127,15 +127,6 @@ def banks(root):
     return found
 
 
-def write_authors_bank(data):
-    """Write the authors' bank of a data set with one caption an image: a pair is its own entry."""
-    folder = data.root / "annotations" / "memory_bank"
-    folder.mkdir()
-    ids = data.ids["train"]
-    np.save(folder / "0_mbank_img_idx.npy", {str(i): k for k, i in enumerate(ids)})
-    np.save(folder / "0_mbank_txt_idx.npy", {str(k): k for k in range(len(ids))})
-
-
 def options(dataset, *more, command="npc"):
     """The namespace of options of a command on a data set: small batches, no worker processes."""
     return parse_args(command, [*dataset.options, "--num_workers", "0", "--device", "cpu",

@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, banks, options, tree, write_authors_bank, write_lines
+from conftest import ROOT, banks, options, tree, write_lines
 
 import clip
 import construct_noise
@@ -300,7 +300,8 @@ def test_bank_out_of_range(refused, dataset):
 
 def test_authors_bank_has_no_posterior_to_weight_with(refused, dataset):
     data = dataset("cc")
-    write_authors_bank(data)
+    get_memorybank.main([*data.options, "--vision_model", "tiny", "--device", "cpu",
+                         "--num_workers", "0", "--format", "released"])
     refused("main_NPC", data, "--weighting", "gmm", words=["--weighting", "get_memorybank.py"])
 
 

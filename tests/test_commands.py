@@ -9,15 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import (
-    ROOT,
-    banks,
-    make_dataset,
-    options,
-    tree,
-    write_authors_bank,
-    write_lines,
-)
+from conftest import ROOT, banks, make_dataset, options, tree, write_lines
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import clip
@@ -477,9 +469,11 @@ def test_each_seed_has_its_noise_and_its_bank(trained, dataset, capsys):
     assert "0.4_noise_similar_seed4_train_caps.txt" in {p.name for p in data.split_folder.iterdir()}
 
 
-def test_the_authors_bank_is_trained_with(dataset):
+def test_memory_bank_command_writes_the_authors_format(trained, dataset):
     data = dataset("cc")
-    write_authors_bank(data)
+    get_memorybank.main([*data.options, *COMMON, "--format", "released"])
+    images = np.load(data.root / "annotations/memory_bank/0_mbank_img_idx.npy", allow_pickle=True)
+    assert set(images.item()) == set(data.ids["train"])
     main_NPC.main([*data.options, *COMMON, "--batch_size", "12", "--epochs", "1",
                    "--checkpoint_path", str(data.root.parent)])
     assert not (data.root / "annotations/frozen_memory_bank").exists()

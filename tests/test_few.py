@@ -85,7 +85,7 @@ def test_training(few, run, tmp_path, command, more):
 
 
 def test_bank_and_search(few, run, tmp_path, capsys):
-    words = (get_memorybank, few, "--judge_rounds", 1, "--judge_steps", 2)
+    words = (get_memorybank, few, "--judge_rounds", 1, "--judge_steps", 2, "--format", "released")
     if not refused_without_mismatches(run, capsys, few, *words):
         run(*words)
     for query in ("a thing", next((few.root / "images").iterdir())):

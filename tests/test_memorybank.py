@@ -22,6 +22,7 @@ from utils.method.judge import losses_in_batches, mixture_posterior, strict_clea
 from utils.method.memorybank import bank_name, bank_path, load_bank, save_bank
 from utils.method.optimizer import Precision
 from utils.method.passes import pair_losses
+from utils.method.released_bank import save_released
 
 FP32 = Precision("fp32", torch.device("cpu"))
 N_IMAGES, PER_IMAGE = 12, 5
@@ -410,6 +411,17 @@ def test_authors_bank_is_read(tmp_path, built, value, folder, spelling):
     assert load(tmp_path, pairs)[1].name == NAME
 
 
+def test_authors_bank_that_we_write_is_what_they_read(tmp_path, built):
+    bank, pairs = built
+    paths = save_released(bank, pairs, tmp_path / "annotations" / "memory_bank", 0.4)
+    assert {path.name for path in paths} == {f"0.4_mbank_{kind}_idx.npy" for kind in ("img", "txt")}
+    images, captions = (np.load(path, allow_pickle=True).item() for path in paths)
+    for i in range(N):
+        assert captions[str(i)] == bank.caption_entry[i]
+        assert images[pairs.image_ids[pairs.image_of[i]]] == bank.image_entry[pairs.image_of[i]]
+    assert np.array_equal(load(tmp_path, pairs)[0].image_entry, bank.image_entry)
+
+
 @pytest.mark.parametrize("source, change", [
     ("0.4_noise_random_seed3_train_caps.txt", {}), ("0.4_noise_similar_seed3_train_caps.txt", {}),
     ("0.4_noise_train_caps.txt", {"judge_neighbours": 3})])
@@ -424,18 +436,19 @@ def test_authors_bank_is_not_used_for_other_noise_or_another_judge(tmp_path, bui
 # ---- where it is kept ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command, more", [
-    (get_memorybank, []), (main_NPC, ["--checkpoint_path", "logs"])])
+@pytest.mark.parametrize("command, folder, more", [
+    (get_memorybank, "frozen_memory_bank", []),
+    (get_memorybank, "memory_bank", ["--format", "released"]),
+    (main_NPC, "frozen_memory_bank", ["--checkpoint_path", "logs"])])
 def test_a_data_folder_that_cannot_be_written_is_known_before_anything_is_judged(
-        dataset, tmp_path, monkeypatch, capsys, command, more):
+        dataset, tmp_path, monkeypatch, capsys, command, folder, more):
     data = dataset()
     monkeypatch.chdir(tmp_path)
-    (data.root / "annotations/frozen_memory_bank").write_text("in the way")
+    (data.root / "annotations" / folder).write_text("in the way")
     monkeypatch.setattr(building, "judge_pairs", lambda *_: pytest.fail("it has judged"))
     with pytest.raises(SystemExit):
         command.main([*data.options, "--vision_model", "tiny", "--num_workers", "0", "--device",
                       "cpu", *more])
     said = capsys.readouterr().err
-    folder = data.root / "annotations/frozen_memory_bank"
-    assert f"cannot write {folder}, where the memory bank belongs" in said
+    assert f"cannot write {data.root}/annotations/{folder}, where the memory bank belongs" in said
     assert "copy annotations/ and link images/" in said and said.count("\n") == 1

@@ -6,7 +6,8 @@ import numpy as np
 
 from clip.formats import RestrictedUnpickler
 from utils.errors import InputError
-from utils.files import parsing
+from utils.files import atomic_write, parsing
+from utils.reading.layout import ratio_name
 
 IMAGES, CAPTIONS = "_mbank_img_idx.npy", "_mbank_txt_idx.npy"
 ADVICE = "run get_memorybank.py"
@@ -21,6 +22,20 @@ def names_of_numbers():
     return {"numpy.ndarray": np.ndarray, "numpy.dtype": lambda code, *_: dtypes[code],
             **{f"numpy.{core}.multiarray.{name}": function for name, function in functions.items()
                for core in ("core", "_core")}}  # as numpy 1 and numpy 2 name it
+
+
+def save_released(bank, pairs, folder, noise_ratio):
+    """Write the authors' two files of a bank into `folder`. Returns both paths."""
+    entries = {
+        IMAGES: dict(zip(image_keys(pairs), bank.image_entry.tolist(), strict=True)),
+        CAPTIONS: {str(i): e for i, e in enumerate(bank.caption_entry.tolist())},
+    }
+    paths = []
+    for suffix, entry in entries.items():
+        paths.append(folder / f"{ratio_name(noise_ratio)}{suffix}")
+        with atomic_write(paths[-1], "wb") as f:
+            np.save(f, np.array(entry, dtype=object), allow_pickle=True)
+    return paths
 
 
 def read_released(path, pairs):
