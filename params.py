@@ -325,14 +325,21 @@ option("--format", of="memorybank", choices=("npz", "released"), default="npz", 
     npz: ours, with the losses and posteriors; released: the authors' two pickled dictionaries""")
 option("--out", of="find_noise", type=path, default="./logs/noise", metavar="DIR", help="""
     folder for suspicious_pairs.csv and suspicious_pairs.html""")
-option("--out", of="search", type=path, default="./logs/search.png", metavar="FILE", help="""
-    PNG file for the pictures that were found""")
+option("--out", of="search", type=path, metavar="FILE", help="""
+    PNG file for the pictures that were found; default: a new file in ./logs/search""")
 option("--out", of="interpolate", type=path, metavar="FILE", help="""
     checkpoint to write; default: interpolated.pt beside --resume""")
 option("--out", of="export", type=path, required=True, metavar="DIR", help="new folder to write")
 
 
 # ---- commands -----------------------------------------------------------------------------------
+
+FIRST_STEPS = """\
+Train on noisy pairs:  python main_NPC.py --dataset coco --dataset_root DIR --noise_ratio 0.2
+Score a checkpoint:    python main_NPC.py --eval --resume CKPT
+Your own pairs:        docs/own_pairs.md
+No data at hand?       make demo (a few minutes on a CPU, it draws its own)
+All options:           python main_NPC.py --help; how DIR must look: dataset/README.md"""
 
 EXAMPLES = {  # first line of each --help
     "npc": "main_NPC.py --recipe robust --dataset_root dataset/mine --experiments mine",
@@ -402,6 +409,8 @@ def parse_args(command, argv=None):
     Returns a namespace with defaults filled in (`device` is a torch.device). Bad values end the
     program with one line on stderr and status 2.
     """
+    if command in HALF_LR and not (sys.argv[1:] if argv is None else argv):
+        sys.exit(FIRST_STEPS)
     parser = parser_of(command)
     args = parser.parse_args(argv)
     if command in HALF_LR and args.resume:  # options that are not given are the checkpoint's

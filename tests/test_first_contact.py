@@ -183,3 +183,12 @@ def test_a_closed_pipe_ends_a_command_quietly(both):
         process.stdout.close()
         assert process.wait(60) == 1
         assert both or process.stderr.read().count("\n") == 1
+
+
+@pytest.mark.parametrize("module", [main_NPC, main_CLIP])
+def test_no_arguments_say_what_to_do(module):
+    with pytest.raises(SystemExit) as caught:
+        module.main([])
+    for word in ("main_NPC.py --dataset", "--eval --resume", "make demo", "--help",
+                 "dataset/README.md"):
+        assert word in str(caught.value.code)

@@ -128,3 +128,13 @@ def test_errors(dataset, find, capsys, tmp_path, monkeypatch, query, said):
 @pytest.mark.parametrize("query", ["a dog " * 200, "二匹の犬 🐕", "100 $ for a dog_$x^2$"])
 def test_a_text_of_any_length_or_script(dataset, find, query):
     assert len(find(dataset(), query)[0]) == 6
+
+
+def test_each_query_has_its_own_picture(dataset, checkpoint, tmp_path, monkeypatch):
+    data = dataset()
+    monkeypatch.chdir(tmp_path)
+    argv = [*data.options, "--resume", str(checkpoint[0]), "--device", "cpu", "--num_workers", "0"]
+    for query in ("a dog!", "a dog?", str(next((data.root / "images").iterdir()))):
+        search.main([*argv, query])
+    names = {path.name for path in (tmp_path / "logs" / "search").iterdir()}
+    assert {"a_dog.png", "a_dog_2.png"} < names and len(names) == 3
