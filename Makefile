@@ -15,7 +15,7 @@ help:
 	@echo "make test            run the tests"
 	@echo "make lint            check the style"
 	@echo "make clean           remove .venv, demo/ and caches"
-	@echo "Each sets up $(VENV) first where that is missing. Variables: PYTHON, VENV, CONSTRAINTS."
+	@echo "Each makes $(VENV) first if it is missing. Variables: PYTHON, VENV, CONSTRAINTS."
 
 demo: $(READY)
 	$(VENV)/bin/python benchmarks/demo.py --seeds $(SEEDS)

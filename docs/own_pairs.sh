@@ -20,12 +20,14 @@ python "$npc/construct_noise.py" --dataset f30k --dataset_root scenes --noise_ra
 ln -s scenes/images photos
 split=scenes/annotations/scan_split
 right=$split/train_caps.txt given=$split/0.2_noise_train_caps.txt
-{
+table() {
     echo image,caption
     awk 'FILENAME == ARGV[1] {name[FNR - 1] = $0} FILENAME == ARGV[2] {id[FNR - 1] = $0}
          FILENAME == ARGV[3] {print name[id[int((FNR - 1) / 5)]] "," $0}' \
-        "$split/image_name.txt" "$split/train_ids.txt" "$given"
-} > pairs.csv
+        "$split/image_name.txt" "$split/train_ids.txt" "$1"
+}
+table "$right" > right.csv
+table "$given" > pairs.csv
 
 # Which pairs are wrong?
 python "$npc/dataset/prepare_pairs.py" --pairs pairs.csv --images photos --root mine
@@ -52,6 +54,9 @@ with open("decisions.csv", "w", newline="") as f:
             table.writerow(row | {"decision": "right" if right[k] == given[k] else "wrong"})
 END
 python "$npc/find_noise.py" "${find[@]}" --labels decisions.csv --write_clean mine_cleaned
+for file in pairs.csv mine_cleaned/cleaned.csv; do
+    echo "$file has $(grep -cvxFf right.csv "$file") wrong captions"
+done
 
 # Train on all pairs and on the kept ones, then test on pictures whose captions are right
 runs+=(--vision_model "$model" --lr 3e-4)
@@ -64,5 +69,5 @@ for run in all cleaned robust; do
 done
 
 # Search
-python "$npc/search.py" --resume logs/cleaned/best.pt --dataset_root mine --top 5 \
-    --out search.png "a red star above a blue ring"
+python "$npc/search.py" --resume logs/cleaned/best.pt --dataset_root mine --top 3 \
+    --out search.png "a yellow disc above a brown triangle"

@@ -1,6 +1,7 @@
 """README and docs: their commands parse, their links lead somewhere, their example trains."""
 
 import argparse
+import json
 import os
 import re
 import runpy
@@ -143,6 +144,22 @@ def test_the_example_from_python_runs(tmp_path):
     said = run_elsewhere(tmp_path, "mine.py").splitlines()
     assert "clean pairs; nearest to the first image:" in said[-1]
     assert len([line for line in said if line[:2] in ("0.", "1.")]) == 10
+
+
+@pytest.mark.slow
+def test_own_pairs_gain_from_cleaning(tmp_path):
+    """docs/own_pairs.sh: wrong captions are removed, and the test scores rise."""
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run(["bash", ROOT / "docs" / "own_pairs.sh", tmp_path / "own"],
+                          env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    before, after = map(int, re.findall(r"has (\d+) wrong captions", done.stdout))
+    assert after < before / 10
+    scores = {run: json.loads((tmp_path / "own/logs" / f"test_{run}/eval_test.json").read_text())
+              for run in ("all", "cleaned", "robust")}
+    for run in ("cleaned", "robust"):
+        assert scores[run]["mean_R1"] > scores["all"]["mean_R1"] + 3
+        assert scores["all"]["mean_R1"] > scores[run]["initial"]["mean_R1"] + 3
 
 
 # ---- links ---------------------------------------------------------------------------------------
