@@ -130,15 +130,16 @@ def main():
     parser.add_argument("--noise", nargs="+", type=float, default=RATIOS, help="noise ratios")
     parser.add_argument("--noise_kind", choices=KINDS, default=KINDS[0],
                         help="wrong captions: random ones, or near misses")
+    parser.add_argument("--rates", nargs="+", type=float, default=RATES, help="the grid")
     args, start = parser.parse_args(), time.perf_counter()
     rows = [row for row in ROWS if any(word in row for word in args.only)]
     folders = [args.out / f"seed{seed}" for seed in range(args.seeds)]
     driver.run_jobs([driver.pretraining(folder, seed) for seed, folder in enumerate(folders)],
                     args.jobs)
     grid = {row: {rate: job_of(folders[GRID_SEED], GRID_SEED, row, args.noise_kind, rate,
-                               GRID_RATIO) for rate in RATES} for row in rows}
+                               GRID_RATIO) for rate in args.rates} for row in rows}
     driver.run_jobs([job for own in grid.values() for job in own.values()], args.jobs)
-    rates = {row: max(RATES, key=lambda rate, row=row: dev(grid[row][rate])) for row in rows}
+    rates = {row: max(args.rates, key=lambda rate, row=row: dev(grid[row][rate])) for row in rows}
     jobs = {(row, ratio): [job_of(folder, seed, row, args.noise_kind, rates[row], ratio)
                            for seed, folder in enumerate(folders)]
             for row in rows for ratio in args.noise}
