@@ -24,7 +24,8 @@ import main_CLIP
 import main_NPC
 from params import parse_args
 from utils.errors import InputError
-from utils.method import judge, neighbours
+from utils.method import features as features_module
+from utils.method import judge
 from utils.method import rounds as rounds_module
 from utils.method.building import bank_of, nearest_clean
 from utils.method.features import normalised, random_rows
@@ -533,7 +534,7 @@ def test_features_need_neither_model_nor_tokens(features, tmp_path, monkeypatch)
 def test_features_are_used_in_blocks(monkeypatch):
     """Judging and searching take a few rows at a time, however many pairs there are."""
     for module, name, value in ((judge, "ROWS", 64), (judge, "BLOCK", 64 * 5 * 8),
-                                (neighbours, "QUERIES", 64), (neighbours, "KEYS", 50)):
+                                (features_module, "QUERIES", 64), (features_module, "KEYS", 50)):
         monkeypatch.setattr(module, name, value)
     n, rng = 1500, torch.Generator().manual_seed(0)
     pairs = Pairs(None, None, np.arange(n) // 5, [*map(str, range(n))], np.arange(n), None, "-")
