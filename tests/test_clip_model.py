@@ -15,24 +15,11 @@ from clip.model import Bottleneck, ResidualAttentionBlock
 from clip.weights import CONFIGS
 from utils.method.batches import cut_tokens
 
-VIT = {
-    "embed_dim": 24,
-    "image_resolution": 16,
-    "vision_layers": 2,
-    "vision_width": 128,
-    "vision_patch_size": 8,
-    "context_length": 12,
-    "vocab_size": 50,
-    "transformer_width": 128,
-    "transformer_heads": 2,
-    "transformer_layers": 2,
-}
-RN = VIT | {
-    "image_resolution": 64,
-    "vision_layers": (2, 1, 1, 1),
-    "vision_width": 8,
-    "vision_patch_size": None,
-}
+VIT = {"embed_dim": 24, "image_resolution": 16, "vision_layers": 2, "vision_width": 128,
+       "vision_patch_size": 8, "context_length": 12, "vocab_size": 50, "transformer_width": 128,
+       "transformer_heads": 2, "transformer_layers": 2}
+RN = VIT | {"image_resolution": 64, "vision_layers": (2, 1, 1, 1), "vision_width": 8,
+            "vision_patch_size": None}
 
 
 def build(config, seed=0, dtype=torch.float64):
@@ -88,10 +75,7 @@ def transformer(x, w, prefix, layers, heads, causal):
         y = layer_norm(x, w, p + "ln_1")
         weight, bias = w[p + "attn.in_proj_weight"], w[p + "attn.in_proj_bias"]
         d = x.shape[1]
-        q, k, v = (
-            torch.einsum("ld,ed->le", y, weight[i * d : (i + 1) * d]) + bias[i * d : (i + 1) * d]
-            for i in range(3)
-        )
+        q, k, v = (y @ weight[i : i + d].T + bias[i : i + d] for i in (0, d, 2 * d))
         y = attention(q, k, v, heads, causal)
         x = x + y @ w[p + "attn.out_proj.weight"].T + w[p + "attn.out_proj.bias"]
         y = layer_norm(x, w, p + "ln_2") @ w[p + "mlp.c_fc.weight"].T + w[p + "mlp.c_fc.bias"]
@@ -166,9 +150,8 @@ def reference_resnet(image, w, config):
             x = (x + y).clamp(min=0)
     x = torch.stack([column for row in x.permute(1, 2, 0) for column in row])
     x = torch.cat([x.mean(0)[None], x]) + w["visual.attnpool.positional_embedding"]
-    q, k, v, c = (
-        (w[f"visual.attnpool.{c}_proj.weight"], w[f"visual.attnpool.{c}_proj.bias"]) for c in "qkvc"
-    )
+    q, k, v, c = ((w[f"visual.attnpool.{c}_proj.weight"], w[f"visual.attnpool.{c}_proj.bias"])
+                  for c in "qkvc")
     heads = config["vision_width"] * 32 // 64
     q, k, v = (x @ weight.T + bias for weight, bias in (q, k, v))
     return attention(q[:1], k, v, heads, causal=False)[0] @ c[0].T + c[1]
@@ -197,28 +180,15 @@ def test_encoders_follow_the_equations(config, reference):
     assert torch.equal(per_text, per_image.T)
 
 
-def test_text_cut_at_the_longest_caption():
-    model = build(VIT)
-    _, tokens = batch(VIT)
-    with torch.no_grad():
-        whole, cut = model.encode_text(tokens), model.encode_text(cut_tokens(tokens))
-        short = model.encode_text(tokens[:, :7])  # cuts the second text's end token
-    assert cut_tokens(tokens).shape == (3, 8)
-    torch.testing.assert_close(cut, whole, rtol=1e-12, atol=1e-12)
-    assert not torch.allclose(short, whole)
-
-
+@torch.no_grad()
 def test_tokens_behind_the_end_do_not_matter():
+    """So that a batch of texts is cut at the longest one."""
     model = build(VIT)
     _, tokens = batch(VIT)
-    other = tokens.clone()
-    other[0, 4:] = 17
-    before = tokens.clone()
-    before[0, 2] = 17 if tokens[0, 2] != 17 else 18
-    with torch.no_grad():
-        whole = model.encode_text(tokens)
-        assert torch.equal(model.encode_text(other), whole)
-        assert not torch.allclose(model.encode_text(before)[0], whole[0])
+    whole = model.encode_text(tokens)
+    assert cut_tokens(tokens).shape == (3, 8)
+    torch.testing.assert_close(model.encode_text(cut_tokens(tokens)), whole, rtol=1e-12, atol=1e-12)
+    tokens[0, 4:] = 17
     assert torch.equal(model.encode_text(tokens.int()), whole)
 
 
@@ -251,11 +221,6 @@ def test_config_from_shapes(name):
     assert clip.infer_config(model.state_dict(), {}) == CONFIGS[name] == model.config
     assert clip.describe(model.config) == name
     assert model.visual.input_resolution == CONFIGS[name]["image_resolution"]
-
-
-def test_config_of_something_else():
-    with pytest.raises(ValueError, match="token_embedding.weight"):
-        clip.infer_config({"fc.weight": torch.zeros(3, 3)}, {})
 
 
 def test_initialisation():
@@ -327,15 +292,14 @@ def test_grad_checkpointing_is_what_the_option_turns_on(script, dataset, tmp_pat
     assert calls["off"] == 0 and calls["on"] >= 4  # two blocks in each of two towers
 
 
-def test_fp16_conversion():
-    for config in (VIT, RN):
-        model = clip.convert_weights_to_fp16(build(config, dtype=torch.float32))
-        assert model.dtype == torch.float16
-        for name, value in model.state_dict().items():
-            norm = any(part.startswith(("ln_", "bn", "1")) for part in name.split(".")[:-1][-1:])
-            keeps = norm or "embedding" in name or name == "logit_scale"
-            if not value.is_floating_point():
-                continue
+@pytest.mark.parametrize("config", [VIT, RN])
+def test_fp16_conversion(config):
+    model = clip.convert_weights_to_fp16(build(config, dtype=torch.float32))
+    assert model.dtype == torch.float16
+    for name, value in model.state_dict().items():
+        norm = any(part.startswith(("ln_", "bn", "1")) for part in name.split(".")[:-1][-1:])
+        keeps = norm or "embedding" in name or name == "logit_scale"
+        if value.is_floating_point():
             assert value.dtype == (torch.float32 if keeps else torch.float16), name
 
 

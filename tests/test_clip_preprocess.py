@@ -11,10 +11,11 @@ from PIL import Image
 from torchvision import transforms as T
 
 import clip
-from clip.preprocess import MEAN, STD
 from utils.reading.images import Images
 
 SIZE = 32
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def published(image):

@@ -1,5 +1,4 @@
-"""The tokenizer against known ids, against the definition of byte-pair encoding, and against
-transformers' tokenizer."""
+"""The tokenizer against known ids and against transformers' tokenizer."""
 
 import gzip
 import json
@@ -29,6 +28,7 @@ TEXTS = [
     "zero\u200bwidth \u00a0nbsp \ufeffbom",
     "\x1b[31mred\x1b[0m control\x07s",
     "a" * 60,
+    "photograph bicycles zxqj mississippi banana woman's",
 ]
 
 
@@ -37,12 +37,8 @@ def ids(text):
 
 
 def test_known_ids():
-    known = {
-        "a photo of a cat": [320, 1125, 539, 320, 2368],
-        "a diagram": [320, 22697],
-        "a dog": [320, 1929],
-        "hello world!": [3306, 1002, 256],
-    }
+    known = {"a photo of a cat": [320, 1125, 539, 320, 2368], "a diagram": [320, 22697],
+             "a dog": [320, 1929], "hello world!": [3306, 1002, 256]}
     for text, expected in known.items():
         row = clip.tokenize(text)[0].tolist()
         assert row[: len(expected) + 2] == [49406, *expected, 49407]
@@ -55,22 +51,6 @@ def test_vocabulary_has_the_published_order():
     assert encoder["!"] == 0 and encoder["~"] == 93 and encoder["¡"] == 94 and encoder["ÿ"] == 187
     assert encoder["Ā"] == 188 and encoder["!</w>"] == 256  # byte 0; the first end of a word
     assert encoder["in"] == 512 and encoder["<|endoftext|>"] == 49407
-
-
-def test_against_plain_byte_pair_encoding():
-    """Apply every merge, in order, to words that need no cleaning."""
-    with gzip.open(VOCABULARY, "rt", encoding="utf-8") as file:
-        merges = [tuple(line.split()) for line in file.read().split("\n")[1:48895]]
-    tokenizer = clip.SimpleTokenizer()
-    for word in ("photograph", "bicycles", "zxqj", "mississippi", "banana", "woman's"[:5]):
-        parts = [*word[:-1], word[-1] + "</w>"]
-        for pair in merges:
-            i = 0
-            while i < len(parts) - 1:
-                if (parts[i], parts[i + 1]) == pair:
-                    parts[i : i + 2] = ["".join(pair)]
-                i += 1
-        assert tokenizer.encode(word) == [tokenizer.encoder[part] for part in parts]
 
 
 def test_against_transformers(tmp_path):
@@ -91,7 +71,7 @@ def test_cleaning():
     assert ids("Tom &amp;amp; Jerry") == ids("tom & jerry") == ids("TOM  &amp;\n JERRY ")
     assert ids("schÃ¶n") == ids("schön")  # ftfy
     assert ids("cafe\u0301") == ids("café")  # ftfy composes
-    assert ids("don't") == ids("do")[:0] + ids("don") + ids("'t")
+    assert ids("don't") == ids("don") + ids("'t")
     assert ids("1234") == [ids(c)[0] for c in "1234"]
     assert ids("") == ids(" \t\n") == []
     assert ids("a <|endoftext|> b") == [320, 49407, *ids("b")]
@@ -108,12 +88,10 @@ def test_the_shortcut_for_ascii_changes_nothing():
         assert clean_text(text) == regex.sub(r"\s+", " ", slow.strip()).strip().lower()
 
 
-def test_shapes_and_dtype():
-    tokens = clip.tokenize(["a cat", "two dogs on a lawn"], context_length=10)
-    assert tokens.shape == (2, 10) and tokens.dtype == torch.int32
-    assert clip.tokenize([]).shape == (0, 77)
-    assert torch.equal(clip.tokenize(("a cat",)), clip.tokenize("a cat"))
-    assert torch.equal(clip.tokenize(iter(["a cat"])), clip.tokenize("a cat"))
+def test_any_texts_make_int32_rows():
+    assert clip.tokenize([]).shape == (0, 77) and clip.tokenize([]).dtype == torch.int32
+    for texts in (("a cat",), iter(["a cat"])):
+        assert torch.equal(clip.tokenize(texts), clip.tokenize("a cat"))
 
 
 def test_too_long():
@@ -129,17 +107,13 @@ def test_too_long():
 def test_lengths():
     tokens, lengths = clip.tokenize_with_lengths(["", "a cat", "a photo of a cat"], 5)
     assert lengths.tolist() == [2, 4, 7] and lengths.dtype == torch.int64
-    assert tokens.tolist() == [
-        [49406, 49407, 0, 0, 0],
-        [49406, 320, 2368, 49407, 0],
-        [49406, 320, 1125, 539, 49407],
-    ]
+    assert tokens.dtype == torch.int32 and tokens.tolist() == [
+        [49406, 49407, 0, 0, 0], [49406, 320, 2368, 49407, 0], [49406, 320, 1125, 539, 49407]]
 
 
 def test_wrong_arguments():
-    with pytest.raises(TypeError, match="str"):
-        clip.tokenize([1, 2])
-    with pytest.raises(TypeError, match="str"):
-        clip.tokenize([b"bytes"])
+    for texts in ([1, 2], [b"bytes"]):
+        with pytest.raises(TypeError, match="str"):
+            clip.tokenize(texts)
     with pytest.raises(ValueError, match="context_length"):
         clip.tokenize("a cat", context_length=1)
