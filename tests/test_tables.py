@@ -1,13 +1,12 @@
 """Tables of images and captions: columns, odd and broken files. Formats: test_cleaned.py."""
 
-import io
 import random
 import sys
-import tarfile
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from test_cleaned import write_tar
 from test_prepare import as_csv, jpeg, lines, put
 
 from dataset import prepare_pairs
@@ -78,14 +77,10 @@ def test_files_of_two_kinds_are_no_table(tmp_path):
 @pytest.mark.parametrize("seed", range(3))
 def test_damaged_tars_are_read_or_one_line(tmp_path, seed):
     """Headers with random bytes and a right checksum, as a fuzzer makes them."""
-    rng, buffer = random.Random(seed), io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as tar:
-        for i in range(3):
-            for ending, data in (("jpg", IMAGES[i]), ("txt", b"a"), ("json", b'{"width": 3}')):
-                info = tarfile.TarInfo(f"{i:05d}.{ending}")
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
-    whole = buffer.getvalue()
+    rng = random.Random(seed)
+    whole = write_tar(tmp_path / "good.tar", [
+        (f"{i:05d}.{ending}", data) for i in range(3) for ending, data in (
+            ("jpg", IMAGES[i]), ("txt", b"a"), ("json", b'{"width": 3}'))]).read_bytes()
     headers = [at for at in range(0, len(whole), 512) if whole[at + 257 : at + 262] == b"ustar"]
     refused = 0
     for _ in range(150):
