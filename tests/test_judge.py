@@ -15,6 +15,7 @@ from conftest import Watched, pairs_for, parsed
 from PIL import Image
 from processes import BANK, run, run_in_two, save_small
 from sklearn.metrics import roc_auc_score
+from test_rounds import K, agreement
 
 import clip
 import data
@@ -31,18 +32,13 @@ from utils.method.building import bank_of, nearest_clean
 from utils.method.features import normalised, random_rows
 from utils.method.judge import (
     Agreements,
-    draw_batches,
-    losses_if,
-    losses_in_batches,
     mismatched,
-    nearest_others,
     posterior_by_mismatches,
     share_in_words,
     verdict_on,
     wrong_share_by,
 )
 from utils.method.pairs import Pairs
-from utils.method.passes import pair_losses
 
 N_IMAGES, N_TEXTS, N = 9, 14, 30
 
@@ -67,23 +63,6 @@ def judged(features, pairs, neighbours=0, scale=2.0, **options):
 
 
 # ---- parts ---------------------------------------------------------------------------------------
-
-
-def test_losses_if_are_those_of_a_batch_with_one_caption_exchanged(example):
-    images, texts, pairs = example
-    image_of, text_of = torch.from_numpy(pairs.image_of), torch.from_numpy(pairs.text_of)
-    rng, scale = np.random.default_rng(1), torch.tensor(2.0)
-    other = text_of[torch.from_numpy(rng.permutation(N))]
-    batches = draw_batches(N, 11, rng)
-    got = losses_if(images, texts, image_of, text_of, scale, batches, [text_of, other])
-    own = losses_in_batches(images, texts, image_of, text_of, scale, batches)
-    assert torch.allclose(got[0], own)
-    for batch in batches:
-        for k, i in enumerate(batch):
-            exchanged = text_of[batch].clone()
-            exchanged[k] = other[i]
-            expected = pair_losses(images[image_of[batch]], texts[exchanged], scale)[k]
-            assert got[1][i].item() == pytest.approx(expected.item(), abs=1e-12)
 
 
 def variants(pairs):
@@ -139,35 +118,13 @@ def test_agreement_is_that_of_a_double_loop(monkeypatch, example, block, most):
     monkeypatch.setattr(judge, "BLOCK", block)
     monkeypatch.setattr(judge, "ROWS", min(block + 6, 2**14))
     images, texts, pairs = example
-    k, text_of = 3, np.random.default_rng(2).permutation(pairs.text_of)
-    got = Agreements(images, texts, pairs, k, most, seed=4)(torch.from_numpy(text_of))
-    centred_i = F.normalize(images - images[pairs.image_of].mean(0), dim=1).numpy()
-    centred_t = F.normalize(texts - texts[pairs.text_of].mean(0), dim=1).numpy()
-    ways = ((centred_i, pairs.image_of, centred_t, pairs.text_of, pairs.image_of, text_of),
-            (centred_t, pairs.text_of, centred_i, pairs.image_of, text_of, pairs.image_of))
-    for values, (items, item_of, partners, partner_of, own_item, own_partner) in zip(got, ways,
-                                                                                     strict=True):
-        for i in range(N):
-            cosines = items @ items[own_item[i]]
-            cosines[own_item[i]] = -2
-            cosines[np.setdiff1d(np.arange(len(items)), random_rows(len(items), most, 4))] = -2
-            total = weight = 0.0
-            for j in np.argsort(-cosines)[:k]:
-                own = [p for p in partner_of[item_of == j] if p != own_partner[i]]
-                if own and cosines[j] > 0:
-                    total += cosines[j] * np.mean(partners[own] @ partners[own_partner[i]])
-                    weight += cosines[j]
-            expected = total / weight if weight else np.nan
-            assert values[i].item() == pytest.approx(expected, abs=1e-9, nan_ok=True)
-
-
-def test_nearest_others_leave_out_the_item_itself():
-    features = torch.eye(4)[[0, 0, 1, 2]]
-    cosine, found = nearest_others(features, 10, torch.arange(4), "-")
-    assert found.tolist() == [[1, 2, 3], [0, 2, 3], [0, 1, 3], [0, 1, 2]]
-    assert cosine[0].tolist() == [1, 0, 0]
-    cosine, found = nearest_others(features, 10, torch.tensor([0, 3]), "-")  # places among these
-    assert found.tolist() == [[1], [0], [0], [0]] and cosine[1].tolist() == [1]
+    text_of = np.random.default_rng(2).permutation(pairs.text_of)
+    got = Agreements(images, texts, pairs, K, most, seed=4)(torch.from_numpy(text_of))
+    found = random_rows(N_IMAGES, most, 4), random_rows(N_TEXTS, most, 4)
+    ways = ((images, texts, pairs.image_of, pairs.text_of, pairs.image_of, text_of, found[0]),
+            (texts, images, pairs.text_of, pairs.image_of, text_of, pairs.image_of, found[1]))
+    for values, way in zip(got, ways, strict=True):
+        np.testing.assert_allclose(values, agreement(*way), atol=1e-9)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.2, 0.4, 0.6])
@@ -197,15 +154,6 @@ def test_share_and_posterior_of_a_known_mixture(share, shape):
     assert 0.8 * shares.std() < errors.mean() < 1.3 * shares.std() + 0.011
 
 
-@pytest.mark.parametrize("percentile", [79, 81])
-def test_the_share_is_read_at_the_80th_percentile_of_the_mismatches(percentile):
-    """A pair just above, or just below, that percentile counts, or does not."""
-    scores, mismatches = np.r_[np.full(60, percentile / 100), np.zeros(40)], np.arange(101) / 100
-    assert wrong_share_by(scores, mismatches)[0] == (1.0 if percentile > 80 else 0.0)
-    scores[:50] = 0
-    assert wrong_share_by(scores, mismatches)[0] == pytest.approx(0.5 if percentile > 80 else 0)
-
-
 def test_the_share_is_said_with_its_error_and_as_a_bound_unless_noise_is_random():
     verdict = judge.Verdict(*[np.zeros(3)] * 5, 0.2034, 0.031)
     for options, bound in (({}, True), ({"noise_ratio": 0.2}, False),
@@ -231,21 +179,6 @@ def test_a_judge_that_cannot_tell_pairs_from_mismatches_says_so(blind):
     assert len(doubts) == blind and doubts == judge.doubts(verdict)
     assert all(way in line for line in doubts for way in ("--judge", "fine-tune", "--labels",
                                                           "AUC 0.", "chance 0.5"))
-
-
-def test_the_paper_s_judge_sees_one_draw_and_others_the_mean_of_several(monkeypatch, example):
-    images, texts, pairs = example
-    draws = []
-    monkeypatch.setattr(judge, "losses_in_batches",
-                        lambda *args: draws.append(args) or losses_in_batches(*args))
-    paper = judged((images, texts), pairs, judge_rounds=0)
-    assert len(draws) == 1 and paper.mismatches is None and len(paper.components) == 2
-    ours = judged((images, texts), pairs, judge_rounds=0, judge_neighbours=3, neighbours=3)
-    assert len(draws) == 5 and ours.components is None
-    image_of, text_of = torch.from_numpy(pairs.image_of), torch.from_numpy(pairs.text_of)
-    losses = [losses_in_batches(images, texts, image_of, text_of, torch.tensor(2.0), call[-1])
-              for call in draws[1:]]
-    assert np.allclose(ours.loss, torch.stack(losses).mean(0)) and len(ours.mismatches) == 4 * N
 
 
 def test_defaults_of_the_judge_and_of_robust():
@@ -325,19 +258,6 @@ def test_rounds_make_a_better_judge(drawings, monkeypatch):
     again = banks(root)["0.4_mbank_rounds2x16_neighbours15"]
     assert all(np.array_equal(again[k], found["0.4_mbank_rounds2x16_neighbours15"][k])
                for k in again)
-
-
-def test_random_inputs_are_encoded_for_one_step_anti_noise_alone(drawings, tmp_path, monkeypatch):
-    place, options = drawings
-    asked, mean = [], rounds_module.mean_random_cosine
-    monkeypatch.setattr(rounds_module, "mean_random_cosine",
-                        lambda *args: asked.append(1) or mean(*args))
-    training = [*options, "--epochs", "1", "--checkpoint_path", str(tmp_path), "--experiments"]
-    get_memorybank.main([*options, "--clean_threshold", "0.7"])
-    assert not asked
-    get_memorybank.main([*options, "--weighting", "osa", "--clean_threshold", "0.7"])
-    main_NPC.main([*training, "osa", "--weighting", "osa", "--clean_threshold", "0.7"])
-    assert asked == [1]
 
 
 def test_runs_use_the_bank_of_their_judge_and_find_noise_is_of_one_mind(drawings, capsys,
@@ -484,27 +404,20 @@ def with_nan(values):
     (resaved("images.npy", lambda values: values.astype(">f4")), "images.npy is not an array of"),
     (resaved("images.npy", lambda values: values.astype(object)), "images.npy is not an array of"),
     (resaved("texts.npy", with_nan), "'texts' must be finite floating"),
-    (resaved("texts.npy", lambda values: values[:, 1:]), "must lie in one space")])
-def test_a_folder_of_features_that_does_not_fit_is_refused(features, tmp_path, capsys, spoil, said):
-    place, options, arrays = features
-    write_folder(tmp_path / "folder", arrays)
-    spoil(tmp_path / "folder")
-    refused_features(options, tmp_path / "folder", capsys, said)
-
-
-@pytest.mark.parametrize("spoil, said", [
-    (lambda a: a.update(items=np.array(hashlib.sha256(b"").hexdigest())), "in another order"),
-    (lambda a: a.pop("items"), "is not a file of features"),
-    (lambda a: a.update(images=np.array([{}], dtype=object)), "is not a file of features")])
-def test_a_file_of_features_that_does_not_fit_is_refused(features, tmp_path, capsys, spoil, said):
-    place, options, arrays = features
-    arrays = dict(arrays)
-    spoil(arrays)
-    np.savez(tmp_path / "features.npz", **arrays)
-    refused_features(options, tmp_path / "features.npz", capsys, said)
-
-
-def refused_features(options, path, capsys, said):
+    (resaved("texts.npy", lambda values: values[:, 1:]), "must lie in one space"),
+    ({"items": np.array(hashlib.sha256(b"").hexdigest())}, "in another order"),
+    ({"items": None}, "is not a file of features"),
+    ({"images": np.array([{}], dtype=object)}, "is not a file of features")])
+def test_features_that_do_not_fit_are_refused(features, tmp_path, capsys, spoil, said):
+    """In a folder, or, with `spoil` a dictionary of other arrays, in a file."""
+    _, options, arrays = features
+    path = tmp_path / ("features.npz" if isinstance(spoil, dict) else "folder")
+    if isinstance(spoil, dict):
+        np.savez(path, **{name: value for name, value in {**arrays, **spoil}.items()
+                          if value is not None})
+    else:
+        write_folder(path, arrays)
+        spoil(path)
     with pytest.raises(SystemExit) as stop:
         get_memorybank.main([*options, "--judge_features", str(path)])
     error = capsys.readouterr().err

@@ -16,7 +16,7 @@ from sklearn.mixture import GaussianMixture
 import get_memorybank
 import main_NPC
 from utils.errors import InputError
-from utils.method import building, features, judge
+from utils.method import building, judge
 from utils.method.building import build_bank, memory_bank, nearest_clean
 from utils.method.judge import losses_in_batches, mixture_posterior, strict_clean_set
 from utils.method.memorybank import bank_name, bank_path, load_bank, save_bank
@@ -140,19 +140,6 @@ def test_report_gives_precision_and_recall():
     pairs.wrong, said[:] = None, []
     build_bank(model, pairs, options(), FP32, said.append)
     assert "precision" not in "\n".join(said)
-
-
-def test_bank_is_deterministic_and_its_blocks_do_not_matter(monkeypatch):
-    model, pairs = example()
-    first = build_bank(model, pairs, options(batch_size=16), FP32, quiet)
-    monkeypatch.setattr(features, "QUERIES", 5)
-    monkeypatch.setattr(features, "KEYS", 7)
-    other = options(batch_size=16, eval_batch_size=1000)
-    second = build_bank(model, pairs, other, FP32, quiet)
-    for name in ("image_entry", "caption_entry", "clean"):
-        assert (getattr(first, name) == getattr(second, name)).all()
-    assert np.allclose(first.loss, second.loss, atol=1e-6)
-    assert np.allclose(first.posterior, second.posterior, atol=1e-6)
 
 
 def test_batches_of_the_loss_are_random_of_like_size_and_depend_on_the_seed(monkeypatch):

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Watched
 
 from utils.method import features
 from utils.method.features import Features, nearest, normalised, random_rows
@@ -76,11 +75,3 @@ def test_rows_are_those_of_the_whole(dtype):
         assert torch.equal(rows[index], whole[index])
     assert torch.equal(some[1:3], whole[[3, 29]])
     assert torch.equal(some[torch.tensor([2])], whole[[29]])
-
-
-def test_the_search_never_holds_more_rows_than_a_block(monkeypatch):
-    for name, value in (("QUERIES", 16), ("KEYS", 8)):
-        monkeypatch.setattr(features, name, value)
-    queries, keys = Watched(torch.randn(100, 4)), Watched(torch.randn(300, 4))
-    nearest(normalised(queries), normalised(keys), 3)
-    assert queries.most == 16 and keys.most == 8

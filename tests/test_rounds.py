@@ -43,14 +43,17 @@ def losses_of(image, text, scale):
     return (logits.logsumexp(0) + logits.logsumexp(1)) / 2 - logits.diag()
 
 
-def agreement(items, partners, item_of, partner_of, own_item, own_partner):
-    """(n,) mean cosine of each pair's partner with those of its item's K nearest other items."""
+def agreement(items, partners, item_of, partner_of, own_item, own_partner, among=None):
+    """(n,) mean cosine of each pair's partner with those of its item's K nearest other items, or
+    of the nearest of those `among` them."""
+    among = range(len(items)) if among is None else among
     items, partners = (cosines(x - x[of].mean(0)) for x, of in ((cosines(items), item_of),
                                                               (cosines(partners), partner_of)))
     result = []
     for item, partner in zip(own_item, own_partner, strict=True):
         similar = items @ items[item]
-        others = [j for j in np.argsort(-similar.numpy(), kind="stable") if j != item][:K]
+        others = [j for j in np.argsort(-similar.numpy(), kind="stable") if j in among]
+        others = [j for j in others if j != item][:K]
         total = weight = 0.0
         for j in others:
             theirs = [p for p in partner_of[item_of == j] if p != partner]
