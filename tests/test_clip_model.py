@@ -35,13 +35,13 @@ def build(config, seed=0, dtype=torch.float64):
     return model.to(dtype)
 
 
-def batch(config, n=3):
+def batch(config):
     generator = torch.Generator().manual_seed(1)
-    size = (n, 3, config["image_resolution"], config["image_resolution"])
+    size = (3, 3, config["image_resolution"], config["image_resolution"])
     images = torch.randn(size, generator=generator, dtype=torch.float64)
-    tokens = torch.randint(1, 48, (n, config["context_length"]), generator=generator)
+    tokens = torch.randint(1, 48, (3, config["context_length"]), generator=generator)
     tokens[:, 0] = 48
-    for row, end in enumerate((3, 7, 5, 9)[:n]):
+    for row, end in enumerate((3, 7, 5)):
         tokens[row, end] = 49
         tokens[row, end + 1 :] = 0
     return images, tokens
@@ -108,8 +108,7 @@ def test_initialisation():
     model = clip.CLIP(**config)
     block = model.transformer.resblocks[1]
     expected = [
-        (model.token_embedding.weight, 0.02),
-        (model.positional_embedding, 0.01),
+        (model.token_embedding.weight, 0.02), (model.positional_embedding, 0.01),
         (model.text_projection, 256**-0.5),
         (block.attn.in_proj_weight, 256**-0.5),
         (block.attn.out_proj.weight, 256**-0.5 / 2),

@@ -27,6 +27,7 @@ TEXTS = [
     "\x1b[31mred\x1b[0m control\x07s",
     "a" * 60,
     "photograph bicycles zxqj mississippi banana woman's",
+    "x < y &amp;amp; z",
 ]
 
 

@@ -78,11 +78,10 @@ def test_download(published):
         file.unlink(missing_ok=True)
 
 
-@pytest.mark.parametrize("folder", ["repository", "cache"])
-def test_file_that_is_already_there(published, folder):
+def test_file_that_is_already_in_the_repository(published):
     folders, file = published
-    folders[folder].mkdir()
-    file.rename(folders[folder] / file.name)
+    folders["repository"].mkdir()
+    file.rename(folders["repository"] / file.name)
     assert_same(clip.load("ViT-B/32", device="cpu")[0], build().state_dict())
 
 
@@ -116,14 +115,9 @@ def test_state_dict_and_training_checkpoint(name, tmp_path):
     sum(p.sum() for p in model.parameters()).backward()
     optimizer.step()
     expected = model.state_dict()
-    content = {
-        "state_dict": {"module." + key: value for key, value in expected.items()},
-        "epoch": 3,
-        "name": "run",
-        "best": np.float32(41.5),
-        "step": np.int64(7),
-        "optimizer": optimizer.state_dict(),
-    }
+    content = {"state_dict": {"module." + key: value for key, value in expected.items()},
+               "epoch": 3, "name": "run", "best": np.float32(41.5), "step": np.int64(7),
+               "optimizer": optimizer.state_dict()}
     torch.save(expected, tmp_path / "plain.pt")
     torch.save(content, tmp_path / "training.pt")
     torch.save(content, tmp_path / "legacy.pt", _use_new_zipfile_serialization=False)
