@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import driver, table
 from benchmarks.driver import ROOT, Job
-from params import Parser, positive_int, ratio
+from params import Parser, positive_int, probability
 from utils.errors import InputError, command
 from utils.reading.layout import ratio_name, read_captions, split_folder
 from utils.reading.noise import SEED
@@ -101,7 +101,7 @@ def main(argv=None):
                         help="folder of the data set (docs/reproduce.md)")
     parser.add_argument("--methods", nargs="+", default=["npc_released", "clip_released"],
                         help="names or paths of files of options")
-    parser.add_argument("--noise", nargs="+", type=ratio, default=None, metavar="RATIO",
+    parser.add_argument("--noise", nargs="+", type=probability, default=None, metavar="RATIO",
                         help="noise ratios; default: those of the published table")
     parser.add_argument("--seeds", type=positive_int, default=1,
                         help=f"repetitions, from --seed {SEED} on, each with noise, bank and order "
