@@ -17,7 +17,7 @@ from torch.utils.data import Subset
 import clip
 from data import retrieval_split, training_pairs
 from utils.errors import InputError
-from utils.method.batches import Batches, EpochSampler, cut_tokens, distinct_items, training_loader
+from utils.method.batches import Batches, EpochSampler, distinct_items, training_loader
 from utils.method.memorybank import MemoryBank
 from utils.reading import images as images_module
 from utils.reading.images import Images, cgroup_limits, image_loader, in_memory
@@ -74,20 +74,14 @@ def test_retrieval_splits_have_an_id_per_caption(datasets, layout, split):
     assert torch.equal(pairs.images[2], crop(dataset, pairs.image_ids[2]))
 
 
-def test_images_of_coco_are_named_by_twelve_digits(tmp_path):
-    names = image_names(tmp_path, "coco", ["9", "000581929", "0"])
-    assert names == [f"COCO_2014_{n}.jpg" for n in ("000000000009", "000000581929", "000000000000")]
-
-
-def test_images_of_f30k_are_lines_of_image_name_counted_from_0(tmp_path):
+@pytest.mark.parametrize("layout, ids, names", [
+    ("coco", ["9", "000581929"], ["COCO_2014_000000000009.jpg", "COCO_2014_000000581929.jpg"]),
+    ("f30k", ["2", "0", "1"], ["c.jpg", "a.jpg", "sub/b.png"]),  # lines, counted from 0
+    ("cc", ["00012", "x-y_z", "1.5"], ["00012.jpg", "x-y_z.jpg", "1.5.jpg"])])
+def test_image_names_of_the_layouts(tmp_path, layout, ids, names):
     (tmp_path / "annotations/scan_split").mkdir(parents=True)
     write_lines(tmp_path / "annotations/scan_split/image_name.txt", ["a.jpg", "sub/b.png", "c.jpg"])
-    assert image_names(tmp_path, "f30k", ["2", "0", "1"]) == ["c.jpg", "a.jpg", "sub/b.png"]
-
-
-def test_images_of_cc_are_named_by_any_string(tmp_path):
-    assert image_names(tmp_path, "cc", ["00012", "x-y_z", "1.5"]) == ["00012.jpg", "x-y_z.jpg",
-                                                                     "1.5.jpg"]
+    assert image_names(tmp_path, layout, ids) == names
 
 
 def test_an_image_name_that_fits_two_files_is_missing(dataset):
@@ -135,25 +129,26 @@ def test_wrong_pairs_are_known_beside_the_clean_captions_only(dataset):
 # ---- lines --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("content", [b"a b\nc\n", b"a b\r\nc\r\n", b"a b\rc", b" a b \n\tc",
-                                     b"a b\nc", b"\xef\xbb\xbfa b\nc\n"])
-def test_line_ends_margins_and_byte_order_marks_do_not_matter(tmp_path, content):
+ODD = "a\u2028b\x0bc\x0cd\x85e\x1cf"  # no line ends
+
+
+@pytest.mark.parametrize("content, lines", [
+    *((content, ["a b", "c"]) for content in (
+        b"a b\nc\n", b"a b\r\nc\r\n", b"a b\rc", b" a b \n\tc", b"a b\nc",
+        b"\xef\xbb\xbfa b\nc\n")),
+    (f"{ODD}\nzweite é 犬\n".encode(), [ODD, "zweite é 犬"])])
+def test_line_ends_alone_separate_lines_and_margins_do_not_matter(tmp_path, content, lines):
     (tmp_path / "f.txt").write_bytes(content)
-    assert read_lines(tmp_path / "f.txt") == read_captions(tmp_path / "f.txt") == ["a b", "c"]
+    assert read_lines(tmp_path / "f.txt") == read_captions(tmp_path / "f.txt") == lines
 
 
-def test_only_line_ends_separate_lines(tmp_path):
-    odd = "a\u2028b\x0bc\x0cd\x85e\x1cf"
-    (tmp_path / "f.txt").write_bytes(f"{odd}\nzweite é 犬\n".encode())
-    assert read_lines(tmp_path / "f.txt") == [odd, "zweite é 犬"]
-
-
-@pytest.mark.parametrize("content, line, what", [
-    (b"a\nb\nc \xff\n", 3, "UTF-8"),
-    (b"caf\xe9\n", 1, "UTF-8"), (b"a\n\nb\n", 2, "empty"), (b"a\n \t\nb\n\n", 2, "empty")])
-def test_a_bad_line_is_named(tmp_path, content, line, what):
+@pytest.mark.parametrize("content, said", [
+    (b"a\nb\nc \xff\n", "line 3: .*UTF-8"), (b"caf\xe9\n", "line 1: .*UTF-8"),
+    (b"\xff\xfe\n", "line 1: .*UTF-8"), (b"a\n\xed\xa0\x80\n", "line 2: .*UTF-8"),
+    (b"a\n\nb\n", "line 2: empty"), (b"a\n \t\nb\n\n", r"line 2 \(and 1 more\): empty")])
+def test_a_bad_line_is_named(tmp_path, content, said):
     (tmp_path / "f.txt").write_bytes(content)
-    with pytest.raises(InputError, match=rf"f\.txt, line {line}\b.*{what}"):
+    with pytest.raises(InputError, match=rf"f\.txt, {said}"):
         read_captions(tmp_path / "f.txt")
 
 
@@ -223,35 +218,6 @@ def test_distinct_items_are_each_kept_once_batch_only_then_both_then_memory_only
     assert set(distinct[:start]) == batch - memory
     assert set(distinct[start:end]) == batch & memory
     assert set(distinct[end:]) == memory - batch
-
-
-def test_cut_tokens_drops_what_lies_behind_the_last_end_token():
-    tokens = clip.tokenize(["a", "a red dog", "a dog"])
-    cut = cut_tokens(tokens)
-    assert cut.shape == (3, 5) and torch.equal(cut, tokens[:, :5])
-    full = clip.tokenize(["a", "dog " * 75])
-    assert torch.equal(cut_tokens(full), full)
-
-
-def test_sampler_draws_each_index_at_most_once_and_drops_the_last_batch():
-    sampler = EpochSampler(np.arange(23), 5, seed=1)
-    batches = list(sampler)
-    assert len(sampler) == len(batches) == 4 and all(len(batch) == 5 for batch in batches)
-    drawn = sum(batches, [])
-    assert len(set(drawn)) == 20 and set(drawn) < set(range(23))
-
-
-def test_sampler_depends_on_seed_and_epoch_alone():
-    def order(seed, epoch):
-        sampler = EpochSampler(np.arange(60), 10, seed)
-        sampler.epoch = epoch
-        return list(sampler)
-
-    np.random.seed(0)
-    first = order(4, 2)
-    np.random.seed(1)
-    assert order(4, 2) == first
-    assert order(4, 3) != first and order(5, 2) != first and order(2, 4) != first
 
 
 @settings(max_examples=200)

@@ -33,7 +33,8 @@ def test_half_weights_take_the_authors_rates(command, precision, lr):
 
 @pytest.mark.parametrize("images, held_out", [(10, 1), (240, 24), (30_000, 3000), (500_000, 5000)])
 def test_a_tenth_of_the_images_is_held_out_up_to_mscoco_s_number(images, held_out):
-    assert {split: len(own) for split, own in draw_split(images, None, None, 0).items()} == {
+    splits = draw_split(range(images), None, None, None, 0)
+    assert {split: len(own) for split, own in splits.items()} == {
         "dev": held_out, "test": held_out, "train": images - 2 * held_out}
 
 
@@ -100,22 +101,7 @@ def test_the_environment_tells_torchrun_s_processes(monkeypatch, size, more, exp
         distributed.join_processes(torch.device("cpu"))
 
 
-@pytest.mark.parametrize("more, refused", [
-    ([], False), (["--eager"], True), (["--precision", "fp16"], True), (["--device", "cpu"], True),
-    (["torchrun"], True)])
-def test_compile_is_for_replayed_steps(monkeypatch, capsys, more, refused):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    if more == ["torchrun"]:
-        for name, value in {"WORLD_SIZE": "2", **TORCHRUN}.items():
-            monkeypatch.setenv(name, value)
-        more = []
-    words = ["--compile", "--device", "cuda", *more]
-    if not refused:
-        assert parse_args("npc", words).compile
-        return
-    with pytest.raises(SystemExit):
-        parse_args("npc", words)
-    assert "--compile is for steps that are replayed" in capsys.readouterr().err
+COMPILED = ["--compile", "--device", "cuda"]
 
 
 @pytest.mark.parametrize("command, words, said", [
@@ -124,9 +110,17 @@ def test_compile_is_for_replayed_steps(monkeypatch, capsys, more, refused):
     ("npc", ["--wandb", "x"], "pip install wandb"),
     ("memorybank", ["--judge", "tiny", "--judge_features", "x.npz"], "two judges"),
     ("find_noise", ["--score", "npc"], "--weights RUN/weights.npz go together"),
-    ("find_noise", ["--weights", "x.npz"], "--weights RUN/weights.npz go together")])
+    ("find_noise", ["--weights", "x.npz"], "--weights RUN/weights.npz go together"),
+    *(("npc", [*COMPILED, *more], "--compile is for steps that are replayed") for more in (
+        ["--eager"], ["--precision", "fp16"], ["--device", "cpu"], ["torchrun"]))])
 def test_options_that_do_not_go_together(monkeypatch, capsys, command, words, said):
     monkeypatch.setattr(params, "find_spec", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert parse_args("npc", COMPILED).compile
+    if words[-1] == "torchrun":
+        for name, value in {"WORLD_SIZE": "2", **TORCHRUN}.items():
+            monkeypatch.setenv(name, value)
+        words = words[:-1]
     with pytest.raises(SystemExit) as caught:
         parse_args(command, words)
     assert caught.value.code == 2 and said in capsys.readouterr().err

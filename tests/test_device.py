@@ -10,9 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import main_CLIP
 import main_NPC
-from clip import preprocess
-from utils.method import batches
-from utils.method.batches import Batch, Batches
+from utils.method.batches import Batches
 from utils.method.optimizer import Precision, trained
 from utils.reading.images import ImagesInMemory
 from utils.training import history
@@ -98,54 +96,14 @@ def train(script, device, steps=4, **changes):
         yield
 
 
-def watch(*args, **options):
-    """What is waited for in the steps after the first one, which may build and ship what stays."""
-    steps = train(*args, **options)
-    next(steps)
+@pytest.mark.parametrize("script, changes", RUNS)
+def test_nothing_between_two_logged_steps_waits_for_the_device(meta, script, changes):
+    steps = train(script, meta, **changes)
+    next(steps)  # the first one may build and ship what stays
     with Waits() as waits:
         for _ in steps:
             pass
-    return waits.found
-
-
-@pytest.mark.parametrize("script, changes", RUNS)
-def test_nothing_between_two_logged_steps_waits_for_the_device(meta, script, changes):
-    assert watch(script, meta, **changes) == []
-
-
-def looking(look):
-    """`clip_gradients` that looks at the norm which it returns."""
-    clip_gradients = main_NPC.clip_gradients
-
-    def looks(*args):
-        norm = clip_gradients(*args)
-        look(norm)
-        return norm
-    return looks
-
-
-@pytest.mark.parametrize("look", [torch.Tensor.item, bool, lambda norm: norm[norm > 0]])
-def test_a_look_at_the_device_is_seen(meta, monkeypatch, look):
-    monkeypatch.setattr(main_NPC, "clip_gradients", looking(look))
-    with pytest.raises(RuntimeError, match="meta"):
-        watch("npc", meta)
-
-
-def test_a_copy_that_is_waited_for_is_seen(meta, monkeypatch):
-    monkeypatch.setattr(batches, "ship", lambda tensor, device: tensor.to(device))
-    assert watch("npc", meta)
-
-
-def test_a_constant_that_is_shipped_each_time_is_seen(meta, monkeypatch):
-    monkeypatch.setattr(preprocess, "_channels", preprocess._channels.__wrapped__)
-    assert watch("npc", meta)
-
-
-def test_numbers_on_another_device_are_seen(meta, monkeypatch):
-    to = Batch.to
-    monkeypatch.setattr(Batch, "to", lambda batch, device: to(batch, device)._replace(
-        indices=batch.indices))
-    assert watch("npc", meta)
+    assert waits.found == []
 
 
 @pytest.mark.gpu

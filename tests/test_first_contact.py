@@ -40,15 +40,12 @@ def refusal(argv, capsys):
     (["--dataset_rot", "dataset/mine"], "--dataset_root"), (["--learning_rate=1e-5"], "--lr"),
     (["--name", "x", "configs/robust.args"], "@configs/robust.args"),
     (["--dataset", "coca"], "coco"), (["--dataset", "f30"], "f30k"),
-    (["--recipe", "papper"], "paper"), (["--precision", "amp_bf6"], "amp_bf16")])
-def test_mistyped_words_suggest_the_near_one(argv, near, capsys):
-    assert f"did you mean {near}?" in refusal(argv, capsys)
-
-
-@pytest.mark.parametrize("argv", [["--zzzz", "seed"], ["--device", "cuda:99"], ["--lr", "seed"],
-                                  ["nowhere/robust.args"], ["--data_on", "--eager"]])
-def test_nothing_else_suggests_a_word(argv, capsys):
-    assert "did you mean" not in refusal(argv, capsys)
+    (["--recipe", "papper"], "paper"), (["--precision", "amp_bf6"], "amp_bf16"),
+    *((argv, None) for argv in (["--zzzz", "seed"], ["--device", "cuda:99"], ["--lr", "seed"],
+                                ["nowhere/robust.args"], ["--data_on", "--eager"]))])
+def test_mistyped_words_alone_suggest_the_near_one(argv, near, capsys):
+    said = refusal(argv, capsys)
+    assert f"did you mean {near}?" in said if near else "did you mean" not in said
 
 
 @pytest.mark.parametrize("content, said", [

@@ -77,13 +77,6 @@ def test_what_follows_a_config_overrides_it(tmp_path):
     assert (args.lr, args.name, args.epochs) == (1e-4, "my run", 7)
 
 
-def test_a_config_that_is_not_there_is_one_line(capsys):
-    with pytest.raises(SystemExit) as caught:
-        parse_args("npc", ["@configs/none.args"])
-    said = capsys.readouterr().err
-    assert caught.value.code == 2 and len(said.splitlines()) == 1 and "configs/none.args" in said
-
-
 def test_a_script_is_found_beside_its_config_or_in_the_working_folder(tmp_path, monkeypatch):
     (tmp_path / "configs").mkdir()
     (tmp_path / "work").mkdir()
@@ -221,13 +214,6 @@ def test_print_lists_the_commands_of_each_run(datasets, tmp_path, capsys):
             assert args.epochs == 3 and args.vision_model == "tiny"
         assert args.resume.endswith("/best.pt") and args.experiments.endswith("/best")
     assert noises == {0, 0.2, 0.4, 0.5, 0.6} and seeds == {99, 100}
-
-
-def test_print_ends_with_its_reader(datasets, tmp_path):
-    line = shlex.join([sys.executable, str(ROOT / "benchmarks" / "reproduce.py"), "--print",
-                       *arguments(datasets["f30k"], tmp_path, ["npc_paper"], "--seeds", "200")])
-    done = subprocess.run(f"{line} | head -n 1", shell=True, capture_output=True, text=True)
-    assert done.stdout.startswith("python ") and not done.stderr
 
 
 def test_a_run_that_fails_ends_it_with_its_words(datasets, tmp_path):

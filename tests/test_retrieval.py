@@ -89,15 +89,6 @@ def test_recalls_are_those_of_a_full_sort(seed):
     assert 5 < scores["i2t_R@1"] < 100
 
 
-def test_any_caption_of_an_image_is_a_hit():
-    images, texts = torch.eye(2), torch.tensor([[0.0, 1.0], [0.5, 0.5], [0.9, 0.1], [0.0, 0.1]])
-    scores = recalls(images, texts, torch.tensor([0, 1, 0, 1]))
-    # image 0 ranks caption 2 first (its own); image 1 ranks caption 0 first, then its caption 1.
-    # Caption 1 is torn between both images: the tie goes to image 0; caption 0 finds image 1
-    assert scores["i2t_R@1"] == 50 and scores["i2t_R@5"] == 100
-    assert scores["t2i_R@1"] == 50 and scores["t2i_R@5"] == 100
-
-
 @pytest.mark.parametrize("per_image", [1, 5])
 def test_a_collapsed_model_scores_at_chance(per_image):
     n = 40
@@ -160,12 +151,6 @@ def test_coco_scores_all_images_and_five_folds_from_one_pass():
     images, texts = F.normalize(model.images, dim=1), F.normalize(model.texts, dim=1)
     features = images, texts[pairs.text_of], torch.from_numpy(pairs.image_of)
     assert scores["5K"] == recalls(*features) and scores["1K"] == fold_recalls(*features, 5)
-
-
-def test_coco_refuses_fewer_images_than_folds():
-    model, pairs = example(n=4)
-    with pytest.raises(InputError, match="caps.txt has captions of 4 images"):
-        evaluate_test(model, pairs, COCO, FP32)
 
 
 def test_intervals_are_those_of_resampled_images():
