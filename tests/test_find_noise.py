@@ -496,6 +496,9 @@ def test_broken_labels(dataset, find, fails, tmp_path):
     assert "has the decisions right and wrong" in fails(data, "--labels", labels)
     labels.write_text("pair,decision\n1,right\n")
     assert "no column 'image'" in fails(data, "--labels", labels)
+    decide(labels, [rows[0]], lambda row: "")
+    labels.write_text(labels.read_text().splitlines()[0])
+    assert "holds no decision" in fails(data, "--labels", labels)
     labels.write_bytes(b"\x81" * 40)
     assert "save it as UTF-8" in fails(data, "--labels", labels)
 

@@ -44,6 +44,8 @@ def read_labels(path, pairs):
             raise InputError(f"{where}: {row}; {advice}")
         read_row({name: "" if value is None else str(value) for name, value in row.items()}, where,
                  pairs, labels)
+    if path and not labels.answer.any() and not labels.sample:
+        raise InputError(f"{path} holds no decision; {advice}")
     return labels
 
 
