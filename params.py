@@ -474,8 +474,8 @@ def fill_in(parser, command, args):
         "vision_model": lambda: DEFAULT_MODEL if args.resume in (None, "auto") else args.resume,
         "precision": lambda: "amp_bf16" if args.device.type == "cuda" else "fp32",
         "eval_batch_size": lambda: 512 if args.device.type == "cuda" else 64,
-        "name": lambda: {"paper": command.upper(), "released": f"{command.upper()} released",
-                         "robust": "robust"}[args.recipe],
+        "name": lambda: {"paper": command.upper(), "robust": "robust"}.get(
+            args.recipe, f"{command.upper()} {args.recipe}"),
         "batch_size": lambda: min(256, max(8, number_of_pairs(args.dataset_root) // 16)),
         "lr": lambda: HALF_LR[command] if args.precision == "fp16" else LR,
         "judge_lr": lambda: given("lr") or LR,

@@ -64,7 +64,8 @@ def go(function, argv, output, environment=(), hook=None):
     os.environ.update(environment)
     torch.set_num_threads(1)
     clip.tokenize_with_lengths = small_tokens
-    diagnostics.pictures = SummaryWriter.add_figure = lambda *_: None  # half of the time
+    draw, SummaryWriter.add_figure = diagnostics.pictures, lambda *_: None
+    diagnostics.pictures = lambda *seen: draw(*seen) if len(seen) == 2 else None  # half of the time
     if hook:
         hook()
     status = 0

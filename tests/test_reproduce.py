@@ -131,7 +131,7 @@ def kill(started):
     pytest.param("coco", ["npc_paper", "clip_paper"], "0.2", marks=pytest.mark.slow),
     pytest.param("cc", ["npc_paper", "clip_paper"], "0", marks=pytest.mark.slow)])
 def test_a_table_from_nothing_after_kills_and_twice(tmp_path, layout, methods, noise):
-    (source,) = blocks(PAGE, "python")
+    source = blocks(PAGE, "python")[0]
     (options,) = [block for block in blocks(PAGE) if block.startswith("# script: mine.py")]
     (tmp_path / "mine.py").write_text(source)
     (tmp_path / "mine.args").write_text(options)
