@@ -28,6 +28,7 @@ NEIGHBOURS = 15  # of any judge but the paper's
 CLEAN_THRESHOLD, PAPER_CLEAN_THRESHOLD = 0.8, 0.9
 OF_THIS_COMMAND = ("resume", "force_resume", "overwrite", "eval", "device", "num_workers",
                    "eval_batch_size", "checkpoint_path", "experiments")  # not a checkpoint's
+OF_TRAINING = ("compile", "wandb")  # nor these to --eval, perhaps on another machine
 LR = 1e-5
 HALF_LR = {"npc": 2e-7, "clip": 5e-7}  # of commands that train, with fp16 weights: the authors'
 OTHERS_NAMES = {"--learning_rate": "--lr", "--model": "--vision_model", "--wd": "--weight_decay"}
@@ -424,8 +425,8 @@ def options_of_checkpoint(parser, args):
     """Options of the run that wrote the checkpoint `--resume`, {} if it holds no training state.
     The run goes on in the checkpoint's folder, unless another one is given."""
     saved = options_of(args.resume, Path(args.checkpoint_path, args.experiments))
-    options = {name: value for name, value in saved.items()
-               if name in args and name not in OF_THIS_COMMAND}
+    others = OF_THIS_COMMAND + (OF_TRAINING if args.eval else ())
+    options = {name: value for name, value in saved.items() if name in args and name not in others}
     elsewhere = any(getattr(args, name) != parser.get_default(name)
                     for name in ("checkpoint_path", "experiments"))
     if saved and args.resume != "auto" and not elsewhere:

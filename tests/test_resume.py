@@ -337,6 +337,9 @@ def test_resume_needs_no_other_option(data, copied):
     said = run(NPC, ["--eval", "--resume", str(folder / "best.pt")], folder.parent / "out2")
     assert "Flickr30K, initial" in said and differences(read(folder / "best.pt"), best) == []
     assert json.loads((folder / "eval_test.json").read_text())["initial"]["rsum"] > 0
+    state = clip.read_checkpoint(folder / "best.pt")  # of a run with --compile on a GPU
+    torch.save({**state, "args": state["args"] | {"compile": True}}, folder / "best.pt")
+    run(NPC, ["--eval", "--resume", str(folder / "best.pt")], folder.parent / "out3")
 
 
 def test_a_run_ends_with_what_it_made(data, whole):
