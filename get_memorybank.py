@@ -15,8 +15,9 @@ from utils.errors import command  # isort: skip
 from data import training_pairs
 from params import parse_args
 from utils.distributed import is_main
+from utils.files import require_writable
 from utils.method.building import build_bank
-from utils.method.memorybank import bank_name, bank_path, require_writable, save_bank
+from utils.method.memorybank import UNWRITABLE, bank_name, bank_path, save_bank
 from utils.method.released_bank import save_released
 from utils.reading.layout import BANK_FOLDERS
 from utils.training.run import Run
@@ -32,7 +33,7 @@ def main(argv=None):
     if is_main():
         ours, theirs = BANK_FOLDERS
         folder = bank_path(args.dataset_root, folder=theirs if released else ours)
-        require_writable(folder)
+        require_writable(folder, UNWRITABLE)
     bank = build_bank(model, pairs, args, run.precision, run.log)
     if not is_main():
         return

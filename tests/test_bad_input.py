@@ -425,6 +425,7 @@ def test_checkpoint_path_below_a_file_or_read_only(refused, datasets, tmp_path, 
     for name in ("file", "file/logs", *(["closed"] if os.geteuid() else [])):  # root may write
         refused(command, datasets["cc"], "--checkpoint_path", tmp_path / name,
                 words=[tmp_path / name, "cannot write" if name == "closed" else "Not a directory"])
+    assert not list(datasets["cc"].root.glob("annotations/*bank*"))  # told before a bank is built
 
 
 def test_steps_that_are_not_finite(refused, datasets):

@@ -70,7 +70,7 @@ def hub(tmp_path):
 
 def in_transformers(folder):
     """Save a model with transformers. Returns its state dict."""
-    import transformers
+    transformers = pytest.importorskip("transformers")
     model = hf_model(CONFIG)
     model.save_pretrained(folder)
     transformers.CLIPImageProcessor(

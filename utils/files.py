@@ -113,3 +113,13 @@ def require_new(option, folder):
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise InputError(f"{option} {folder} exists already and is not an empty folder; give a new "
                          "one, or delete it")
+
+
+def require_writable(folder, advice="choose another folder"):
+    """Raise InputError, with `advice`, unless `folder` can be written, or made; makes nothing."""
+    folder = Path(os.path.abspath(folder))
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir():
+        raise InputError(f"cannot write {folder}, {there}: Not a directory; {advice}")
+    if not os.access(there, os.W_OK):
+        raise InputError(f"cannot write {folder}, as {there} may not be written to; {advice}")

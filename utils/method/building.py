@@ -6,14 +6,15 @@ import torch
 
 from utils.distributed import any_process, from_main, is_main
 from utils.errors import InputError
+from utils.files import require_writable
 from utils.method.features import Features, nearest, normalised, random_rows
 from utils.method.memorybank import (
+    UNWRITABLE,
     MemoryBank,
     bank_name,
     bank_path,
     load_bank,
     made_with,
-    require_writable,
     save_bank,
 )
 from utils.method.recipes import RECIPES
@@ -44,7 +45,7 @@ def memory_bank(model, pairs, run):
                          "with that model and the same options first, or start from these weights "
                          "with --vision_model")
     if is_main():
-        require_writable(path.parent)
+        require_writable(path.parent, UNWRITABLE)
     log(f"No memory bank for noise ratio {ratio_name(args.noise_ratio)} yet: building {path}")
     bank = from_main(build_bank(model, pairs, args, run.precision, log))
     if is_main():

@@ -8,7 +8,6 @@ utils.method.released_bank.
 import hashlib
 import json
 import re
-import tempfile
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +24,8 @@ from utils.method.released_bank import IMAGES, read_released
 from utils.reading.layout import BANK_FOLDERS, find_by_ratio, ratio_name
 from utils.reading.noise import SUFFIX
 
+UNWRITABLE = ("where the memory bank belongs: copy annotations/ and link images/ to a folder that "
+              "you may write to, and give it as --dataset_root")
 MADE_WITH = ("recipe", "clean_threshold", "min_clean", "batch_size", "context_length", "judge",
              "judge_features", "judge_rounds", "judge_neighbours", "search_among")
 OF_ROUNDS = ("judge_steps", "judge_lr")
@@ -113,17 +114,6 @@ def weights_hash(model):
 def bank_path(dataset_root, name="", folder=BANK_FOLDERS[0]):
     """Path of the bank of a name; without a name, of its folder."""
     return Path(dataset_root) / "annotations" / folder / name
-
-
-def require_writable(folder):
-    """Raise InputError, before pairs are judged, unless banks can be written to `folder`."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise InputError(f"cannot write {folder}, where the memory bank belongs: {error.strerror}; "
-                         "copy annotations/ and link images/ to a folder that you may write to, "
-                         "and give it as --dataset_root") from error
 
 
 def save_bank(bank, pairs, path, replace=True):

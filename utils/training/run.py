@@ -11,7 +11,7 @@ import clip
 from utils import distributed
 from utils.distributed import use_device
 from utils.errors import InputError
-from utils.files import atomic_write, lock
+from utils.files import atomic_write, lock, require_writable
 from utils.method.optimizer import Precision
 from utils.method.recipes import RECIPES
 from utils.reading.layout import require_dataset
@@ -41,6 +41,8 @@ class Run:
         self.resume, self.state, self.lines = args.resume, {}, []  # lines: not in log.txt yet
         self.folder = Path(args.checkpoint_path) / args.experiments if folder else None
         self.begun = False
+        if folder:
+            require_writable(self.folder)
         torch.manual_seed(args.seed)
 
     def begin(self):
