@@ -69,5 +69,5 @@ for run in all cleaned robust; do
 done
 
 # Search
-python "$npc/search.py" --resume logs/cleaned/best.pt --dataset_root mine --top 3 \
+python "$npc/search.py" --resume logs/cleaned/best.pt --dataset_root mine --top 5 \
     --out search.png "a yellow disc above a brown triangle"
