@@ -93,8 +93,8 @@ def command(function, argv, tmp_path, server, status=0, hook=None, **environment
 
 
 @pytest.fixture
-def options(datasets, tmp_path):
-    return [*datasets["cc"].options, "--context_length", "12", "--num_workers", "0", "--device",
+def options(dataset, tmp_path):
+    return [*dataset("cc").options, "--context_length", "12", "--num_workers", "0", "--device",
             "cpu", "--batch_size", "12"]
 
 
