@@ -274,7 +274,7 @@ def test_the_rate_is_a_tensor_where_steps_are_replayed(monkeypatch):
         assert float(made.param_groups[0]["lr"]) == 0.25
 
 
-# ---- on a GPU -----------------------------------------------------------------------------------
+# ---- on a GPU: no GPU has run these tests yet ----------------------------------------------------
 
 
 @pytest.mark.gpu
