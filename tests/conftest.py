@@ -30,7 +30,7 @@ TEMPLATES = ("a {c} bar at the {p}", "the {p} of the picture is {c}", "{c} paint
 NUM_IMAGES = {"train": 12, "dev": 4, "test": 6}
 NUM_ANNS = {"coco": 5, "f30k": 5, "cc": 1}
 ROOT = Path(__file__).resolve().parents[1]
-CACHES = re.compile(r"/(__pycache__|\.pytest_cache|\.hypothesis)\b")
+CACHES = re.compile(r"/(__pycache__|\.pytest_cache|pytest-cache-files|\.hypothesis)\b")
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 
