@@ -1,5 +1,5 @@
 """The memory bank against double loops over features, and its files. Files that are damaged or
-crafted: test_hostile.py."""
+crafted: test_bad_input.py."""
 
 import math
 import pickle

@@ -73,14 +73,13 @@ def lock(path, what):
     except OSError as error:
         raise InputError(f"cannot write {what}: {error.strerror}; choose a folder that you may "
                          "write to") from error
-    try:
-        fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        held.close()
-        raise InputError(f"{what} is being written by another process; wait for it, or choose "
-                         "another name") from None
-    except OSError:
-        pass  # a file system without locks
+    with contextlib.suppress(OSError):  # of file systems without locks
+        try:
+            fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            held.close()
+            raise InputError(f"{what} is being written by another process; wait for it, or choose "
+                             "another name") from None
     return held
 
 
