@@ -41,7 +41,7 @@ from utils.method.rounds import judge_pairs
 from utils.reading.images import Images
 from utils.reading.layout import SPLITS
 from utils.scoring.diagnostics import noise_measures
-from utils.training.history import mean_weights, read_weights
+from utils.training.history import mean_weights
 from utils.training.run import Run
 
 THUMBNAIL = 160  # pixels
@@ -76,7 +76,7 @@ def main(argv=None):
         raise InputError(f"{pairs.source} has {len(pairs)} pairs, but the rows of {len(rows)} in "
                          f"{source.table} are known; prepare the data set again")
     labels = read_labels(args.labels, pairs)
-    w = args.weights and mean_weights(read_weights(args.weights, pairs))
+    w = args.weights and mean_weights(args.weights, pairs)
     model = None
     if not args.judge_features:
         model, preprocess = run.load_model()

@@ -18,7 +18,7 @@ from utils.method.recipes import RECIPES
 from utils.method.weightings import WEIGHTINGS
 from utils.reading.layout import DATASETS, SPLITS, split_folder
 from utils.reading.noise import KINDS, SEED
-from utils.training.checkpoints import options_of
+from utils.training.checkpoints import OF_THIS_COMMAND, options_of
 
 PRECISIONS = ("fp32", "amp_bf16", "amp_fp16", "fp16")
 ADAMW = {"beta1": 0.9, "beta2": 0.98, "eps": 1e-6, "weight_decay": 0.2}  # CLIP's
@@ -26,9 +26,7 @@ DEFAULT_MODEL = "ViT-B/32"
 SCORES = ("judge", "loss", "cosine", "npc")
 NEIGHBOURS = 15  # of any judge but the paper's
 CLEAN_THRESHOLD, PAPER_CLEAN_THRESHOLD = 0.8, 0.9
-OF_THIS_COMMAND = ("resume", "force_resume", "overwrite", "eval", "device", "num_workers",
-                   "eval_batch_size", "checkpoint_path", "experiments")  # not a checkpoint's
-OF_TRAINING = ("compile", "wandb")  # nor these to --eval, perhaps on another machine
+OF_TRAINING = ("compile", "wandb")  # not handed on to --eval, perhaps on another machine
 LR = 1e-5
 HALF_LR = {"npc": 2e-7, "clip": 5e-7}  # of commands that train, with fp16 weights: the authors'
 OTHERS_NAMES = {"--learning_rate": "--lr", "--model": "--vision_model", "--wd": "--weight_decay"}

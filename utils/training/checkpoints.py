@@ -24,11 +24,11 @@ from utils.files import UNFINISHED, atomic_write
 from utils.method.pairs import fingerprint
 
 STEP_FILES_KEPT = 2  # the newest may turn out broken after a crash of the machine
+OF_THIS_COMMAND = ("resume", "force_resume", "overwrite", "eval", "device", "num_workers",
+                   "eval_batch_size", "checkpoint_path", "experiments")  # not a checkpoint's
 SAME_RUN = ("dataset", "noise_ratio", "noise_kind", "noise_seed", "num_anns", "context_length",
             "batch_size", "recipe", "seed", "weighting", "memory", "memory_loss_weight", "train_on",
             "freeze")  # options that make it another run
-NOT_COMPARED = ("resume", "force_resume", "overwrite", "eval", "device", "vision_model",
-                "num_workers", "checkpoint_path", "experiments")
 OF_A_RUN = ("epoch*.pt", "step*.pt", "best.pt", "log.txt", "log.jsonl", "weights.npz",
             "eval_test.json", "options_eval.json")  # what --overwrite deletes
 
@@ -49,30 +49,21 @@ class TrainingState:
         if self.batch == self.epoch_steps:
             self.epoch, self.batch = self.epoch + 1, 0
 
-    def content(self):
-        """The dictionary that a checkpoint is."""
-        run = self.run
-        return {
-            "epoch": self.epoch, "batch": self.batch, "step": self.step,
-            "epoch_steps": self.epoch_steps, "name": run.args.name,
-            "state_dict": self.model.state_dict(), "config": self.model.config,
-            **{name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
-            "scaler": run.precision.scaler.state_dict(), "args": stored_options(run.options()),
-            "data": self.data, "dev": self.dev, "kept": self.kept, "history": self.history.state(),
-        }
-
     def save(self, name):
         """Write the checkpoint `name`; the main process does. Raises InputError when the numbers of
-        the last step or the parameters are not finite, or the file cannot be written."""
+        the last step are not finite, or the file cannot be written."""
+        run = self.run
         self.history.require_finite()
-        limits = [x for p in self.model.parameters() for x in p.detach().aminmax()]  # NaN passes
-        if not torch.stack(limits).isfinite().all():  # a GPU is waited for once
-            raise InputError(f"after step {self.step} the model's parameters are not finite; lower "
-                             "--lr or use --precision fp32; checkpoints before it are intact")
         if is_main():
-            save(self.run.folder / name, self.content())
-            if name.startswith("step"):
-                prune(self.run.folder, self.run.args.keep_checkpoints)
+            save(run.folder / name, {
+                "epoch": self.epoch, "batch": self.batch, "step": self.step,
+                "epoch_steps": self.epoch_steps, "name": run.args.name,
+                "state_dict": self.model.state_dict(), "config": self.model.config,
+                **{name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+                "scaler": run.precision.scaler.state_dict(), "args": stored_options(run.options()),
+                "data": self.data, "dev": self.dev, "kept": self.kept,
+                "history": self.history.state()})
+            prune(run.folder, run.args.keep_checkpoints)
 
     def restore(self):
         """Load the checkpoint that the run continues, if there is one."""
@@ -127,11 +118,12 @@ class TrainingState:
         if not is_main() or not self.history.best():
             return
         epoch, resume = self.history.best()[0], Path(self.run.resume)
-        for path in (resume.with_name(f"epoch{epoch}.pt"), resume.with_name("best.pt")):
-            if epoch_of(path) == epoch:
-                hard_link(path, self.run.folder / "best.pt")
+        for name in (f"epoch{epoch}.pt", "best.pt"):
+            found = peek(resume.with_name(name)).get("epoch")
+            if found == epoch:
+                hard_link(resume.with_name(name), self.run.folder / "best.pt")
                 return
-        if epoch_of(path) != self.epoch:  # else this epoch was better, and is scored once more
+        if found != self.epoch:  # else this epoch was better, and is scored once more
             self.run.log(f"warning: epoch {epoch}, the best so far, is not beside {resume}; "
                          f"best.pt is chosen among the epochs from {max(1, self.epoch)} on")
             self.history.ignore_scores()
@@ -187,22 +179,16 @@ def peek(path):
         return {}
 
 
-def epoch_of(path):
-    """Epochs that the run of a checkpoint had done; None where it cannot be read."""
-    return peek(path).get("epoch")
-
-
-def step_of(path, damaged=math.inf):
-    """Optimiser steps that the run of a checkpoint had made, or `damaged`."""
+def step_of(path):
+    """Optimiser steps that the run of a checkpoint had made; infinite for a damaged one."""
     if path.stem.removeprefix("step").isdigit():
         return int(path.stem.removeprefix("step"))
     step = peek(path).get("step")
-    return step if isinstance(step, int) else damaged
+    return step if isinstance(step, int) else math.inf
 
 
 def by_step(folder, kinds=("epoch", "step")):
-    """[(steps, path)] of the checkpoints in a folder by the optimiser steps that their runs had
-    made, most first. A damaged one counts as infinitely many."""
+    """[(steps, path)] of the checkpoints in a folder by `step_of`, most steps first."""
     return sorted(((step_of(path), path) for kind in kinds for path in folder.glob(f"{kind}*.pt")),
                   reverse=True)
 
@@ -232,7 +218,7 @@ def require_free(folder, resume, overwrite):
     over the checkpoints of another one or over later ones."""
     there, what = [*folder.glob("best.pt"), *(path for _, path in by_step(folder))], "a run"
     if is_in(folder, resume):
-        done, what = step_of(Path(resume), damaged=0), "later checkpoints"
+        done, what = step_of(Path(resume)), "later checkpoints"
         there = [path for step, path in by_step(folder) if step > done and intact(path)]
     elif overwrite:
         return
@@ -291,7 +277,7 @@ def compare_options(saved, run):
     one of them makes it another run, unless --force_resume insists."""
     now = stored_options(run.options())
     changed = {k: f"--{k} {saved[k]} -> {now[k]}" for k in saved
-               if k in now and k not in NOT_COMPARED and str(saved[k]) != str(now[k])}
+               if k in now and k not in OF_THIS_COMMAND and str(saved[k]) != str(now[k])}
     if changed:
         run.log("options changed since the checkpoint: " + ", ".join(changed.values()))
     severe = [changed[k] for k in SAME_RUN if k in changed]

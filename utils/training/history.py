@@ -228,29 +228,18 @@ def write_weights(path, w, pairs):
         np.savez_compressed(f, w=w, pairs=fingerprint(pairs))
 
 
-def read_weights(path, pairs=None):
-    """w (epochs, pairs) float64, NaN where a pair was not drawn. Raises InputError when the file is
-    absent or broken, holds no weight at all or an infinite one, or belongs to other pairs than
-    `pairs`."""
+def mean_weights(path, pairs):
+    """Mean (n,) float64 over the epochs of the weights in a file, NaN for a pair that was never
+    drawn. Raises InputError when the file is absent or broken, holds no weight at all or an
+    infinite one, or belongs to other pairs than `pairs`."""
     advice = "main_NPC.py writes a weights.npz to the folder of its run"
     with parsing(path, "a file of weights", advice), np.load(path, allow_pickle=False) as data:
-        w = data["w"].astype(np.float64)
-        belongs_to = str(data["pairs"]) if "pairs" in data else None
-    if w.ndim != 2 or np.isnan(w).all():
-        raise InputError(f"{path} holds no weight of any pair; {advice}")
-    if np.isinf(w).any():
-        raise InputError(f"{path} holds infinite weights, which NPC never gives; {advice}")
-    if pairs is not None and w.shape[1] != len(pairs):
-        raise InputError(f"{path} holds weights of {w.shape[1]} pairs, but {pairs.source} has "
-                         f"{len(pairs)}; they belong to another data set")
-    if pairs is not None and belongs_to not in (None, fingerprint(pairs)):
-        raise InputError(f"{path} holds weights of other captions than {pairs.source}; give the "
-                         "--dataset_root and --noise_ratio of that run")
-    return w
-
-
-def mean_weights(w):
-    """Mean (n,) over the epochs of w (epochs, n), NaN where a pair was never drawn."""
+        w, belongs_to = data["w"].astype(np.float64), str(data["pairs"])
+        if w.ndim != 2 or np.isnan(w).all() or np.isinf(w).any():
+            raise ValueError("no weights, or infinite weights")
+    if belongs_to != fingerprint(pairs):
+        raise InputError(f"{path} holds weights of {w.shape[1]} other pairs than the {len(pairs)} "
+                         f"of {pairs.source}; give --dataset_root and --noise_ratio of that run")
     drawn = ~np.isnan(w)
     total, count = np.where(drawn, w, 0).sum(axis=0), drawn.sum(axis=0)
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)

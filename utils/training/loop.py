@@ -87,7 +87,6 @@ def fit(run, model, dev, optimizers, loader, step, kept=()):
                 history.record(state.step, schedule(epoch, epoch_steps - 1), scores)
                 if history.best()[0] == epoch + 1:
                     state.link_best(epoch + 1)
-                checkpoints.prune(run.folder, args.keep_checkpoints)
             first_batch = 0
     if is_main():
         for path in run.folder.glob("step*.pt"):
