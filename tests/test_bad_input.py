@@ -11,6 +11,7 @@ import struct
 import sys
 import tracemalloc
 import zlib
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -331,16 +332,10 @@ def test_postscript_is_not_drawn(one_image, tmp_path, monkeypatch):
                                         ((1000, 1), True)])
 def test_thin_images(one_image, tmp_path, size, good):
     """Resized to a shorter side of 224 they would have a thousand times the pixels."""
-    images, path = one_image(b""), tmp_path / "images" / "a.jpg"
-    Image.new("RGB", size).save(path, "PNG")
-    if good:
-        assert image_format(path) == "PNG"
+    images = one_image(b"")
+    Image.new("RGB", size).save(tmp_path / "images" / "a.jpg", "PNG")
+    with nullcontext() if good else pytest.raises(InputError, match="too thin"):
         assert len(images[0]) == 3
-    else:
-        with pytest.raises(Unusable, match="too thin"):
-            image_format(path)
-        with pytest.raises(InputError, match="too thin"):
-            images[0]
 
 
 # ---- options ------------------------------------------------------------------------------------

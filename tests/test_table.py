@@ -140,7 +140,7 @@ def test_latex_escapes_what_latex_reads(run, tables, tmp_path):
     assert [len(row.split(" & ")) for row in latex.splitlines() if row.endswith(r"\\")] == [10, 10]
 
 
-def test_folders_of_eval_alone(run, tables):
+def test_folders_of_eval_alone_and_of_the_newest_checkpoint(run, tables):
     trained, zero_shot = run("trained", 70), run("zero", 40)
     for folder, resume in ((trained / "tested", trained / "epoch2.pt"), (zero_shot, None)):
         folder.mkdir(exist_ok=True)
@@ -151,8 +151,9 @@ def test_folders_of_eval_alone(run, tables):
     text, _, _ = tables(trained / "tested", zero_shot)
     assert line(text, "20 %", "NPC")[3] == "70.0"
     assert line(text, "–", "zero-shot")[3] == "40.0"
-    elsewhere = json.loads((trained / "options.json").read_text()) | {"dataset_root": "other"}
-    (trained / "options.json").write_text(json.dumps(elsewhere))
+    change(trained / "options_eval.json", resume="auto")  # the newest checkpoint, the run's own
+    assert line(tables(trained)[0], "20 %", "NPC")[3] == "70.0"
+    change(trained / "options.json", dataset_root="other")
     assert line(tables(trained / "tested")[0], "–")[1] == f"zero-shot {trained / 'epoch2.pt'}"
 
 
@@ -202,12 +203,6 @@ def change(path, **values):
     """Change the object in a .json file; None takes a key out."""
     content = json.loads(path.read_text()) | values
     path.write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
-
-
-def test_scores_of_the_newest_checkpoint_are_the_run_s(run, tables):
-    folder = run("r", 70)
-    change(folder / "options_eval.json", resume="auto")
-    assert line(tables(folder)[0], "20 %", "NPC")[3] == "70.0"
 
 
 def test_the_same_name_noise_and_seed_twice(run, capsys, tmp_path):
