@@ -16,11 +16,12 @@ import torch
 import torch.distributed as dist
 from conftest import banks, describe, draw, make_dataset, write_lines
 from processes import BANK, CLIP, NPC, RESNET, ROOT, differences, run, run_in_two, save_small
+from test_resume import after_step
 
 import clip
 import search
 from utils import distributed
-from utils.training.checkpoints import newest
+from utils.training import checkpoints, loop
 from utils.training.interruptions import INTERRUPTED
 
 TOLERANCE = 1e-5
@@ -191,14 +192,10 @@ def test_any_number_of_processes_resumes(data, tmp_path):
 
 
 def signal_after(step, number):
-    from test_resume import after_step
-
     after_step(step, lambda: os.kill(os.getpid(), number))
 
 
 def save_slowly():
-    from utils.training import checkpoints
-
     save = checkpoints.save
     checkpoints.save = lambda *arguments: (time.sleep(0.5), save(*arguments))
 
@@ -206,9 +203,6 @@ def save_slowly():
 def leave_after_saving():
     """Hook: this process gets the signal, and must not leave, whereupon torchrun would end the
     other, before that one has saved."""
-
-    from utils.training import loop
-
     leave = loop.end_interrupted
 
     def check(run, where):
@@ -231,8 +225,6 @@ def test_all_processes_resume_from_what_the_first_one_found(data, tmp_path):
 
 
 def find_nothing():
-    from utils.training import checkpoints
-
     checkpoints.newest = lambda *_: None
 
 
@@ -275,7 +267,7 @@ def test_sigterm_to_torchrun_itself_saves_in_time(data, tmp_path):
     process.send_signal(signal.SIGTERM)
     said, _ = process.communicate(timeout=60)
     assert "a checkpoint is saved" in said, said
-    path = newest(tmp_path / "x", print)
+    path = checkpoints.newest(tmp_path / "x", print)
     state = clip.read_checkpoint(path)
     assert f"interrupted after {path.stem.rstrip('0123456789')} {state['step']}" in said or (
         path.stem == f"epoch{state['epoch']}")
