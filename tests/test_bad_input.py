@@ -671,13 +671,6 @@ def test_authors_bank_with_random_damage(authors, seed):
         assert "\n" not in str(error)
 
 
-def test_authors_bank_has_no_posterior_to_weight_with(refused, dataset):
-    data = dataset("cc")
-    get_memorybank.main([*data.options, "--vision_model", "tiny", "--device", "cpu",
-                         "--num_workers", "0", "--format", "released"])
-    refused("main_NPC", data, "--weighting", "gmm", words=["--weighting", "get_memorybank.py"])
-
-
 # ---- odd names that are good --------------------------------------------------------------------
 
 

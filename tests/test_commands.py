@@ -333,13 +333,12 @@ def test_interpolation_scores_both_ends_and_writes_the_best(trained, capsys, tmp
     assert (tmp_path / "ex0" / "eval_test.json").exists() and (tmp_path / "found.png").exists()
 
 
-def test_interpolation_of_different_architectures_is_refused(trained, tmp_path, capsys):
+def test_interpolation_of_different_architectures_is_refused(trained, tmp_path, refusal):
     torch.save(clip.CLIP(**{**clip.architecture("tiny"), "vision_layers": 1}).state_dict(),
                tmp_path / "other.pt")
-    with pytest.raises(SystemExit):
-        interpolate.main(["--resume", str(trained.clip / "epoch2.pt"), "--initial",
-                          str(tmp_path / "other.pt"), *trained.data.options, "--device", "cpu"])
-    assert "give the model that it started from" in capsys.readouterr().err
+    argv = ["--resume", trained.clip / "epoch2.pt", "--initial", tmp_path / "other.pt",
+            *trained.data.options, "--device", "cpu"]
+    assert "give the model that it started from" in refusal(interpolate.main, argv)
 
 
 # ---- the other commands -------------------------------------------------------------------------
@@ -393,14 +392,18 @@ def test_each_seed_has_its_noise_and_its_bank(trained, dataset, capsys):
     assert "0.4_noise_similar_seed4_train_caps.txt" in {p.name for p in data.split_folder.iterdir()}
 
 
-def test_memory_bank_command_writes_the_authors_format(trained, dataset):
+def test_memory_bank_command_writes_the_authors_format(trained, dataset, refusal):
+    """It has no posterior to weight with."""
     data = dataset("cc")
     get_memorybank.main([*data.options, *COMMON, "--format", "released"])
     images = np.load(data.root / "annotations/memory_bank/0_mbank_img_idx.npy", allow_pickle=True)
     assert set(images.item()) == set(data.ids["train"])
-    main_NPC.main([*data.options, *COMMON, "--batch_size", "12", "--epochs", "1",
-                   "--checkpoint_path", str(data.root.parent)])
+    argv = [*data.options, *COMMON, "--batch_size", "12", "--epochs", "1", "--checkpoint_path",
+            str(data.root.parent), "--experiments"]
+    main_NPC.main([*argv, "npc"])
     assert not (data.root / "annotations/frozen_memory_bank").exists()
+    said = refusal(main_NPC.main, [*argv, "gmm", "--weighting", "gmm"])
+    assert "--weighting" in said and "get_memorybank.py" in said
 
 
 def test_the_readme_s_command_lines_parse():

@@ -2,6 +2,7 @@
 environment that lacks something; and how a failing command ends."""
 
 import errno
+import functools
 import json
 import os
 import re
@@ -33,15 +34,6 @@ COMMANDS = [str(path.relative_to(ROOT)) for folder in (".", "dataset", "benchmar
             for path in sorted((ROOT / folder).glob("*.py")) if "\n    main()" in path.read_text()]
 
 
-def refusal(argv, capsys):
-    """The one line with which main_NPC.py refuses its options."""
-    with pytest.raises(SystemExit) as caught:
-        main_NPC.main(argv)
-    error = capsys.readouterr().err
-    assert caught.value.code == 2 and error.count("\n") == 1
-    return error
-
-
 @pytest.mark.parametrize("argv, near", [
     (["--datset", "coco"], "--dataset"), (["--batch-size", "8"], "--batch_size"),
     (["--dataset_rot", "dataset/mine"], "--dataset_root"), (["--learning_rate=1e-5"], "--lr"),
@@ -50,18 +42,18 @@ def refusal(argv, capsys):
     (["--recipe", "papper"], "paper"), (["--precision", "amp_bf6"], "amp_bf16"),
     *((argv, None) for argv in (["--zzzz", "seed"], ["--device", "cuda:99"], ["--lr", "seed"],
                                 ["nowhere/robust.args"], ["--data_on", "--eager"]))])
-def test_mistyped_words_alone_suggest_the_near_one(argv, near, capsys):
-    said = refusal(argv, capsys)
+def test_mistyped_words_alone_suggest_the_near_one(argv, near, refusal):
+    said = refusal(main_NPC.main, argv)
     assert f"did you mean {near}?" in said if near else "did you mean" not in said
 
 
 @pytest.mark.parametrize("content, said", [
     (None, "No such file"), (b"--name 'x\n", "the line '--name 'x'")])
-def test_a_file_of_options_that_cannot_be_read(tmp_path, content, said, capsys):
+def test_a_file_of_options_that_cannot_be_read(tmp_path, content, said, refusal):
     """A text that begins with @, as a query of search.py may, is taken for such a file."""
     if content:
         (tmp_path / "x").write_bytes(content)
-    line = refusal([f"@{tmp_path}/x"], capsys)
+    line = refusal(main_NPC.main, [f"@{tmp_path}/x"])
     assert said in line and "@FILE" in line and (content or "a space before a text" in line)
 
 
@@ -192,7 +184,7 @@ COMPILED = ["--compile", "--device", "cuda"]
     ("find_noise", ["--weights", "x.npz"], "--weights RUN/weights.npz go together"),
     *(("npc", [*COMPILED, *more], "--compile is for steps that are replayed") for more in (
         ["--eager"], ["--precision", "fp16"], ["--device", "cpu"], ["torchrun"]))])
-def test_options_that_do_not_go_together(monkeypatch, capsys, command, words, said):
+def test_options_that_do_not_go_together(monkeypatch, refusal, command, words, said):
     monkeypatch.setattr(params, "find_spec", lambda _: None)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert parse_args("npc", COMPILED).compile
@@ -200,9 +192,7 @@ def test_options_that_do_not_go_together(monkeypatch, capsys, command, words, sa
         for name, value in {"WORLD_SIZE": "2", **TORCHRUN}.items():
             monkeypatch.setenv(name, value)
         words = words[:-1]
-    with pytest.raises(SystemExit) as caught:
-        parse_args(command, words)
-    assert caught.value.code == 2 and said in capsys.readouterr().err
+    assert said in refusal(functools.partial(parse_args, command), words)
 
 
 # ---- progress ------------------------------------------------------------------------------------
