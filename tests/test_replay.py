@@ -153,7 +153,7 @@ class Cuda:
     on the graph's inputs. The n-th capture fails, if wanted, and leaves its stream current."""
 
     def __init__(self, monkeypatch, failing=None, device=None):
-        self.captures, self.failing, self.stream, self.alive = 0, failing, "main", 0
+        self.captures, self.failing, self.stream = 0, failing, "main"
         for name, stand_in in {"graph_pool_handle": lambda: "pool", "CUDAGraph": self.Graph,
                                "graph": self.graph, "current_stream": lambda: self.stream,
                                "set_stream": lambda stream: setattr(self, "stream", stream),
