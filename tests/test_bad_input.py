@@ -59,9 +59,9 @@ def quiet(*_):
 @pytest.fixture
 def refused(tmp_path, capsys, monkeypatch):
     """Function: run a command that must fail; returns its one line. It may leave its log and its
-    options, whole files that were asked for (`leaves`, by their names), and nothing else."""
+    options, as whole files, and nothing else."""
 
-    def run(command, data, *more, leaves=(), words=()):
+    def run(command, data, *more, words=()):
         monkeypatch.chdir(tmp_path)  # the default checkpoint_path is relative
         argv = [*data.options, *map(str, more)] if data else list(map(str, more))
         if command != "construct_noise":
@@ -78,7 +78,7 @@ def refused(tmp_path, capsys, monkeypatch):
             assert str(word) in lines[0]
         for file in tree(tmp_path) - before:
             name = os.path.basename(file)
-            assert name in LOGS or name in leaves or name.startswith("events.out.tfevents"), file
+            assert name in LOGS or name.startswith("events.out.tfevents"), file
             if name.endswith(".json"):
                 json.loads((tmp_path / file).read_text())
         return lines[0]
