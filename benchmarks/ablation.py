@@ -60,10 +60,6 @@ def prepare(source, data, hook):
         hook()
 
 
-def passes(count):
-    return METHODS["robust"]._replace(folder=f"robust_{count}", epochs=count)
-
-
 ON_CLEAN = ("--train_on", "clean")
 ROWS = {
     "CLIP": METHODS["CLIP"],
@@ -73,9 +69,8 @@ ROWS = {
     f"CLIP on the paper's clean set, {PASSES} passes":
         Method("clip_clean", "main_CLIP.py", PASSES, ON_CLEAN),
     BEST: METHODS["robust"],
-    "robust, 5 passes": passes(5),
-    "robust, 9 passes": passes(9),
-    "robust, 17 passes": passes(17),
+    **{f"robust, {count} passes": METHODS["robust"]._replace(folder=f"robust_{count}", epochs=count)
+       for count in (5, 9, 17)},
     f"CLIP on the truly right pairs, {PASSES} passes":
         Method("oracle_pairs", "main_CLIP.py", PASSES, ON_CLEAN, oracle),
     "CLIP, judge's posterior as weight, NPC's compute":

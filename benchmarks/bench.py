@@ -148,25 +148,15 @@ def machine(device):
     return f"{chip}, torch {torch.__version__}, Python {platform.python_version()}"
 
 
-def clock(function, device, steps=1):
-    """Seconds that each of `steps` calls in a row takes; a GPU is waited for at the end alone."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    wait()
-    start = time.perf_counter()
-    for _ in range(steps):
-        function()
-    wait()
-    return (time.perf_counter() - start) / steps
-
-
 def compare(contenders, device, rounds, prepare, steps, warm_up):
     """{name: numbers} of functions that run in turn, `steps` calls each, round by round.
 
-    The numbers are `seconds` of a call in each round and on a GPU `memory`, the peak in MB.
-    prepare() comes before each round. A first round is not timed; on a GPU warm_up() follows,
-    which meets what is captured and compiled.
+    The numbers are `seconds` of a call in each round and on a GPU `memory`, the peak in MB. A GPU
+    is waited for after the last call of a turn alone. prepare() comes before each round. A first
+    round is not timed; on a GPU warm_up() follows, which meets what is captured and compiled.
     """
     on_gpu = device.type == "cuda"
+    wait = torch.cuda.synchronize if on_gpu else lambda: None
     results = {name: {"seconds": [], "memory": None} for name in contenders}
     prepare()
     for function in contenders.values():
@@ -178,7 +168,12 @@ def compare(contenders, device, rounds, prepare, steps, warm_up):
         for name, function in contenders.items():
             if on_gpu:
                 torch.cuda.reset_peak_memory_stats()
-            results[name]["seconds"].append(clock(function, device, steps))
+            wait()
+            start = time.perf_counter()
+            for _ in range(steps):
+                function()
+            wait()
+            results[name]["seconds"].append((time.perf_counter() - start) / steps)
             if on_gpu:
                 results[name]["memory"] = torch.cuda.max_memory_allocated() / 1e6
     return results
@@ -274,8 +269,6 @@ def new_model(args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], epilog="Other options are "
                                      "main_NPC.py's: --batch_size, --device, --precision, ...")
-    parser.add_argument("--only", choices=("step",), default="step",
-                        help="what to measure: a training step")
     parser.add_argument("--against", choices=("released", "nothing"), default="released",
                         help="time the released procedure beside ours, or not")
     parser.add_argument("--noise", nargs="+", type=float, default=[0.2, 0.6],

@@ -45,18 +45,13 @@ For image-caption pairs of your own (a table with image paths and captions):
   python main_NPC.py --recipe robust --dataset_root dataset/mine --experiments mine"""
 
 
-def run_of(name, ratio):
-    """Folder of a method's run, below that of its seed."""
-    return f"{METHODS[name].folder}_{ratio}"
-
-
 def results(folders):
     """{method: [[scores of each noise ratio] of each seed]}; `seconds` is among the scores."""
 
     def scores(folder, name, ratio):
         if name == ZERO_SHOT:
             return driver.read_scores(folder / ZERO_SHOT)
-        run = folder / run_of(name, ratio)
+        run = folder / f"{METHODS[name].folder}_{ratio}"
         return {**driver.read_scores(run / "last"), "seconds": driver.read_seconds(run)}
 
     return {name: [[scores(folder, name, ratio) for ratio in RATIOS] for folder in folders]
@@ -112,8 +107,8 @@ def main():
     driver.run_jobs([driver.pretraining(folder, seed) for seed, folder in enumerate(folders)],
                     args.jobs)
     driver.run_jobs([
-        driver.fine_tuning(folder, seed, f"{ratio:.0%} noise, {name}", run_of(name, ratio), method,
-                           ("--noise_ratio", ratio))
+        driver.fine_tuning(folder, seed, f"{ratio:.0%} noise, {name}", f"{method.folder}_{ratio}",
+                           method, ("--noise_ratio", ratio))
         for seed, folder in enumerate(folders) for ratio in RATIOS
         for name, method in METHODS.items()], args.jobs)
     found = results(folders)

@@ -220,3 +220,18 @@ def dataset(datasets, tmp_path):
         return describe(root, layout)
 
     return copy
+
+
+@pytest.fixture
+def refusal(capsys):
+    """Function: run a command, by its `main`, that must refuse its options or files; returns the
+    one line with which it does."""
+
+    def run(main, argv):
+        with pytest.raises(SystemExit) as caught:
+            main([str(word) for word in argv])
+        error = capsys.readouterr().err
+        assert caught.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
+        return error
+
+    return run

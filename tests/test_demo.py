@@ -1,12 +1,17 @@
-"""benchmarks/driver.py runs and reuses commands; the demo's figure. `make demo` runs all of it."""
+"""benchmarks/driver.py runs and reuses commands; the demo's figure; the benchmarks of speed run, on
+very little, and say what they promise. `make demo` runs all of the demo."""
 
 import functools
+import json
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
+from conftest import ROOT
 
 from benchmarks import demo, driver
 from utils.errors import InputError
@@ -84,3 +89,39 @@ def test_the_demo_s_figure_uses_its_space_and_hides_no_line(tmp_path):
     assert figure.legends[0].get_window_extent().y1 < axes.get_window_extent().y0
     driver.save_figure(figure, tmp_path / "figure")
     assert (tmp_path / "figure.png").stat().st_size and (tmp_path / "figure.pdf").stat().st_size
+
+
+# ---- speed ---------------------------------------------------------------------------------------
+
+
+TINY = ["--vision_model", "tiny", "--batch_size", "4", "--device", "cpu", "--context_length", "77"]
+
+
+def bench(name, *options):
+    """What a benchmark prints."""
+    words = [sys.executable, ROOT / "benchmarks" / name, *TINY, *options]
+    done = subprocess.run([str(word) for word in words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_the_step_of_every_contender_is_timed(tmp_path):
+    path = tmp_path / "out.json"
+    said = bench("bench.py", "--rounds", 1, "--noise", 0.2, "--json", path)
+    results = json.loads(path.read_text())["step"]["0.2"]
+    contenders = [name for name, result in results.items() if isinstance(result, dict)]
+    assert len(contenders) == 4 and all(f"| {name} " in said for name in contenders)
+    assert all(len(results[name]["seconds"]) == 1 for name in contenders)
+    assert 1 < results["u_image"] < results["u_text"] < 3  # five captions share an image
+
+
+@pytest.mark.slow
+def test_an_epoch_is_trained_and_taken_apart():
+    said = bench("epoch.py", "--num_images", 4, "--num_dev", 5)
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in said.splitlines()
+            if line.count("|") == 5][2:]
+    *parts, total = [float(row[-1]) for row in rows]
+    assert len(parts) == 7 and abs(total - sum(parts)) < 0.05 * 9
+    assert float({name: once for name, once, *_ in rows}["steps"]) > 0
+    assert "20 captions" in said

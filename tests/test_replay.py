@@ -1,4 +1,4 @@
-"""Steps of few shapes, and their replay as CUDA graphs."""
+"""Steps of few shapes, their replay as CUDA graphs, and what a GPU must not wait for."""
 
 import contextlib
 import copy
@@ -18,17 +18,18 @@ from processes import NPC as NPC_SCRIPT
 from processes import run
 from test_npc_step import BATCH, NUM_PAIRS, StubRun, make_data, make_model, options
 from test_resume import after_step
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import clip
+import main_CLIP
+import main_NPC
 import utils.method.optimizer as optimizer_module
-from main_CLIP import Baseline
-from main_NPC import NPC
 from utils import distributed
 from utils.method.batches import Batches
-from utils.method.optimizer import Precision, adamw, replays, set_rate
+from utils.method.optimizer import Precision, adamw, replays, set_rate, trained
 from utils.method.weightings import WEIGHTINGS, Weighting
 from utils.reading.images import ImagesInMemory
-from utils.training import checkpoints
+from utils.training import checkpoints, history
 from utils.training.interruptions import INTERRUPTED
 from utils.training.replay import Replay, shape_of
 from utils.training.run import Run
@@ -40,13 +41,14 @@ class Trainer:
     """Steps of one of the scripts on a device, replayed or not, whose rate changes."""
 
     def __init__(self, script, tower, device, dtype, few_shapes=False, replayed=False, **changes):
-        run = StubRun(options(**changes))
+        self.run = run = StubRun(options(**changes))
         run.device = run.args.device = device
         run.precision = Precision(run.args.precision, device)
         self.pairs, bank = make_data()
         self.pairs.images = ImagesInMemory(self.pairs.images.crops, device)
         self.A = make_model(tower).to(device, dtype)
-        self.method = NPC(self.A, run, bank) if script == "npc" else Baseline(self.A, run)
+        self.method = (main_NPC.NPC(self.A, run, bank) if script == "npc"
+                       else main_CLIP.Baseline(self.A, run))
         self.A.train(run.recipe.batch_norm_trains)
         self.batches = Batches(self.pairs, bank if script == "npc" else None,
                                few_shapes=few_shapes)
@@ -114,49 +116,33 @@ def test_steps_are_replayed_on_a_gpu_by_default(changes, few):
     assert replays(args) == few
 
 
-def test_attention_plans_no_shape_outside_of_few(monkeypatch):
+@pytest.fixture
+def calls(monkeypatch):
+    """What is set: the device, and whether cuDNN's attention is on."""
+    made = []
+    monkeypatch.setattr(torch.cuda, "set_device", made.append)
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", made.append)
+    return made
+
+
+def test_attention_plans_no_shape_outside_of_few(monkeypatch, calls):
     """cuDNN's is off, but within the first steps of each of a few shapes."""
-    now = []
-    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", now.append)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     args = options(precision="amp_bf16")
     args.device = GPU
     distributed.use_device(args)
-    assert now == [False]
     pairs, bank = make_data()
     batch = Batches(pairs, bank, few_shapes=True)[list(range(BATCH))]
-    assert Replay(lambda _: now[-1], print)(batch) and now == [False, True, False]
+    assert Replay(lambda _: calls[-1], print)(batch) and calls[1:] == [False, True, False]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "amp_bf16"])
-def test_fp32_is_fp32(monkeypatch, precision):
+def test_fp32_is_fp32(monkeypatch, calls, precision):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", precision == "fp32")
-    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", lambda on: None)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     args = options(precision=precision)
     args.device = GPU
     distributed.use_device(args)
     assert torch.backends.cudnn.allow_tf32 == (precision != "fp32")
-
-
-def test_unfused_adamw_rounds_alike_in_groups_of_tensors():
-    """With half weights on a GPU it is `foreach`, torch's default there and so the released
-    script's; with `fused=False` alone it would loop over the tensors."""
-    models = [make_model("vit").half() for _ in range(2)]
-    optimizers = [adamw(models[0], options()), torch.optim.AdamW(
-        models[1].parameters(), lr=1e-3, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.2,
-        foreach=True)]
-    rng = torch.Generator().manual_seed(0)
-    for _ in range(3):
-        for p, q in zip(*(model.parameters() for model in models), strict=True):
-            p.grad = torch.randn(p.shape, generator=rng).half()
-            q.grad = p.grad.clone()
-        for optimizer in optimizers:
-            optimizer.step()
-    p, q = (torch.cat([p.flatten() for p in model.parameters()]).float() for model in models)
-    assert (p != q).float().mean() < 0.002
-    torch.testing.assert_close(p, q, rtol=2**-9, atol=1e-5)
 
 
 # ---- without a GPU: stand-ins for torch.cuda ----------------------------------------------------
@@ -167,7 +153,7 @@ class Cuda:
     on the graph's inputs. The n-th capture fails, if wanted, and leaves its stream current."""
 
     def __init__(self, monkeypatch, failing=None, device=None):
-        self.captures, self.failing, self.stream, self.alive = 0, failing, "main", 0
+        self.captures, self.failing, self.stream = 0, failing, "main"
         for name, stand_in in {"graph_pool_handle": lambda: "pool", "CUDAGraph": self.Graph,
                                "graph": self.graph, "current_stream": lambda: self.stream,
                                "set_stream": lambda stream: setattr(self, "stream", stream),
@@ -210,8 +196,7 @@ def test_a_shape_is_captured_when_it_is_seen_again_and_then_replayed(monkeypatch
 @pytest.mark.parametrize("failing", [1, 2])
 def test_a_capture_that_fails_frees_all_and_goes_on_eagerly(monkeypatch, failing):
     cuda, said = Cuda(monkeypatch, failing), []
-    plain, replayed = Trainer("npc", "vit", CPU, torch.float64), Trainer("npc", "vit", CPU,
-                                                                         torch.float64)
+    plain, replayed = (Trainer("npc", "vit", CPU, torch.float64) for _ in range(2))
     replayed.step = Replay(lambda batch: replayed.method.step(batch), said.append)
     seen = [Batches(replayed.pairs, plain.batches.bank)[list(range(size))] for size in (6, 7)]
     graphs = []
@@ -240,18 +225,15 @@ def test_no_graph_is_made_on_another_device(monkeypatch):
     assert cuda.captures == 0 and "the batch is on cpu, the process on cuda:0" in said[0]
 
 
-def test_the_device_is_set_before_anything_is_put_on_it(monkeypatch, tmp_path):
-    done = []
-    monkeypatch.setattr(torch.cuda, "set_device", lambda index: done.append(index))
-    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", lambda on: done.append("kernels"))
-    monkeypatch.setattr(clip, "load", lambda name, device, **_: done.append(device) or 1 / 0)
+def test_the_device_is_set_before_anything_is_put_on_it(monkeypatch, calls, tmp_path):
+    monkeypatch.setattr(clip, "load", lambda name, device, **_: calls.append(device) or 1 / 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     for folder in ("annotations/scan_split", "images"):
         (tmp_path / folder).mkdir(parents=True)
     args = options(device="cuda:1", dataset_root=str(tmp_path))
     with pytest.raises(ZeroDivisionError):
         Run(args).load_model()
-    assert done == [1, "kernels", torch.device("cuda:1")]
+    assert calls == [1, False, torch.device("cuda:1")]
 
 
 @pytest.mark.parametrize("environment, expected", [({}, "cuda:0"), ({"LOCAL_RANK": "1"}, "cuda:1")])
@@ -272,6 +254,94 @@ def test_the_rate_is_a_tensor_where_steps_are_replayed(monkeypatch):
         assert group["capturable"] == isinstance(group["lr"], torch.Tensor) == (not eager)
         set_rate(made, 0.25)
         assert float(made.param_groups[0]["lr"]) == 0.25
+
+
+# ---- what a GPU must not wait for. "meta" stands for it: its tensors have shapes and no values, so
+# that whatever looks at one on the host fails
+
+RUNS = [("npc", {}), ("npc", {"recipe": "released"}), ("npc", {"weighting": "none"}),
+        ("clip", {})]
+
+
+class Waits(TorchDispatchMode):
+    """Notes each copy between host and device that the host waits for, and each operation on
+    tensors of both, which hides such a copy."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __enter__(self):
+        self.make = torch.tensor
+        torch.tensor = lambda *args, device=None, **more: (
+            str(device) not in ("None", "cpu") and self.found.append(f"torch.tensor on {device}"),
+            self.make(*args, device=device, **more))[1]
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        torch.tensor = self.make
+        return super().__exit__(*error)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        places = {x.device.type for x in leaves(args) if isinstance(x, torch.Tensor) and x.ndim}
+        copies = function is torch.ops.aten._to_copy.default
+        if len(places) > 1 or copies and not kwargs.get("non_blocking") and kwargs.get("device"):
+            self.found.append(f"{function} {places} {kwargs.get('device')}")
+        return function(*args, **kwargs)
+
+
+def leaves(args):
+    for x in args:
+        yield from leaves(x) if isinstance(x, list | tuple) else [x]
+
+
+class Unread:
+    """In the place of `HostCopy`: what the device knows, without its values."""
+
+    def __init__(self, tensor):
+        self.shape = tensor.shape
+
+    def get(self):
+        return torch.zeros(self.shape)
+
+
+@pytest.fixture
+def meta(monkeypatch):
+    """Lets training run on "meta", which lacks autocast and a fused AdamW."""
+    def adamw(model, args):
+        return torch.optim.AdamW(trained(model), lr=args.lr, foreach=True)
+
+    monkeypatch.setattr(main_NPC, "adamw", adamw)
+    monkeypatch.setattr(main_CLIP, "adamw", adamw)
+    monkeypatch.setattr(history, "HostCopy", Unread)
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+    return torch.device("meta")
+
+
+def train(script, device, **changes):
+    """Steps of a small model as the loop makes them, with the data on the device; after each one
+    it yields."""
+    trainer = Trainer(script, "vit", device, torch.float32, precision="fp32", display=10**6,
+                      epochs=1, **changes)
+    log = history.History(trainer.run, trainer.pairs, 10**6)
+    log.start_epoch(0, resumed=False)
+    for step in range(1, 5):
+        batch = trainer.batches[list(range(step, step + BATCH))].to(device)
+        numbers = trainer.step(batch)
+        log.require_finite()
+        log.add(step, 1e-3, batch, numbers)
+        yield
+
+
+@pytest.mark.parametrize("script, changes", RUNS)
+def test_nothing_between_two_logged_steps_waits_for_the_device(meta, script, changes):
+    steps = train(script, meta, **changes)
+    next(steps)  # the first one may build and ship what stays
+    with Waits() as waits:
+        for _ in steps:
+            pass
+    assert waits.found == []
 
 
 # ---- on a GPU: no GPU has run these tests yet ----------------------------------------------------
@@ -375,3 +445,16 @@ def test_fp32_on_a_gpu_is_that_of_a_cpu(tower):
     way, off = (sum((p - q).square().sum() for p, q in zip(host.parameters(), others, strict=True))
                 for others in (start, gpu.parameters()))
     assert off.sqrt() < 1e-4 * way.sqrt()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("script, changes", RUNS)
+def test_no_step_waits_for_the_gpu(script, changes):
+    steps = train(script, torch.device("cuda"), **changes)
+    next(steps)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in steps:
+            pass
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
