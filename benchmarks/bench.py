@@ -269,6 +269,8 @@ def new_model(args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], epilog="Other options are "
                                      "main_NPC.py's: --batch_size, --device, --precision, ...")
+    parser.add_argument("--only", choices=("step",), default="step",
+                        help="what to measure: a training step")
     parser.add_argument("--against", choices=("released", "nothing"), default="released",
                         help="time the released procedure beside ours, or not")
     parser.add_argument("--noise", nargs="+", type=float, default=[0.2, 0.6],

@@ -1,6 +1,6 @@
 """Measures how long the published run takes, by its parts: five epochs of MSCOCO's size.
 
-    python benchmarks/epoch.py [--measured 8192] [main_NPC.py's options]
+    python benchmarks/epoch.py [--measured 8192] [--json FILE] [main_NPC.py's options]
 
 Random crops and captions of MSCOCO's lengths train for two real epochs, with checkpoints, dev
 scores and a bank that is really built. They are as many as MSCOCO's, or as many as --measured says;
@@ -8,6 +8,7 @@ the seconds of what grows with their number are then multiplied. Nothing is read
 """
 
 import argparse
+import json
 import sys
 import tempfile
 import time
@@ -78,6 +79,7 @@ def main():
     parser.add_argument("--num_images", type=int, default=113_287, help="training images; MSCOCO's")
     parser.add_argument("--measured", type=int, help="how many of these are used; default: all")
     parser.add_argument("--num_dev", type=int, default=5000, help="dev images")
+    parser.add_argument("--json", help="write the results to this file")
     options, words = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as folder:
         bench.make_empty_set(folder)
@@ -98,6 +100,8 @@ def main():
           f"A step takes {seconds['steps'] / steps * 1000:.1f} ms, "
           f"{args.batch_size * steps / seconds['steps']:.0f} pairs/s; {EPOCHS} epochs take "
           f"{total / 60:.1f} minutes.")
+    if options.json:
+        Path(options.json).write_text(json.dumps({**seconds, "total": total}, indent=1))
 
 
 if __name__ == "__main__":
