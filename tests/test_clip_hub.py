@@ -18,7 +18,7 @@ import interpolate
 from clip.model import complete_config
 
 pytest.importorskip("huggingface_hub")
-CONFIG = complete_config(**SMALL, **VIT, image_mean=(0.5, 0.4, 0.3))
+CONFIG = complete_config(**SMALL | VIT | {"vocab_size": 49408, "image_mean": (0.5, 0.4, 0.3)})
 COMMIT = "0123456789abcdef" * 2 + "01234567"
 
 
@@ -139,8 +139,8 @@ def without_the_package():
 
 
 @pytest.mark.parametrize("problem, words", [
-    ("unknown", "org/none: no such file or folder, and no such model on http://127.0.0.1"),
-    ("no name", "org/no..ne: no such file or folder, and no such model on http://127.0.0.1"),
+    ("unknown", "org/none: no such file or folder, and it cannot be downloaded from http://127"),
+    ("no name", "org/no..ne: no such file or folder, and it cannot be downloaded from http://127"),
     ("offline", "org/none: no such file or folder, and it cannot be downloaded from http://127"),
     ("down", "org/none: no such file or folder, and it cannot be downloaded from http://127"),
     ("no package", "pip install huggingface_hub"),

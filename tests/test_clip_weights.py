@@ -62,6 +62,7 @@ def published(tmp_path, monkeypatch):
     torch.save(build().state_dict(), file)
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     monkeypatch.setitem(weights.SHA256, "ViT-B/32", digest)
+    monkeypatch.setitem(weights.CONFIGS, "ViT-B/32", build().config)
     monkeypatch.setattr(weights, "URL", folders["network"].as_uri() + "/{file}")
     monkeypatch.setattr(weights, "PRETRAINED", folders["repository"])
     monkeypatch.setattr(weights, "CACHE", folders["cache"])
@@ -263,11 +264,13 @@ def test_pickled_code_is_refused(tmp_path):
 def test_torchscript_archive_with_other_names_is_refused(name, tmp_path):
     mark, path = tmp_path / "mark", tmp_path / "x.pt"
     module, function = name
-    data = f"c{module}\n{function}\n(Vtouch {mark}\ntR.".encode()
+    data = pickle.dumps(Hostile(mark), protocol=2).replace(
+        b"cposix\nsystem", f"c{module}\n{function}".encode())
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("x/data.pkl", data)
         archive.writestr("x/constants.pkl", pickle.dumps(()))
-    refused(path, f"refused: it would run code.*{module}.{function}")
+        archive.writestr("x/version", "3")
+    refused(path, f"refused: it would run code.*{function}")
     assert not mark.exists()
 
 
