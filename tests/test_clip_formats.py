@@ -159,7 +159,8 @@ PREPROCESSING = {  # settings of CLIPImageProcessor: the mean here
     "usual": ({}, MEAN),
     "mean": ({"image_mean": [0.2, 0.5, 0.9], "image_std": [0.5, 0.1, 0.2]}, (0.2, 0.5, 0.9)),
     "one mean": ({"image_mean": 0.5, "image_std": 0.25}, (0.5, 0.5, 0.5)),
-    "squash": ({"size": {"height": 16, "width": 16}, "do_center_crop": False}, MEAN),
+    "squash": ({"size": {"height": 16, "width": 16}, "do_center_crop": False,
+                "crop_size": 9}, MEAN),
 }
 
 
