@@ -20,7 +20,7 @@ pretrained="logs/ex0/best.pt") loads a checkpoint of this project, ResNets too.
 import sys
 
 sys.path.insert(0, __file__.rpartition("/")[0])
-from utils.errors import InputError, command  # isort: skip
+from utils.errors import command  # isort: skip
 
 import clip
 from params import parse_args
@@ -32,11 +32,7 @@ def main(argv=None):
     args = parse_args("export", argv)
     model, _ = clip.load(args.resume, device="cpu", activation=args.activation)
     with new_folder("--out", args.out) as folder:
-        try:
-            clip.save_hf(model, folder)
-        except ValueError as error:  # a ResNet
-            raise InputError(f"{args.resume}: {error}; open_clip loads the checkpoint as it "
-                             "is") from error
+        clip.save_hf(model, folder)
     print(f"wrote {args.out}: {clip.describe(model.config)}, for transformers")
 
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from .preprocess import MEAN, RESIZES, STD
+from .preprocess import MEAN, STD
 
 HEAD_WIDTH = 64  # in both towers of all of OpenAI's models
 POOLING = 32  # of a ResNet's attention pooling: its stride, and its width over the stem's
@@ -339,10 +339,10 @@ def complete_config(
     vision_layers,
     vision_width,
     vision_patch_size,
-    context_length,
-    vocab_size,
     transformer_width,
-    transformer_layers,
+    transformer_layers=12,
+    context_length=77,
+    vocab_size=49408,
     transformer_heads=None,
     transformer_mlp_width=None,
     vision_heads=None,
@@ -365,7 +365,6 @@ def complete_config(
         head_width = WIDE_HEADS.get(vision_width, HEAD_WIDTH)
         config["vision_heads"] = vision_heads or _quotient(vision_width, head_width)
     else:
-        config["vision_layers"] = tuple(vision_layers)
         config["vision_heads"] = vision_heads or _quotient(vision_width * POOLING, HEAD_WIDTH)
     config["transformer_heads"] = transformer_heads or _quotient(transformer_width, HEAD_WIDTH)
     config["transformer_mlp_width"] = transformer_mlp_width or 4 * transformer_width
@@ -376,74 +375,37 @@ def _quotient(width, head_width):
     return width // head_width if width % head_width == 0 else None
 
 
-# names of a config's entries that cannot be read off the shapes of the weights
-SETTINGS = ("activation", "vision_heads", "transformer_heads", "image_resolution", "image_mean",
-            "image_std", "image_resize")
-
-
 def infer_config(state_dict, settings):
-    """The `config` of the CLIP model whose weights are `state_dict` (OpenAI's names): from the
-    shapes of its tensors and from `settings`, a dict of some of `SETTINGS`. Raises ValueError if
-    they are not a CLIP model's."""
+    """The `config` of the CLIP model whose weights are `state_dict` (OpenAI's names): `settings`, a
+    dict of some of its entries, and the rest from the shapes of the tensors. Raises KeyError,
+    IndexError or ValueError if they are not a CLIP model's."""
     shape = {key: tuple(value.shape) for key, value in state_dict.items()}
 
     def count(prefix):
         return len({key[len(prefix) :].split(".")[0] for key in shape if key.startswith(prefix)})
 
-    try:
-        vocab_size, width = shape["token_embedding.weight"]
-        if "visual.proj" in shape:
-            vision_width, _, stride, _ = shape["visual.conv1.weight"]
-            positions = shape["visual.positional_embedding"][0]
-            layers = count("visual.transformer.resblocks.")
-            mlp_width = shape["visual.transformer.resblocks.0.mlp.c_fc.bias"][0]
-        else:
-            vision_width, stride = shape["visual.layer1.0.conv1.weight"][0], POOLING
-            positions = shape["visual.attnpool.positional_embedding"][0]
-            layers = tuple(count(f"visual.layer{stage}.") for stage in (1, 2, 3, 4))
-            mlp_width = None
-        side = math.isqrt(positions - 1)
-        config = complete_config(
-            embed_dim=shape["text_projection"][1],
-            image_resolution=side * stride,
-            vision_layers=layers,
-            vision_width=vision_width,
-            vision_patch_size=stride if "visual.proj" in shape else None,
-            vision_mlp_width=mlp_width,
-            context_length=shape["positional_embedding"][0],
-            vocab_size=vocab_size,
-            transformer_width=width,
-            transformer_layers=count("transformer.resblocks."),
-            transformer_mlp_width=shape["transformer.resblocks.0.mlp.c_fc.bias"][0],
-        )
-    except KeyError as error:
-        raise ValueError(f"not the weights of a CLIP model: no {error}") from None
-    except (IndexError, ValueError):
-        raise ValueError("not the weights of a CLIP model: unexpected shapes") from None
-    config |= settings
-    vision_width *= 1 if config["vision_patch_size"] else POOLING
-    resolution = config["image_resolution"]
-    fits = {
-        "activation": str(config["activation"]) in ACTIVATIONS,
-        "vision_heads": _divides(config["vision_heads"], vision_width),
-        "transformer_heads": _divides(config["transformer_heads"], width),
-        "image_resolution": isinstance(resolution, int) and resolution // stride == side,
-        "image_mean": _three_numbers(config["image_mean"], -math.inf),
-        "image_std": _three_numbers(config["image_std"], 0),
-        "image_resize": str(config["image_resize"]) in RESIZES,
+    vocab_size, width = shape["token_embedding.weight"]
+    if "visual.proj" in shape:
+        vision_width, _, patch, _ = shape["visual.conv1.weight"]
+        positions, stride = shape["visual.positional_embedding"][0], patch
+        layers = count("visual.transformer.resblocks.")
+        mlp_width = shape["visual.transformer.resblocks.0.mlp.c_fc.bias"][0]
+    else:
+        vision_width, patch = shape["visual.layer1.0.conv1.weight"][0], None
+        positions, stride = shape["visual.attnpool.positional_embedding"][0], POOLING
+        layers = tuple(count(f"visual.layer{stage}.") for stage in (1, 2, 3, 4))
+        mlp_width = None
+    sizes = {
+        "embed_dim": shape["text_projection"][1],
+        "image_resolution": math.isqrt(positions - 1) * stride,
+        "vision_layers": layers,
+        "vision_width": vision_width,
+        "vision_patch_size": patch,
+        "vision_mlp_width": mlp_width,
+        "transformer_width": width,
+        "transformer_layers": count("transformer.resblocks."),
+        "transformer_mlp_width": shape["transformer.resblocks.0.mlp.c_fc.bias"][0],
+        "context_length": shape["positional_embedding"][0],
+        "vocab_size": vocab_size,
     }
-    for key, good in fits.items():
-        if not good:
-            raise ValueError(
-                f"{key} {config[key]} is unknown here, or does not go with the weights"
-            )
-    return config
-
-
-def _three_numbers(values, low):
-    """Whether `values` are three numbers above `low`."""
-    return len(values) == 3 and all(isinstance(x, int | float) and x > low for x in values)
-
-
-def _divides(heads, width):
-    return isinstance(heads, int) and heads > 0 and width % heads == 0
+    return complete_config(**sizes | settings)

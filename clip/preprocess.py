@@ -16,7 +16,6 @@ from torchvision.transforms import functional as TF
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # red, green, blue, in [0, 1]
 STD = (0.26862954, 0.26130258, 0.27577711)
-RESIZES = ("shortest", "squash")
 MAX_ASPECT = 1000  # long side over short side; a thinner image would fill the memory when resized
 
 
@@ -61,10 +60,12 @@ class Preprocess:
     normalize(torch.from_numpy(crop), mean=..., std=...) is preprocess(image) exactly.
 
     resize: "shortest" resizes the shorter side to R and crops the centre (OpenAI); "squash" resizes
-    both sides to R (DFN's largest models).
+    both sides to R (DFN's largest models). Raises ValueError for another one, or an std of zero.
     """
 
     def __init__(self, resolution, resize="shortest", mean=MEAN, std=STD):
+        if resize not in ("shortest", "squash") or not min(std) > 0:
+            raise ValueError(f"image_resize {resize!r} and image_std {std} cannot be used")
         self.resolution, self.resize, self.mean, self.std = resolution, resize, mean, std
 
     @classmethod

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import torch
 
-from .folders import download, read_checkpoint
-from .formats import CheckpointError, state_dict_of
-from .model import CLIP, SETTINGS, complete_config, infer_config
-from .preprocess import Preprocess
+from .formats import CheckpointError, download, read_checkpoint, state_dict_of
+from .model import CLIP, complete_config, infer_config
+from .preprocess import Preprocess, normalize
 
 URL = "https://openaipublic.azureedge.net/clip/models/{sha256}/{file}"
 SHA256 = {
@@ -28,26 +27,20 @@ SHA256 = {
 PRETRAINED = Path(__file__).resolve().parents[1] / "pre-trained_models"
 HOME = Path(os.path.expanduser("~"))  # stays "~" where a user has none
 CACHE = HOME / ".cache" / "clip" if HOME.is_absolute() else PRETRAINED
-ON_THE_HUB = re.compile(r"(hf-hub:)?([\w.-]+)/[\w.-]+")
+ON_THE_HUB = re.compile(r"(?:hf-hub:)?((?!ViT-)[\w.-]+/[\w.-]+)")
 FILES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")  # suffixes that no model of the hub has
 
-
-def _config(embed, resolution, vision_layers, vision_width, patch, width, layers=12, context=77):
-    return complete_config(embed, resolution, vision_layers, vision_width, patch, context, 49408,
-                           width, layers)
-
-
 CONFIGS = {
-    "RN50": _config(1024, 224, (3, 4, 6, 3), 64, None, 512),
-    "RN101": _config(512, 224, (3, 4, 23, 3), 64, None, 512),
-    "RN50x4": _config(640, 288, (4, 6, 10, 6), 80, None, 640),
-    "RN50x16": _config(768, 384, (6, 8, 18, 8), 96, None, 768),
-    "RN50x64": _config(1024, 448, (3, 15, 36, 10), 128, None, 1024),
-    "ViT-B/32": _config(512, 224, 12, 768, 32, 512),
-    "ViT-B/16": _config(512, 224, 12, 768, 16, 512),
-    "ViT-L/14": _config(768, 224, 24, 1024, 14, 768),
-    "ViT-L/14@336px": _config(768, 336, 24, 1024, 14, 768),
-    "tiny": _config(64, 32, 2, 128, 8, 64, layers=2),  # ours, for tests; random weights
+    "RN50": complete_config(1024, 224, (3, 4, 6, 3), 64, None, 512),
+    "RN101": complete_config(512, 224, (3, 4, 23, 3), 64, None, 512),
+    "RN50x4": complete_config(640, 288, (4, 6, 10, 6), 80, None, 640),
+    "RN50x16": complete_config(768, 384, (6, 8, 18, 8), 96, None, 768),
+    "RN50x64": complete_config(1024, 448, (3, 15, 36, 10), 128, None, 1024),
+    "ViT-B/32": complete_config(512, 224, 12, 768, 32, 512),
+    "ViT-B/16": complete_config(512, 224, 12, 768, 16, 512),
+    "ViT-L/14": complete_config(768, 224, 24, 1024, 14, 768),
+    "ViT-L/14@336px": complete_config(768, 336, 24, 1024, 14, 768),
+    "tiny": complete_config(64, 32, 2, 128, 8, 64, 2),  # ours, for tests; random weights
 }
 
 
@@ -57,23 +50,18 @@ def available_models():
 
 
 def describe(config):
-    """A config in words: the model's name, or its size and the settings in which it differs from
-    OpenAI's models of that size."""
-    for name, known in CONFIGS.items():
-        if config == known:
-            return name
-    size = dict(list(config.items())[:9])  # settings without a default
-    usual = complete_config(**size)
-    numbers = (f"{key} {value}" for key, value in config.items()
-               if key in size or value != usual[key])
-    return f"a CLIP model with {', '.join(numbers)}"
+    """A config in words: the known model that is most like it, and the settings that differ."""
+    other = {name: [f"{key} {value}" for key, value in config.items() if value != known[key]]
+             for name, known in CONFIGS.items()}
+    name = min(other, key=lambda name: len(other[name]))
+    return f"{name} with {', '.join(other[name])}" if other[name] else name
 
 
 def architecture(name_or_path, activation=None):
     """The `config` of the model that `load` would return. Raises CheckpointError."""
     if name_or_path in CONFIGS:
         return CONFIGS[name_or_path]
-    return _understand(_read(name_or_path), name_or_path, activation)[1]
+    return load(name_or_path, "cpu", activation, log=lambda _: None)[0].config
 
 
 def load(name_or_path, device=None, activation=None, log=print):
@@ -94,12 +82,7 @@ def load(name_or_path, device=None, activation=None, log=print):
     if name_or_path == "tiny":
         model = CLIP(**CONFIGS["tiny"] | ({"activation": activation} if activation else {}))
         return model.eval().to(device), Preprocess.of(model.config)
-    if name_or_path not in SHA256:
-        return build(_read(name_or_path), name_or_path, device, activation, log)
-    path = _find(name_or_path)
-    known = {key: CONFIGS[name_or_path][key] for key in ("activation", "image_mean", "image_std")}
-    checkpoint = {"state_dict": read_checkpoint(path), "config": known}
-    return build(checkpoint, path, device, activation, log)
+    return build(_read(name_or_path), name_or_path, device, activation, log)
 
 
 def build(checkpoint, source, device="cpu", activation=None, log=print):
@@ -109,66 +92,64 @@ def build(checkpoint, source, device="cpu", activation=None, log=print):
     activation: "quick_gelu" or "gelu", for a checkpoint that does not say it. `log` receives a line
     about the values that had to be assumed. Raises CheckpointError.
     """
-    state_dict, config = _understand(checkpoint, source, activation, log)
-    try:
-        with torch.device("meta"):  # skips the initialisation and its random numbers
-            model = CLIP(**config)
-        model.load_state_dict(state_dict, assign=True)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:300]
-        raise CheckpointError(f"{source} does not fit {describe(config)}: {reason}") from None
-    for tensor in (*model.parameters(), *model.buffers()):
-        dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
-        tensor.data = tensor.data.to(dtype, copy=True, memory_format=torch.contiguous_format)
-    return model.eval().to(device), Preprocess.of(config)
-
-
-def _understand(checkpoint, source, activation=None, log=None):
-    """(state dict, config) of a checkpoint."""
     state_dict, said = state_dict_of(checkpoint, source), checkpoint.get("config")
-    settings = {k: said[k] for k in SETTINGS if k in said} if isinstance(said, dict) else {}
+    settings = {k: said[k] for k in CONFIGS["tiny"] if k in said} if isinstance(said, dict) else {}
     assumed = []
     if activation is None and "activation" not in settings:
         assumed.append("activation (quick_gelu is assumed, as in OpenAI's models; LAION's and "
                        "DataComp's have gelu: --activation gelu)")
     if "image_mean" not in settings:
         assumed.append("preprocessing (OpenAI's is assumed)")
-    if assumed and log:
+    if assumed:
         log(f"{source} does not say its {' and its '.join(assumed)}")
     found = settings.setdefault("activation", activation or "quick_gelu")
     if activation not in (None, found):
         raise CheckpointError(f"{source} says that its activation is {found}, not {activation}")
     try:
-        return state_dict, infer_config(state_dict, settings)
-    except ValueError as error:
+        config = infer_config(state_dict, settings)
+    except (IndexError, KeyError, ValueError) as error:
         names = ", ".join(list(state_dict)[:5])
-        raise CheckpointError(f"{source}: {error}; the first names in it are {names}") from None
+        raise CheckpointError(f"{source}: not the weights of a CLIP model ({error!r}); the first "
+                              f"names in it are {names}") from None
+    try:
+        with torch.device("meta"):  # shapes alone: no initialisation, no random numbers
+            model, preprocess = CLIP(**config).eval(), Preprocess.of(config)
+            images = torch.zeros(1, 3, *[preprocess.resolution] * 2, dtype=torch.uint8)
+            model(normalize(images, mean=preprocess.mean, std=preprocess.std),
+                  torch.zeros(1, model.context_length, dtype=torch.int64))
+        model.load_state_dict(state_dict, assign=True)
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"{source} does not fit {describe(config)}: {reason}") from None
+    for tensor in (*model.parameters(), *model.buffers()):
+        dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+        tensor.data = tensor.data.to(dtype, copy=True, memory_format=torch.contiguous_format)
+    return model.to(device), preprocess
 
 
 def _read(name_or_path):
-    """`read_checkpoint` of a file, a folder or a model on the hub."""
+    """`read_checkpoint` of one of OpenAI's models, a file, a folder or a model on the hub."""
+    if name_or_path in SHA256:
+        return {"state_dict": read_checkpoint(_find(name_or_path)), "config": CONFIGS[name_or_path]}
     path, on_hub = Path(name_or_path), ON_THE_HUB.fullmatch(str(name_or_path))
-    if on_hub and (on_hub[1] or not (path.exists() or path.suffix in FILES
-                                     or Path(on_hub[2]).is_dir() or on_hub[2].startswith("ViT-"))):
-        return read_checkpoint(download(str(name_or_path).removeprefix("hf-hub:")))
-    if not path.suffix and not path.exists():
-        near = difflib.get_close_matches(str(path), CONFIGS, 1)  # as for open_clip's ViT-B-32
-        raise CheckpointError(
-            f"{path}: no such file, nor a model of that name"
-            f"{f' (did you mean {near[0]}?)' if near else ''}: there are {', '.join(CONFIGS)}, and "
-            "hf-hub:ORG/NAME"
-        )
-    return read_checkpoint(path)
+    if path.exists() or path.suffix in FILES:
+        return read_checkpoint(path)
+    if on_hub and not path.parent.is_dir():
+        return read_checkpoint(download(on_hub[1]))
+    near = difflib.get_close_matches(str(path), CONFIGS, 1)  # as for open_clip's ViT-B-32
+    raise CheckpointError(f"{path}: no such file, nor a model of that name"
+                          f"{f' (did you mean {near[0]}?)' if near else ''}: there are "
+                          f"{', '.join(CONFIGS)}, and hf-hub:ORG/NAME")
 
 
 def _find(name):
     """Path of the weights of one of OpenAI's models, which are downloaded if need be."""
     file = re.sub("[/@]", "-", name) + ".pt"
-    for folder in (PRETRAINED, CACHE):
-        if (folder / file).is_file():
-            if _sha256(folder / file) == SHA256[name]:
-                return folder / file
-            print(f"{folder / file} is not OpenAI's file (its SHA-256 differs): not used")
+    for path in (PRETRAINED / file, CACHE / file):
+        if path.is_file():
+            if hashlib.sha256(path.read_bytes()).hexdigest() == SHA256[name]:
+                return path
+            print(f"{path} is not OpenAI's file (its SHA-256 differs): not used")
     target, url = CACHE / file, URL.format(sha256=SHA256[name], file=file)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -178,11 +159,3 @@ def _find(name):
             f"cannot download {url} ({error}): put that file at {target} or {PRETRAINED}/"
         ) from None
     return target
-
-
-def _sha256(path):
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()

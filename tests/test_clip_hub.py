@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import socketserver
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -11,14 +10,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import torch
 from processes import BANK, CLIP, NPC, SMALL, VIT, Started
-from test_clip_formats import hf_model, save_open_clip
+from test_clip_formats import save_open_clip, save_transformers
 
 import clip
 import interpolate
 from clip.model import complete_config
 
 pytest.importorskip("huggingface_hub")
-CONFIG = complete_config(**SMALL, **VIT, image_mean=(0.5, 0.4, 0.3))
+CONFIG = complete_config(**SMALL | VIT | {"vocab_size": 49408, "image_mean": (0.5, 0.4, 0.3)})
 COMMIT = "0123456789abcdef" * 2 + "01234567"
 
 
@@ -69,13 +68,8 @@ def hub(tmp_path):
 
 
 def in_transformers(folder):
-    """Save a model with transformers. Returns its state dict."""
-    transformers = pytest.importorskip("transformers")
-    model = hf_model(CONFIG)
-    model.save_pretrained(folder)
-    transformers.CLIPImageProcessor(
-        size={"shortest_edge": 32}, crop_size=32, image_mean=CONFIG["image_mean"]
-    ).save_pretrained(folder)
+    """Save a model with transformers, and files that are not needed. Returns its state dict."""
+    save_transformers(CONFIG, folder)
     for name in ("README.md", "tf_model.h5", "pytorch_model.bin"):
         (folder / name).write_text("not needed")
     return clip.load(folder, "cpu")[0].state_dict()
@@ -138,37 +132,31 @@ def without_the_package():
     sys.modules["huggingface_hub"] = None
 
 
-@pytest.mark.parametrize("problem, words", [
-    ("unknown", "org/none: no such file or folder, and no such model on http://127.0.0.1"),
-    ("no name", "org/no..ne: no such file or folder, and no such model on http://127.0.0.1"),
-    ("offline", "org/none: no such file or folder, and it cannot be downloaded from http://127"),
-    ("down", "org/none: no such file or folder, and it cannot be downloaded from http://127"),
-    ("no package", "pip install huggingface_hub"),
-    ("no model", "org/none holds no model: needed are"),
-    ("code", "pytorch_model.bin was refused: it would run code on loading"),
-    ("a path", "org/none: no such file"),
-])
-def test_what_cannot_be_had_is_one_line(hub, options, tmp_path, problem, words, monkeypatch):
-    folder, environment = hub.root / "org" / "none", {}
-    if problem == "no model":
-        folder.mkdir(parents=True)
-        (folder / "README.md").write_text("x")
-    elif problem == "code":
-        in_transformers(folder)
-        (folder / "model.safetensors").unlink()
-        torch.save({"x": print}, folder / "pytorch_model.bin")
-    elif problem == "a path":
-        (tmp_path / "org").mkdir()  # a local folder, so that the name is a path
-        monkeypatch.chdir(tmp_path)
-    elif problem == "offline":
-        environment = {"HF_HUB_OFFLINE": "1"}
-    elif problem == "down":
-        with socketserver.TCPServer(("127.0.0.1", 0), None) as unused:
-            port = unused.server_address[1]
-        environment = {"HF_ENDPOINT": f"http://127.0.0.1:{port}"}
-    name = "org/no..ne" if problem == "no name" else "org/none"
+NOT_HAD = "no such file or folder, and it cannot be downloaded from http://127.0.0.1"
+
+
+@pytest.mark.parametrize("name, files, environment, words", [
+    ("org/none", None, {}, f"org/none: {NOT_HAD}"),
+    ("org/no..ne", None, {}, f"org/no..ne: {NOT_HAD}"),
+    ("org/none", None, {"HF_HUB_OFFLINE": "1"}, f"org/none: {NOT_HAD}"),
+    ("org/none", None, {"HF_ENDPOINT": "http://127.0.0.1:9"}, f"org/none: {NOT_HAD}"),  # is closed
+    ("org/none", None, None, "pip install huggingface_hub"),
+    ("org/none", ["README.md"], {}, "org/none holds no model: needed are"),
+    ("org/none", ["config.json", "pytorch_model.bin"], {},
+     "pytorch_model.bin was refused: it would run code on loading"),
+    ("here/none", None, {}, "here/none: no such file, nor a model of that name")])
+def test_what_cannot_be_had_is_one_line(hub, options, tmp_path, name, files, environment, words,
+                                        monkeypatch):
+    (tmp_path / "here").mkdir()  # a local folder, so that the name is a path
+    monkeypatch.chdir(tmp_path)
+    if files:
+        in_transformers(tmp_path / "all")
+        torch.save({"x": print}, tmp_path / "all" / "pytorch_model.bin")
+        (hub.root / "org" / "none").mkdir(parents=True)
+        for file in files:
+            (tmp_path / "all" / file).rename(hub.root / "org" / "none" / file)
     said = command(NPC, [*options, "--vision_model", name, "--checkpoint_path", str(tmp_path)],
-                   tmp_path, hub, 2,
-                   without_the_package if problem == "no package" else None, **environment)
-    assert words in said.splitlines()[-1] and said.splitlines()[-1].startswith("error: ")
-    assert "Traceback" not in said and (problem != "a path" or "http" not in said)
+                   tmp_path, hub, 2, without_the_package if environment is None else None,
+                   **environment or {})
+    assert said.splitlines()[-1].startswith(f"error: {words}" if name in words else "error: ")
+    assert words in said.splitlines()[-1] and "Traceback" not in said

@@ -1,21 +1,26 @@
 """Images as CLIP sees them, of every kind that real collections hold: against the transforms that
-CLIP's authors published, from memory and from files; and files that are cut short."""
+CLIP's authors published, from memory and from files; and files that are cut short. Captions:
+against known ids and open_clip's tokenizer; against transformers' in test_clip_formats.py."""
 
+import html
 import pickle
 import time
+import timeit
 
+import ftfy
 import numpy as np
 import pytest
+import regex
 import torch
 from PIL import Image
 from torchvision import transforms as T
 
 import clip
+from clip.preprocess import MEAN, STD
+from clip.tokenizer import clean_text
 from utils.reading.images import Images
 
 SIZE = 32
-MEAN = (0.48145466, 0.4578275, 0.40821073)
-STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def published(image):
@@ -72,11 +77,13 @@ def test_crop_and_normalize_are_the_whole():
 
 
 @pytest.mark.parametrize("mode", ["I;16", "I;16B", "I;16L"])
-def test_16_bit_grey_is_scaled_not_clipped(mode):
+def test_16_bit_grey_is_scaled_not_clipped(mode, tmp_path):
     grey = np.linspace(0, 255, 64).round().astype(np.uint8)[None].repeat(64, 0)
     wide = (grey.astype(np.uint16) * 257).astype(">u2" if mode == "I;16B" else "<u2")  # 0..65535
-    crop = clip.Preprocess(SIZE).crop(Image.frombytes(mode, (64, 64), wide.tobytes()))
-    np.testing.assert_array_equal(crop, clip.Preprocess(SIZE).crop(Image.fromarray(grey)))
+    image = Image.frombytes(mode, (64, 64), wide.tobytes())
+    expected = clip.Preprocess(SIZE).crop(Image.fromarray(grey))
+    np.testing.assert_array_equal(clip.Preprocess(SIZE).crop(image), expected)
+    np.testing.assert_array_equal(read(tmp_path, image, "x.tiff"), expected)
 
 
 @pytest.mark.parametrize("mode", ["I", "F", "RGBa", "RGBX", "HSV", "LAB"])
@@ -102,12 +109,6 @@ def test_every_format_gives_its_rgb(tmp_path, mode, name, options):
     crop = read(tmp_path, picture(mode), name, **options)
     with Image.open(tmp_path / "images" / name) as image:
         assert torch.equal(clip.normalize(crop), published(image))
-
-
-def test_16_bit_files_keep_their_shades(tmp_path):
-    values = np.linspace(0, 65535, SIZE * SIZE).reshape(SIZE, SIZE)
-    crop = read(tmp_path, Image.fromarray(values.astype(np.uint16)), "x.png")
-    assert abs(crop.numpy() - values / 65535 * 255).max() <= 1
 
 
 @pytest.mark.parametrize("name", ["x.gif", "x.png"])
@@ -166,16 +167,80 @@ def test_an_end_mark_in_a_thumbnail_is_no_end(tmp_path):
 
 @pytest.mark.slow
 def test_what_checking_an_image_costs(tmp_path):
-    names, rng = [f"{i}.jpg" for i in range(2000)], np.random.default_rng(0)
-    (tmp_path / "images").mkdir()
-    for name in names:
-        small = Image.fromarray(rng.integers(0, 256, (60, 80, 3), np.uint8))
-        small.resize((640, 480)).save(tmp_path / "images" / name, quality=90)
-    images, cost = Images(tmp_path, names, clip.Preprocess(224)), {}
-    for what, function in (("check", images.flaw), ("decode and crop", images.decode)):
-        start = time.process_time()
-        for k in range(len(names)):
-            function(k)
-        cost[what] = (time.process_time() - start) / len(names) * 1e3
-        print(f"{what}: {cost[what]:.2f} ms an image")
-    assert cost["check"] < cost["decode and crop"] / 10
+    small = np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8)
+    read(tmp_path, Image.fromarray(small).resize((640, 480)), "x.jpg", quality=90)
+    images = Images(tmp_path, ["x.jpg"], clip.Preprocess(224))
+    check, decode = (timeit.timeit(work, timer=time.process_time, number=1000)
+                     for work in (lambda: images.flaw(0), lambda: images.decode(0)))
+    print(f"ms an image: check {check:.2f}, decode and crop {decode:.2f}")
+    assert check < decode / 10
+
+
+# ---- captions ------------------------------------------------------------------------------------
+
+TEXTS = [
+    "a photo of a cat", "A man's dog didn't run; they'll've I'd we're I'm 'TIS", "", "   ",
+    "Crème brûlée, naïve façade, ÀÉÎÕÜ Straße İstanbul, cafe\u0301", "tabs\tand\nnew lines\r\n  x ",
+    "Tom &amp; Jerry &lt;3 &amp;amp; &eacute;t&eacute; &#39;quoted&#39;", "x < y &amp;amp; z",
+    "emoji 😀👩‍👩‍👧 ❤️ 🇫🇷 flags", "一只猫坐在垫子上。日本語のテキスト 한국어",
+    "numbers 1234567890 3.14 1,000 ½ ² Ⅳ", "a" * 60,
+    "punctuation!!! ... ??? --- ((())) [x] {y} <z> a_b #tag @user $5 100%",
+    "supercalifragilisticexpialidocious antidisestablishmentarianism",
+    "“curly quotes” ‘single’ – en — em … ellipsis ﬁ ligature", "schÃ¶n mis-decoded â€œtextâ€",
+    "кошка на ковре, γάτα, قطة", "zero\u200bwidth \u00a0nbsp \ufeffbom",
+    "\x1b[31mred\x1b[0m control\x07s", "photograph bicycles zxqj mississippi banana woman's",
+]
+
+
+def ids(text):
+    return clip.SimpleTokenizer().encode(text)
+
+
+def test_known_ids():
+    known = {"a photo of a cat": [320, 1125, 539, 320, 2368], "a diagram": [320, 22697],
+             "a dog": [320, 1929], "hello world!": [3306, 1002, 256]}
+    for text, expected in known.items():
+        row = clip.tokenize(text)[0].tolist()
+        assert row[: len(expected) + 2] == [49406, *expected, 49407]
+        assert row[len(expected) + 2 :] == [0] * (75 - len(expected))
+
+
+def test_against_open_clip():
+    """It cleans texts of entities and broken Unicode, too."""
+    theirs = pytest.importorskip("open_clip").tokenizer.SimpleTokenizer()
+    assert list(clip.SimpleTokenizer().encoder)[:-2] == list(theirs.encoder)[:-2]
+    for text in TEXTS:
+        assert ids(text) == theirs.encode(text), text
+    assert ids("Tom &amp;amp; Jerry") == ids("tom & jerry") == ids("TOM  &amp;\n JERRY ")
+    assert ids("schÃ¶n") == ids("schön") and ids("a <|endoftext|> b") == [320, 49407, *ids("b")]
+
+
+def test_the_shortcut_for_ascii_changes_nothing():
+    for text in [*TEXTS, "".join(map(chr, range(32, 127))), "x < y > z", "'' `` \"\"", "it\\'s"]:
+        slow = html.unescape(html.unescape(ftfy.fix_text(text)))
+        assert clean_text(text) == regex.sub(r"\s+", " ", slow.strip()).strip().lower()
+
+
+def test_too_long():
+    fits, over = "dog " * 75, "dog " * 76
+    assert clip.tokenize(fits)[0].tolist() == [49406, *[1929] * 75, 49407]
+    with pytest.raises(RuntimeError, match="78 tokens.*77.*dog dog"):
+        clip.tokenize(["a cat", over])
+    cut = clip.tokenize(["a cat", over], truncate=True)
+    assert cut[1].tolist() == [49406, *[1929] * 75, 49407]
+    assert torch.equal(cut[:1], clip.tokenize("a cat"))
+
+
+def test_texts_and_lengths():
+    tokens, lengths = clip.tokenize_with_lengths(["", "a cat", "a photo of a cat"], 5)
+    assert lengths.tolist() == [2, 4, 7] and lengths.dtype == torch.int64
+    assert tokens.dtype == torch.int32 and tokens.tolist() == [
+        [49406, 49407, 0, 0, 0], [49406, 320, 2368, 49407, 0], [49406, 320, 1125, 539, 49407]]
+    assert clip.tokenize([]).shape == (0, 77) and clip.tokenize([]).dtype == torch.int32
+    for texts in (("a cat",), iter(["a cat"])):
+        assert torch.equal(clip.tokenize(texts), clip.tokenize("a cat"))
+    for texts in ([1, 2], [b"bytes"]):
+        with pytest.raises(TypeError, match="str"):
+            clip.tokenize(texts)
+    with pytest.raises(ValueError, match="context_length"):
+        clip.tokenize("a cat", context_length=1)

@@ -2,9 +2,10 @@
 and {ratio}_mbank_txt_idx.npy from str(caption index) to a pair, read without running a pickle's
 code."""
 
+import pickle
+
 import numpy as np
 
-from clip.formats import RestrictedUnpickler
 from utils.errors import InputError
 from utils.files import atomic_write, parsing
 from utils.reading.layout import ratio_name
@@ -13,15 +14,21 @@ IMAGES, CAPTIONS = "_mbank_img_idx.npy", "_mbank_txt_idx.npy"
 ADVICE = "run get_memorybank.py"
 
 
-def names_of_numbers():
-    """What a pickle of numbers, strings, dictionaries and numpy arrays of these may name. The
-    dtypes are numpy's own, which ignore a state in the file: a forged one would make pointers of
-    bytes."""
-    dtypes = {code: np.dtype(code) for code in ("O8", "i8", "i4", "i2", "i1", "u8", "u4")}
-    functions = {"_reconstruct": np.zeros(0).__reduce__()[0], "scalar": np.int64(0).__reduce__()[0]}
-    return {"numpy.ndarray": np.ndarray, "numpy.dtype": lambda code, *_: dtypes[code],
-            **{f"numpy.{core}.multiarray.{name}": function for name, function in functions.items()
-               for core in ("core", "_core")}}  # as numpy 1 and numpy 2 name it
+class RestrictedUnpickler(pickle.Unpickler):
+    """Unpickles numbers, strings, dictionaries and numpy arrays of these. Raises KeyError for all
+    else. The dtypes are numpy's own, which ignore a state in the file: a forged one would make
+    pointers of bytes."""
+
+    DTYPES = {code: np.dtype(code) for code in ("O8", "i8", "i4", "i2", "i1", "u8", "u4")}
+    NAMES = {
+        "numpy.ndarray": np.ndarray,
+        "numpy.dtype": lambda code, *_: RestrictedUnpickler.DTYPES[code],
+        "numpy.core.multiarray._reconstruct": np.zeros(0).__reduce__()[0],
+        "numpy.core.multiarray.scalar": np.int64(0).__reduce__()[0],
+    }
+
+    def find_class(self, module, name):
+        return self.NAMES[f"{module}.{name}".replace("numpy._core", "numpy.core")]  # numpy 2's name
 
 
 def save_released(bank, pairs, folder, noise_ratio):
@@ -58,7 +65,7 @@ def read_entries(path, keys, num_pairs):
           open(path, "rb") as f):
         np.lib.format.read_magic(f)
         np.lib.format.read_array_header_1_0(f)
-        entries = RestrictedUnpickler(f, names_of_numbers()).load().item()  # an array of one object
+        entries = RestrictedUnpickler(f).load().item()  # an array of one object
         entries = {str(key): value for key, value in entries.items() if isinstance(key, str | int)}
     result = []
     for key in keys:
