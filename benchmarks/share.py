@@ -18,8 +18,7 @@ import main_CLIP
 from data import training_pairs
 from dataset.make_scenes import make_scenes
 from params import parse_args
-from utils.method.judge import auc_against_mismatches, wrong_share_by
-from utils.method.rounds import judge_pairs
+from utils.method.judge import auc_against_mismatches, judge_pairs, wrong_share_by
 from utils.training.run import Run
 
 PERCENTILES, RATIOS = (50, 70, 80, 90, 95), (0, 0.2, 0.4, 0.6)

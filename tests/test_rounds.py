@@ -14,8 +14,8 @@ from sklearn.isotonic import IsotonicRegression
 from test_npc_step import make_data, make_model, options, reference_adamw
 
 from utils.method.building import build_bank
+from utils.method.judge import judge_pairs, with_options
 from utils.method.optimizer import Precision
-from utils.method.rounds import judge_pairs, with_options
 
 STEPS, RATE, SEED, K, BATCH = 32, 3e-4, 3, 3, 10  # the steps are those by default
 FP32 = Precision("fp32", torch.device("cpu"))
