@@ -39,11 +39,12 @@ from utils.method.features import (
 )
 from utils.method.memorybank import asks_for_beta
 from utils.method.optimizer import adamw, clip_gradients, replays, set_rate
-from utils.method.pairs import first_seen, for_model
+from utils.method.pairs import for_model
 from utils.method.passes import Passes, pair_losses
 from utils.method.recipes import RECIPES
 from utils.progress import progress
 from utils.reading.images import Loader, in_memory
+from utils.reading.layout import first_seen
 
 WARMUP = 4  # steps of a round in which the rate rises
 DRAWS = 4  # random divisions into batches; a pair's loss is the mean over them
