@@ -22,12 +22,13 @@ import clip
 from params import parse_args
 from utils.method.batches import require_batch
 from utils.method.features import write_items
-from utils.method.pairs import Pairs, first_seen, tokens_of
+from utils.method.pairs import Pairs, tokens_of
 from utils.progress import progress
 from utils.reading.images import Images, hold, image_loader, in_memory
 from utils.reading.layout import (
     SPLITS,
     find_images,
+    first_seen,
     image_names,
     read_captions,
     read_ids,

@@ -35,9 +35,8 @@ from utils.distributed import is_main
 from utils.files import atomic_write, require_new
 from utils.method.building import nearest_clean
 from utils.method.features import Features, nearest, normalised, random_rows
-from utils.method.judge import doubts, share_in_words
+from utils.method.judge import doubts, judge_pairs, share_in_words
 from utils.method.pairs import fingerprint, first_pairs, for_model
-from utils.method.rounds import judge_pairs
 from utils.reading.images import Images
 from utils.reading.layout import SPLITS
 from utils.scoring.diagnostics import noise_measures

@@ -27,7 +27,7 @@ from params import parse_args
 from utils.errors import command
 from utils.method.batches import training_loader
 from utils.method.building import bank_of
-from utils.method.rounds import judge_pairs
+from utils.method.judge import judge_pairs
 from utils.training.loop import fit
 from utils.training.run import Run
 

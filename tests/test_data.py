@@ -28,12 +28,17 @@ PREPROCESS = clip.Preprocess(32)
 LAYOUTS = list(NUM_ANNS)
 
 
-def quiet(*_):
-    """Takes log lines."""
-
-
-def pairs_of(dataset, *more, log=quiet):
+def pairs_of(dataset, *more, log=print):
     return training_pairs(options(dataset, *more), PREPROCESS, log)
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """Counts how often each image, by its file name, is decoded."""
+    counts, decode = Counter(), Images.decode
+    monkeypatch.setattr(Images, "decode", lambda self, k: (
+        counts.update([self.names[k]]), decode(self, k))[1])
+    return counts
 
 
 def crop(dataset, image_id):
@@ -66,7 +71,7 @@ def test_training_pairs_follow_the_two_files(datasets, layout):
 @pytest.mark.parametrize("split", ["dev", "test"])
 def test_retrieval_splits_have_an_id_per_caption(datasets, layout, split):
     dataset = datasets[layout]
-    pairs = retrieval_split(options(dataset), split, PREPROCESS, quiet)
+    pairs = retrieval_split(options(dataset), split, PREPROCESS)
     ids = dataset.lines(f"{split}_ids.txt")
     assert [pairs.image_ids[row] for row in pairs.image_of] == ids
     assert pairs.captions == dataset.lines(f"{split}_caps.txt")
@@ -190,11 +195,11 @@ def test_context_length_cuts_captions(datasets):
 def test_dev_length_keeps_the_first_captions_and_their_images(datasets, length):
     data = datasets["f30k"]
     args = options(data, "--dev_length", length)
-    dev = retrieval_split(args, "dev", PREPROCESS, quiet)
+    dev = retrieval_split(args, "dev", PREPROCESS)
     ids, captions = data.lines("dev_ids.txt")[:length], data.lines("dev_caps.txt")[:length]
     assert dev.captions == captions and [dev.image_ids[k] for k in dev.image_of] == ids
     assert len(dev.images) == len(set(ids))
-    assert len(retrieval_split(args, "test", PREPROCESS, quiet)) == 30
+    assert len(retrieval_split(args, "test", PREPROCESS)) == 30
 
 
 # ---- steps --------------------------------------------------------------------------------------
@@ -294,28 +299,20 @@ def test_a_step_holds_the_batch_and_its_memory_entries(datasets, layout):
         assert torch.equal(step.texts.items[step.texts.rows[k]], tokens[:, :length])
         assert not tokens[:, length:].any()
     assert step.texts.items[:, -1].any()  # not a column too many
+    alone = Batches(pairs)[batch]  # without a bank
+    assert alone.images.rows.shape == alone.texts.rows.shape == (1, 9)
+    assert alone.images.num_batch == len(alone.images.items) == len({*pairs.image_of[batch]})
+    for one, whole in zip(alone[1:], step[1:], strict=True):
+        own = one.items[one.rows[0]]
+        assert torch.equal(own, whole.items[whole.rows[0]][..., : own.shape[-1]])
 
 
-def test_each_distinct_image_of_a_step_is_decoded_once(datasets, monkeypatch):
+def test_each_distinct_image_of_a_step_is_decoded_once(datasets, decoded):
     pairs = pairs_of(datasets["f30k"], "--data_on", "workers")
-    decoded = []
-    decode = type(pairs.images).decode
-    monkeypatch.setattr(type(pairs.images), "decode",
-                        lambda images, k: decoded.append(int(k)) or decode(images, k))
-    bank = random_bank(pairs)
-    batch = list(range(0, 60, 4))
+    bank, batch = random_bank(pairs), list(range(0, 60, 4))
     Batches(pairs, bank)[batch]
     entries = [*batch, *bank.image_entry[pairs.image_of[batch]], *bank.caption_entry[batch]]
-    assert sorted(decoded) == sorted({int(pairs.image_of[i]) for i in entries})
-
-
-def test_a_step_without_a_bank_is_the_batch(datasets):
-    pairs = pairs_of(datasets["cc"])
-    step = Batches(pairs)[[7, 2, 5]]
-    assert torch.equal(step.images.items[step.images.rows[0]],
-                       torch.stack([pairs.images[k] for k in (7, 2, 5)]))
-    assert step.images.rows.shape == step.texts.rows.shape == (1, 3)
-    assert step.images.num_batch == len(step.images.items) == 3
+    assert decoded == Counter({pairs.images.names[pairs.image_of[i]] for i in entries})
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -343,8 +340,8 @@ def test_loader_serves_the_sampler_s_batches_in_any_number_of_processes(datasets
 def served(data, place, device="cpu"):
     """The batches of two epochs and the dev images on a device, with `--data_on place`."""
     args = options(data, "--batch_size", 5, "--data_on", place, "--device", device)
-    pairs = training_pairs(args, PREPROCESS, quiet)
-    dev = retrieval_split(args, "dev", PREPROCESS, quiet)
+    pairs = training_pairs(args, PREPROCESS)
+    dev = retrieval_split(args, "dev", PREPROCESS)
     loader, steps = training_loader(args, pairs, random_bank(pairs)), []
     for loader.sampler.epoch in (0, 1):
         steps += [batch.to(args.device) for batch in loader]
@@ -368,12 +365,9 @@ def test_data_come_bit_for_bit_alike_from_everywhere(datasets, place, device):
 
 
 @pytest.mark.parametrize("place, times", [("auto", 1), ("device", 1), ("workers", 2)])
-def test_images_in_memory_are_decoded_once(datasets, monkeypatch, place, times):
-    decoded, decode = Counter(), Images.decode
-    monkeypatch.setattr(Images, "decode", lambda self, k: (
-        decoded.update([self.names[k]]), decode(self, k))[1])
+def test_images_in_memory_are_decoded_once(datasets, decoded, place, times):
     args = options(datasets["f30k"], "--batch_size", 12, "--data_on", place)
-    pairs = training_pairs(args, PREPROCESS, quiet)
+    pairs = training_pairs(args, PREPROCESS)
     assert not decoded  # until somebody asks for one
     for _ in range(2):
         list(image_loader(args, Subset(pairs.images, range(6))))
@@ -386,7 +380,7 @@ def test_where_images_are_held_by_default(datasets, monkeypatch):
     """In memory if they fill a third of it at most, and are read more than once."""
     def place(*more, command="npc"):
         args = options(datasets["f30k"], *more, command=command)
-        return in_memory(training_pairs(args, PREPROCESS, quiet).images)
+        return in_memory(training_pairs(args, PREPROCESS).images)
 
     size = 12 * 3 * 32 * 32
     for room, fits in ((3 * size, True), (3 * size - 1, False)):
@@ -420,9 +414,9 @@ def test_training_and_dev_images_share_the_room(datasets, monkeypatch):
     for room, dev_fits in ((3 * 16 * size, True), (3 * 16 * size - 1, False)):
         monkeypatch.setattr("utils.reading.images.HELD", weakref.WeakSet())
         monkeypatch.setattr("utils.reading.images.room", lambda *_, room=room: room)
-        pairs = training_pairs(args, PREPROCESS, quiet)  # 12 images, and 4 of dev
+        pairs = training_pairs(args, PREPROCESS)  # 12 images, and 4 of dev
         assert in_memory(pairs.images)
-        assert in_memory(retrieval_split(args, "dev", PREPROCESS, quiet).images) == dev_fits
+        assert in_memory(retrieval_split(args, "dev", PREPROCESS).images) == dev_fits
 
 
 @pytest.mark.parametrize("line, file, limits", [

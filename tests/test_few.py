@@ -6,7 +6,6 @@ import warnings
 
 import numpy as np
 import pytest
-import torch
 from conftest import write_lines
 
 import find_noise
@@ -14,7 +13,6 @@ import get_memorybank
 import main_CLIP
 import main_NPC
 import search
-from utils.method.judge import standard_scores
 
 COUNTS = [(1, 1), (1, 2), (1, 3), (2, 1), (2, 2), (3, 1), (3, 3)]
 
@@ -90,11 +88,3 @@ def test_bank_and_search(few, run, tmp_path, capsys):
         run(*words)
     for query in ("a thing", next((few.root / "images").iterdir())):
         run(search, few, query, "--split", "all", "--out", tmp_path / "sheet.png")
-
-
-@pytest.mark.parametrize("values, scores", [
-    ([], [0.0]), ([3.0], [0.0]), ([3.0, 3.0], [0.0]), ([1.0, 3.0], [2**-0.5])])
-@pytest.mark.filterwarnings("error")
-def test_standard_scores_of_few_known_values(values, scores):
-    known = torch.tensor([torch.nan, *values])
-    assert standard_scores(torch.tensor([3.0]), known).tolist() == pytest.approx(scores)

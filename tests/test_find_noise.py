@@ -24,7 +24,6 @@ import main_CLIP
 from data import training_pairs
 from utils.cleaning import noise_page
 from utils.cleaning.labels import COLUMNS, cells, read_labels
-from utils.method import rounds
 from utils.method.judge import Verdict
 from utils.reading.layout import read_captions
 
@@ -57,7 +56,7 @@ def find(tmp_path, monkeypatch, capsys):
 
     def run(data, *more, spread=None):
         if spread is not None:
-            monkeypatch.setattr(rounds, "embed_pairs", embedding(data, spread))
+            monkeypatch.setattr("utils.method.judge.embed_pairs", embedding(data, spread))
         find_noise.main([*data.options, "--vision_model", "tiny", "--num_workers", "0", "--device",
                          "cpu", "--batch_size", "256", "--out", str(tmp_path / "out"), "--recipe",
                          "paper", *map(str, more)])

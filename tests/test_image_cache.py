@@ -32,10 +32,6 @@ NUM = 12
 TorchIterator = torch.utils.data.dataloader._MultiProcessingDataLoaderIter
 
 
-def quiet(*_):
-    """Takes log lines."""
-
-
 @pytest.fixture
 def counted(monkeypatch):
     """List that gets the number of each image as it is decoded."""
@@ -52,7 +48,7 @@ def cached(dataset, tmp_path):
     def images(folder="cache"):
         args = options(data, "--batch_size", 8, "--image_cache", tmp_path / folder, "--data_on",
                        "workers")
-        return training_pairs(args, PREPROCESS, quiet).images
+        return training_pairs(args, PREPROCESS).images
 
     return images
 
@@ -65,7 +61,7 @@ def everything(images):
 
 
 def test_images_are_decoded_once_and_bit_for_bit_the_same(cached, counted, datasets):
-    plain = training_pairs(options(datasets["f30k"], "--batch_size", 8), PREPROCESS, quiet).images
+    plain = training_pairs(options(datasets["f30k"], "--batch_size", 8), PREPROCESS).images
     expected = everything(plain)
     counted.clear()
     images = cached()

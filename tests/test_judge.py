@@ -1,21 +1,31 @@
-"""The judge: losses, neighbours and posteriors against brute force and known mixtures; its rounds,
-its banks and its relatives through the commands."""
+"""The judge: two rounds, and the bank after them, against a literal transcription; losses,
+neighbours and posteriors against brute force and known mixtures; its banks and its relatives
+through the commands.
 
+The transcription follows docs/finding_noise.md point by point: every loss by passes of its own,
+neighbours by double loops. Of the repository it uses the towers alone, and the order of its random
+numbers.
+"""
+
+import copy
 import csv
 import dataclasses
 import hashlib
 import json
 
 import conftest
+import naive
 import numpy as np
 import pytest
+import test_npc_step
 import torch
 import torch.nn.functional as F
 from conftest import Watched, pairs_for, parsed
 from PIL import Image
 from processes import BANK, run, run_in_two, save_small
+from sklearn.isotonic import IsotonicRegression
 from sklearn.metrics import roc_auc_score
-from test_rounds import K, agreement
+from test_npc_step import FP32, make_data, make_model, reference_adamw
 
 import clip
 import data
@@ -23,22 +33,190 @@ import find_noise
 import get_memorybank
 import main_CLIP
 import main_NPC
+from dataset.make_scenes import make_scenes
 from params import parse_args
 from utils.errors import InputError
 from utils.method import features as features_module
 from utils.method import judge
-from utils.method import rounds as rounds_module
-from utils.method.building import bank_of, nearest_clean
-from utils.method.features import normalised, random_rows
+from utils.method.building import bank_of, build_bank, nearest_clean
+from utils.method.features import Features, nearest, normalised, random_rows
 from utils.method.judge import (
-    Agreements,
+    agreements,
+    judge_pairs,
     mismatched,
     posterior_by_mismatches,
     share_in_words,
+    standard_scores,
     verdict_on,
+    with_options,
     wrong_share_by,
 )
 from utils.method.pairs import Pairs
+
+STEPS, RATE, SEED, K, BATCH = 32, 3e-4, 3, 3, 10  # the steps are those by default
+
+
+def reference_features(model, pairs):
+    """(images (u, D), captions (v, D), temperature), as long as they are."""
+    with torch.no_grad():
+        images = torch.stack([pairs.images[k] for k in range(len(pairs.images))]).double()
+        return (model.encode_image((images / 255 - naive.MEAN) / naive.STD),
+                model.encode_text(pairs.tokens), model.logit_scale.exp())
+
+
+def cosines(features):
+    return features / features.norm(dim=1, keepdim=True)
+
+
+def losses_of(image, text, scale):
+    """Losses (b,) of a batch of features."""
+    logits = scale * cosines(image) @ cosines(text).T
+    return (logits.logsumexp(0) + logits.logsumexp(1)) / 2 - logits.diag()
+
+
+def agreement(items, partners, item_of, partner_of, own_item, own_partner, among=None):
+    """(n,) mean cosine of each pair's partner with those of its item's K nearest other items, or
+    of the nearest of those `among` them."""
+    among = range(len(items)) if among is None else among
+    items, partners = (cosines(x - x[of].mean(0)) for x, of in ((cosines(items), item_of),
+                                                              (cosines(partners), partner_of)))
+    result = []
+    for item, partner in zip(own_item, own_partner, strict=True):
+        similar = items @ items[item]
+        others = [j for j in np.argsort(-similar.numpy(), kind="stable") if j in among]
+        others = [j for j in others if j != item][:K]
+        total = weight = 0.0
+        for j in others:
+            theirs = [p for p in partner_of[item_of == j] if p != partner]
+            if theirs and similar[j] > 0:
+                total += similar[j] * (partners[theirs] @ partners[partner]).mean()
+                weight += similar[j]
+        result.append(float(total / weight) if weight else np.nan)
+    return np.array(result)
+
+
+def standard(values, of):
+    known = of[~np.isnan(of)]
+    return np.nan_to_num((values - known.mean()) / known.std(ddof=1))
+
+
+def reference_mismatch(pairs, rng):
+    """(n,) captions: for each pair that of a random pair whose caption stands nowhere beside its
+    image. The pairs to draw from are ordered by when their caption first occurs."""
+    n, text_of = len(pairs), list(pairs.text_of)
+    beside = [{text_of[j] for j in range(n) if pairs.image_of[j] == image}
+              for image in pairs.image_of]
+    fitting = [[j for j in sorted(range(n), key=lambda j: text_of.index(text_of[j]))
+                if text_of[j] not in beside[i]] for i in range(n)]
+    drawn = rng.integers([len(fit) for fit in fitting])
+    return np.array([text_of[fit[k]] for fit, k in zip(fitting, drawn, strict=True)])
+
+
+def reference_verdict(features, pairs, rng, neighbours):
+    """(score, loss, posterior, clean) (n,) each and the share of wrong pairs."""
+    images, texts, scale = features
+    n, image_of, text_of = len(pairs), pairs.image_of, pairs.text_of
+    others = [reference_mismatch(pairs, rng) for _ in range(4)]
+    loss, if_other = np.zeros(n), np.zeros((4, n))
+    for _ in range(4):  # draws of batches
+        for batch in np.array_split(rng.permutation(n), n // BATCH):
+            image, text = images[image_of[batch]], texts[text_of[batch]]
+            loss[batch] += losses_of(image, text, scale).numpy() / 4
+            for k, other in enumerate(others):
+                for place, i in enumerate(batch):
+                    exchanged = text.clone()
+                    exchanged[place] = texts[other[i]]
+                    if_other[k, i] += losses_of(image, exchanged, scale)[place].item() / 4
+    score, mismatches = loss, if_other
+    if neighbours:  # before the first round neighbours count too, 3/8 each of the loss
+        def both(text):
+            return (agreement(images, texts, image_of, text_of, image_of, text),
+                    agreement(texts, images, text_of, image_of, text, image_of))
+
+        def scored(loss_of_them, text):
+            agreements = zip(both(text), both(text_of), strict=True)
+            return standard(loss_of_them, loss) - 0.375 * sum(
+                standard(values, own) for values, own in agreements)
+
+        score = scored(loss, text_of)
+        mismatches = [scored(bad, other) for bad, other in zip(if_other, others, strict=True)]
+    mismatches = np.concatenate(mismatches)
+    share = min(1.0, 5 * np.mean(score > np.quantile(mismatches, 0.8)))
+    is_pair = IsotonicRegression(increasing=False, out_of_bounds="clip").fit(
+        np.concatenate([score, mismatches]), np.repeat([1.0, 0.0], [n, 4 * n]),
+        np.repeat([1.0, 0.25], [n, 4 * n])).predict(score).clip(1e-12)
+    posterior = 1 - (share * (1 - is_pair) / is_pair).clip(0, 1)
+    clean = posterior > 0.8
+    if clean.sum() < n / 10:
+        clean = np.isin(np.arange(n), np.argsort(score, kind="stable")[: n // 10])
+    return score, loss, posterior, clean, share
+
+
+def reference_lesson(model, pairs, clean, args, rng):
+    """A copy of the model after a round's steps: warm-up over four, the gradient's norm clipped,
+    the clean pairs in a new order whenever no whole batch is left."""
+    taught, batches = copy.deepcopy(model), []
+    size = min(BATCH, clean.sum())
+    while len(batches) < STEPS:
+        order = rng.permutation(np.flatnonzero(clean))
+        batches += [order[k : k + size] for k in range(0, len(order) - size + 1, size)]
+    optimizer = reference_adamw(taught, args)
+    for step, batch in enumerate(batches[:STEPS]):
+        optimizer.param_groups[0]["lr"] = RATE * min(1, (step + 1) / 4)
+        optimizer.zero_grad()
+        naive.losses(taught, pairs, batch).mean().backward()
+        norm = torch.stack([p.grad.norm() for p in taught.parameters()]).norm()
+        for p in taught.parameters():
+            p.grad *= min(1.0, args.clip_grad / (norm + 1e-6))
+        optimizer.step()
+    return taught
+
+
+def nearest_pair(queries, pair_features, clean):
+    """Of each query the clean pair with the largest cosine, the lowest of equals."""
+    similar = cosines(queries) @ cosines(pair_features).T
+    similar[:, ~torch.from_numpy(clean)] = -2
+    return (similar > similar.amax(dim=1, keepdim=True) - 1e-12).int().argmax(dim=1).numpy()
+
+
+def test_two_rounds_equal_the_literal_transcription():
+    pairs, _ = make_data()
+    pairs.captions = [f"caption {k}" for k in pairs.text_of]
+    model = make_model("vit")
+    args = test_npc_step.options(
+        recipe="robust", batch_size=BATCH, lr=RATE, judge_neighbours=K, min_clean=0.1, seed=SEED,
+        clip_grad=0.3, context_length=12)
+    initial = copy.deepcopy(model)
+    bank = build_bank(model, pairs, args, FP32)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(),
+                                                 initial.state_dict().values(), strict=True))
+
+    features = reference_features(initial, pairs)
+    cosine = (cosines(features[0])[pairs.image_of] * cosines(features[1])[pairs.text_of]).sum(1)
+    verdict, sets = reference_verdict(features, pairs, np.random.default_rng(SEED), K), []
+    before = judge_pairs(model, pairs, with_options(args, judge_rounds=0), FP32)[0]
+    np.testing.assert_allclose(before.score, verdict[0], atol=1e-6)
+    for number in (1, 2):
+        sets.append(verdict[3])
+        rng = np.random.default_rng([SEED, number])
+        taught = reference_lesson(initial, pairs, verdict[3], args, rng)
+        features = reference_features(taught, pairs)
+        verdict = reference_verdict(features, pairs, rng, 0)
+    _, loss, posterior, clean, share = verdict
+    assert not np.array_equal(*sets) and not np.array_equal(clean, sets[1])  # the rounds matter
+    assert sorted(np.flatnonzero(posterior > 0.8)) == sorted(np.flatnonzero(clean))
+    np.testing.assert_allclose(bank.loss, loss, atol=1e-6)
+    np.testing.assert_allclose(bank.posterior, posterior, atol=1e-6)
+    assert np.array_equal(bank.clean, clean)
+    assert bank.info["wrong_share"] == pytest.approx(share, abs=1e-6)
+    np.testing.assert_allclose(bank.cosine, cosine, atol=1e-6)
+    images, texts, _ = features
+    entries = nearest_pair(images, images[pairs.image_of], clean)
+    own = {k: i for i in reversed(np.flatnonzero(clean)) for k in [pairs.image_of[i]]}
+    assert bank.image_entry.tolist() == [own.get(k, entry) for k, entry in enumerate(entries)]
+    entries = nearest_pair(texts[pairs.text_of], texts[pairs.text_of], clean)
+    assert bank.caption_entry.tolist() == np.where(clean, np.arange(len(pairs)), entries).tolist()
+
 
 N_IMAGES, N_TEXTS, N = 9, 14, 30
 
@@ -119,12 +297,14 @@ def test_agreement_is_that_of_a_double_loop(monkeypatch, example, block, most):
     monkeypatch.setattr(judge, "ROWS", min(block + 6, 2**14))
     images, texts, pairs = example
     text_of = np.random.default_rng(2).permutation(pairs.text_of)
-    got = Agreements(images, texts, pairs, K, most, seed=4)(torch.from_numpy(text_of))
+    captions = torch.from_numpy(np.stack([pairs.text_of, text_of]))
+    args = parsed("memorybank", search_among=most, noise_seed=4)
+    got = agreements(images, texts, torch.from_numpy(pairs.image_of), captions, K, args)
     found = random_rows(N_IMAGES, most, 4), random_rows(N_TEXTS, most, 4)
     ways = ((images, texts, pairs.image_of, pairs.text_of, pairs.image_of, text_of, found[0]),
             (texts, images, pairs.text_of, pairs.image_of, text_of, pairs.image_of, found[1]))
     for values, way in zip(got, ways, strict=True):
-        np.testing.assert_allclose(values, agreement(*way), atol=1e-9)
+        np.testing.assert_allclose(values[1], agreement(*way), atol=1e-9)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.2, 0.4, 0.6])
@@ -201,20 +381,87 @@ def test_a_rate_of_the_rounds_that_is_no_positive_number_is_refused(rate, capsys
     assert f"--judge_lr: expected a number above 0, got '{rate}'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("values, scores", [
+    ([], [0.0]), ([3.0], [0.0]), ([3.0, 3.0], [0.0]), ([1.0, 3.0], [2**-0.5])])
+@pytest.mark.filterwarnings("error")
+def test_standard_scores_of_few_known_values(values, scores):
+    known = torch.tensor([torch.nan, *values])
+    assert standard_scores(torch.tensor([3.0]), known).tolist() == pytest.approx(scores)
+
+
+# ---- features, and the search for the nearest ones -----------------------------------------------
+
+
+@pytest.fixture(params=[(4096, 4096), (7, 5), (1, 1), (4, 64)])
+def blocks(request, monkeypatch):
+    for name, size in zip(("QUERIES", "KEYS"), request.param, strict=True):
+        monkeypatch.setattr(features_module, name, size)
+
+
+@pytest.mark.parametrize("k", [1, 4])
+@pytest.mark.parametrize("itself", [True, False])
+@pytest.mark.parametrize("seed", range(3))
+def test_nearest_are_those_of_a_full_sort_the_lowest_row_of_equals(blocks, k, itself, seed):
+    rng = np.random.default_rng(seed)
+    keys = torch.from_numpy(rng.integers(-1, 2, (33, 3))).double()  # exact scores, many ties
+    queries = keys if itself else torch.from_numpy(rng.integers(-1, 2, (20, 3))).double()
+    without = torch.arange(33) if itself else None
+    similarity, found = nearest(queries, keys, k, without)
+    scores = queries @ keys.T
+    if itself:
+        scores.fill_diagonal_(-torch.inf)
+    expected = scores.sort(dim=1, descending=True, stable=True)
+    assert torch.equal(found, expected.indices[:, :k])
+    assert torch.equal(similarity, expected.values[:, :k])
+
+
+def test_a_query_misses_only_the_key_that_it_must_not_find(blocks):
+    features = torch.eye(6)[[0, 0, 0, 1, 1, 2]]
+    found = nearest(features, features, 2, torch.tensor([0, -1, 1, 4, -1, 5]))[1]
+    assert found.tolist() == [[1, 2], [0, 1], [0, 2], [3, 0], [3, 4], [0, 1]]
+
+
+def test_fewer_keys_than_wanted(blocks):
+    keys = torch.eye(3)
+    assert nearest(keys, keys, 10)[1].shape == (3, 3)
+    assert nearest(keys, keys, 10, torch.arange(3))[1].tolist() == [[1, 2], [0, 2], [0, 1]]
+    assert nearest(keys[:0], keys)[1].shape == (0, 1)
+
+
+def test_random_rows():
+    some = random_rows(1000, 50, 3)
+    assert len(np.unique(some)) == 50 and (np.diff(some) > 0).all() and some[0] < 100 < some[-1]
+    assert np.array_equal(some, random_rows(1000, 50, 3))
+    assert not np.array_equal(some, random_rows(1000, 50, 4))
+    for most in (None, 20, 21):
+        assert random_rows(20, most, 3).tolist() == list(range(20))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_rows_are_those_of_the_whole(dtype):
+    features = torch.randn(30, 5, generator=torch.Generator().manual_seed(0)).to(dtype)
+    values = features if dtype == torch.float64 else features.float()
+    centre, chosen = values.mean(dim=0), torch.tensor([3, 3, 29, 0])
+    whole = F.normalize(F.normalize(values, dim=1) - centre, dim=1)
+    rows = Features(normalised(features), centre=centre, normalise=True)
+    some = Features(rows, chosen=chosen)
+    assert rows.dtype == some.dtype == values.dtype
+    assert rows.shape == (30, 5) and some.shape == (4, 5) and len(some) == 4
+    for index in (slice(4, 9), slice(None), chosen):
+        assert torch.equal(rows[index], whole[index])
+    assert torch.equal(some[1:3], whole[[3, 29]])
+    assert torch.equal(some[torch.tensor([2])], whole[[29]])
+
+
 # ---- rounds --------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def drawings(tmp_path_factory):
     """A noisy set of drawings and a CLIP that has seen some of another look."""
-    from dataset import make_scenes
-
     place = tmp_path_factory.mktemp("drawings")
-    for domain, train in (("source", "600"), ("target", "120")):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("sys.argv", ["make_scenes.py", "--out", str(place / domain), "--domain",
-                                       domain, "--train", train, "--dev", "20", "--test", "20"])
-            make_scenes.main()
+    for domain, train in (("source", 600), ("target", 120)):
+        make_scenes(place / domain, domain, train, dev=20, test=20, seed=0)
     common = ["--dataset", "f30k", "--device", "cpu", "--num_workers", "0", "--seed", "0"]
     main_CLIP.main([*common, "--dataset_root", str(place / "source"), "--vision_model", "tiny",
                     "--epochs", "2", "--lr", "1e-3", "--warmup", "4", "--batch_size", "64",
@@ -241,8 +488,8 @@ def quality(bank, root):
 def test_rounds_make_a_better_judge(drawings, monkeypatch):
     place, options = drawings
     root, steps = place / "target", []
-    make = rounds_module.Passes
-    monkeypatch.setattr(rounds_module, "Passes",
+    make = judge.Passes
+    monkeypatch.setattr(judge, "Passes",
                         lambda *args, **more: steps.append(1) or make(*args, **more))
     get_memorybank.main(options)
     assert not steps  # the paper's judge trains nothing
@@ -287,7 +534,6 @@ def test_runs_use_the_bank_of_their_judge_and_find_noise_is_of_one_mind(drawings
     assert np.isnan(w[~bank["clean"]]).all()
     assert (w[bank["clean"]][~np.isnan(w[bank["clean"]])] == 1).all()
     info = json.loads(bank["info"].tobytes())
-    assert info["judge_lr"] == 3e-4
     assert f"noise share: {info['wrong_share']:.1%} (standard error " in said
     with open(tmp_path / "found" / "suspicious_pairs.csv", newline="") as f:
         found = {int(row["pair"]): float(row["posterior"]) for row in csv.DictReader(f)}
@@ -440,8 +686,6 @@ def test_features_need_neither_model_nor_tokens(features, tmp_path, monkeypatch)
                str(place / "target"), "--noise_ratio", "0.4", "--seed", "0"])
     assert (tmp_path / "items/items.sha256").read_text().strip() == arrays["items"].item()
     assert not called
-    info = json.loads(banks(place / "target")["0.4_mbank_features_folder"]["info"].tobytes())
-    assert "vision_model" not in info
 
 
 def test_features_are_used_in_blocks(monkeypatch):

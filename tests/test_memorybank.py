@@ -18,7 +18,7 @@ import main_NPC
 from utils.errors import InputError
 from utils.method import building, judge
 from utils.method.building import build_bank, memory_bank, nearest_clean
-from utils.method.judge import losses_in_batches, mixture_posterior, strict_clean_set
+from utils.method.judge import draw_batches, mixture_posterior, strict_clean_set
 from utils.method.memorybank import bank_name, bank_path, load_bank, save_bank
 from utils.method.optimizer import Precision
 from utils.method.passes import pair_losses
@@ -39,15 +39,11 @@ def options(**changes):
 NAME = "0.4_mbank_lookup_random_seed3_0123abcd.npz"
 
 
-def quiet(*_):
-    """Takes log lines."""
-
-
-def load(root, pairs, log=quiet, **changes):
+def load(root, pairs, log=print, **changes):
     return load_bank(NAME, pairs, options(dataset_root=root, **changes), log)
 
 
-def kept_bank(model, pairs, args, log=quiet):
+def kept_bank(model, pairs, args, log=print):
     run = SimpleNamespace(args=args, device=args.device, precision=FP32, log=log, state={},
                           found={})
     return memory_bank(model, pairs, run), bank_path(args.dataset_root, run.found["bank"])
@@ -101,7 +97,7 @@ def brute_nearest(queries, keys, clean):
 @pytest.mark.parametrize("repeats", [False, True])
 def test_bank_is_that_of_a_double_loop(seed, repeats):
     model, pairs = example(seed=seed, repeats=repeats)
-    bank = build_bank(model, pairs, options(), FP32, quiet)
+    bank = build_bank(model, pairs, options(), FP32)
     images, texts = unit(model.images)[pairs.image_of], unit(model.texts)[pairs.text_of]
 
     losses = pair_losses(images, texts, model.logit_scale)  # of one batch that holds all pairs
@@ -127,19 +123,16 @@ def test_bank_is_that_of_a_double_loop(seed, repeats):
         assert bank.image_entry[image] == clean[pairs.image_of[clean] == image][0]
 
 
-def test_report_gives_precision_and_recall():
+def test_report_gives_precision_and_recall(capsys):
     model, pairs = example()
-    said = []
-    bank = build_bank(model, pairs, options(), FP32, said.append)
-    right = ~pairs.wrong
-    hits = (bank.clean & right).sum()
-    text = "\n".join(said)
-    assert f"precision {hits / bank.clean.sum():.3f}, recall {hits / right.sum():.3f}" in text
-    assert f"strict clean set: {bank.clean.sum()} of {N} pairs" in text
-    assert text.count("mixture: mean") == 2
-    pairs.wrong, said[:] = None, []
-    build_bank(model, pairs, options(), FP32, said.append)
-    assert "precision" not in "\n".join(said)
+    bank, right = build_bank(model, pairs, options(), FP32), ~pairs.wrong
+    hits, said = (bank.clean & right).sum(), capsys.readouterr().out
+    assert f"precision {hits / bank.clean.sum():.3f}, recall {hits / right.sum():.3f}" in said
+    assert f"strict clean set: {bank.clean.sum()} of {N} pairs" in said
+    assert said.count("mixture: mean") == 2
+    pairs.wrong = None
+    build_bank(model, pairs, options(), FP32)
+    assert "precision" not in capsys.readouterr().out
 
 
 def test_batches_of_the_loss_are_random_of_like_size_and_depend_on_the_seed(monkeypatch):
@@ -147,16 +140,17 @@ def test_batches_of_the_loss_are_random_of_like_size_and_depend_on_the_seed(monk
     seen = []
 
     def spy(*args):
-        seen.append([batch.tolist() for batch in args[-1]])
-        return losses_in_batches(*args)
+        batches = draw_batches(*args)
+        seen.append([batch.tolist() for batch in batches])
+        return batches
 
-    monkeypatch.setattr(judge, "losses_in_batches", spy)
+    monkeypatch.setattr(judge, "draw_batches", spy)
     for seed in (1, 1, 2):
-        build_bank(model, pairs, options(batch_size=25, noise_seed=seed), FP32, quiet)
+        build_bank(model, pairs, options(batch_size=25, noise_seed=seed), FP32)
     assert seen[0] == seen[1] != seen[2]
     assert sorted(map(len, seen[0])) == [20, 20, 20]
     assert sorted(sum(seen[0], [])) == list(range(N)) != sum(seen[0], [])
-    bank = build_bank(model, pairs, options(batch_size=25, noise_seed=1), FP32, quiet)
+    bank = build_bank(model, pairs, options(batch_size=25, noise_seed=1), FP32)
     images, texts = unit(model.images)[pairs.image_of], unit(model.texts)[pairs.text_of]
     for batch in seen[0]:
         expected = pair_losses(images[batch], texts[batch], model.logit_scale)
@@ -166,7 +160,7 @@ def test_batches_of_the_loss_are_random_of_like_size_and_depend_on_the_seed(monk
 def test_released_recipe_takes_batches_in_order_and_embeddings_as_long_as_they_are():
     model, pairs = example()
     args = options(recipe="released", batch_size=16)
-    bank = build_bank(model, pairs, args, FP32, quiet)
+    bank = build_bank(model, pairs, args, FP32)
     images, texts = model.images[pairs.image_of], model.texts[pairs.text_of]
     for start in range(0, N, 16):
         rows = slice(start, start + 16)
@@ -237,7 +231,7 @@ def test_broken_temperature_is_refused(broken):
     model, pairs = example()
     model.logit_scale = torch.tensor(broken)
     with pytest.raises(InputError, match="not finite"):
-        build_bank(model, pairs, options(), FP32, quiet)
+        build_bank(model, pairs, options(), FP32)
 
 
 # ---- the nearest neighbour ----------------------------------------------------------------------
@@ -255,7 +249,7 @@ def test_item_with_clean_pairs_finds_its_own_even_beside_a_twin_of_lower_number(
 @pytest.fixture
 def built():
     model, pairs = example()
-    return build_bank(model, pairs, options(), FP32, quiet), pairs
+    return build_bank(model, pairs, options(), FP32), pairs
 
 
 ARRAYS = ("image_entry", "caption_entry", "clean", "loss", "posterior", "cosine")
@@ -277,12 +271,6 @@ def test_bank_survives_its_file_which_holds_no_pickle(tmp_path, built, monkeypat
     assert where == path and same(loaded, bank)
     assert all(getattr(loaded, name).dtype == getattr(bank, name).dtype for name in ARRAYS)
     assert loaded.info.items() >= bank.info.items() and len(loaded.info["fingerprint"]) == 64
-    assert [loaded.info[key] for key in ("seed", "recipe", "vision_model")] == [3, "paper",
-                                                                                "lookup"]
-
-
-def banks(root):
-    return {path.name for path in (root / "annotations" / "frozen_memory_bank").glob("*")}
 
 
 def test_memory_bank_is_built_once_and_kept(tmp_path, monkeypatch):
@@ -298,69 +286,63 @@ def test_memory_bank_is_built_once_and_kept(tmp_path, monkeypatch):
     assert same(again, bank) and where == path and model.encoded == encoded
     assert said[-1] == f"memory bank: {path}"
     assert same(bank, build_bank(model, pairs, args, FP32, said.append))
+    said.clear()
+    other = kept_bank(model, pairs, options(dataset_root=tmp_path, noise_seed=4), said.append)[1]
+    assert "building" in said[0] and {path, other} == set(path.parent.iterdir())
 
 
 @pytest.mark.parametrize("change, other", [
-    ({"noise_seed": 4}, True), ({"config": {"activation": "gelu"}}, True),
-    ({"clean_threshold": 0.7}, True), ({"recipe": "released"}, True), ({"batch_size": 20}, True),
-    ({"judge_neighbours": 3}, True), ({"weighting": "osa"}, True), ({"weights": 1.5}, True),
-    ({"captions": 7}, True),
+    ({"noise_seed": 4}, True), ({"activation": "gelu"}, True), ({"clean_threshold": 0.7}, True),
+    ({"recipe": "released"}, True), ({"batch_size": 20}, True), ({"judge_neighbours": 3}, True),
+    ({"weighting": "osa"}, True), ({"weights": 1.5}, True), ({"caption": 7}, True),
+    ({"judge_rounds": 2, "judge_lr": 1e-4}, True), ({"judge_rounds": 2, "judge_steps": 7}, True),
     ({"weighting": "gmm"}, False), ({"judge_lr": 1e-4}, False), ({"judge_steps": 7}, False)])
-def test_what_another_model_seed_judge_or_option_built_is_another_bank(tmp_path, monkeypatch,
-                                                                       change, other):
+def test_what_another_model_seed_judge_or_option_builds_is_another_bank(change, other):
     """What only the rounds read makes no other bank where there are none."""
-    monkeypatch.setattr("utils.method.rounds.mean_random_cosine", lambda *_: 0.125)
     model, pairs = example()
-    path = kept_bank(model, pairs, options(dataset_root=tmp_path))[1]
-    own = {key: value for key, value in change.items()
-           if key not in ("weights", "captions", "config")}
-    model.config = change.get("config", model.config)
-    if "weights" in change:
-        model.images *= change["weights"]
-    if "captions" in change:
-        pairs.captions[change["captions"]] += "!"
-    said = []
-    bank, changed = kept_bank(model, pairs, options(dataset_root=tmp_path, **own), said.append)
-    assert ("building" in said[0]) == other == (changed != path)
-    assert banks(tmp_path) == {path.name, changed.name}
-    assert bank.info.get("beta") == (0.125 if own == {"weighting": "osa"} else None)
+    same = {"judge_rounds": 2} if "judge_rounds" in change else {}
+    before, own = bank_name(model, pairs, options(**same)), dict(change)
+    model.config = {"activation": own.pop("activation", "quick_gelu")}
+    model.images *= own.pop("weights", 1)
+    if "caption" in own:
+        pairs.captions[own.pop("caption")] += "!"
+    assert (bank_name(model, pairs, options(**own)) != before) == other
 
 
-def test_the_rate_of_the_rounds_makes_another_bank_and_is_that_of_training():
+def test_the_rate_of_the_rounds_is_that_of_training_and_names_say_what_a_bank_was_made_with():
     model, pairs = example()
 
-    def name(command, **more):
-        given = {"vision_model": "lookup", "judge_rounds": 2,
-                 "batch_size": N, **more}
-        return bank_name(model, pairs, parsed(command, **given))
+    def name(command="memorybank", **more):
+        return bank_name(model, pairs, parsed(command, **{
+            "vision_model": "lookup", "noise_ratio": 0.4, "seed": 3, "batch_size": N, **more}))
 
-    assert name("npc", lr=3e-4) == name("memorybank", judge_lr=3e-4) != name("memorybank")
-    assert name("npc") == name("clip") == name("memorybank") == name("memorybank", judge_lr=1e-5)
-    assert name("npc", judge_lr=1e-4) != name("npc")
-
-
-def test_a_bank_is_named_for_what_it_was_made_with():
-    model, pairs = example()
+    rounds = {"judge_rounds": 2}
+    assert name("npc", lr=3e-4, **rounds) == name(judge_lr=3e-4, **rounds) != name(**rounds)
+    assert name("npc", **rounds) == name("clip", **rounds) == name(judge_lr=1e-5, **rounds)
     for wanted, change in ((r"0\.4_mbank_lookup_random_seed3", {}),
                            (r"0\.4_mbank_ViT-B-32_random_seed3", {"vision_model": "ViT-B/32"}),
                            (r"0\.4_mbank_best.pt_neighbours4_similar_seed7",
                             {"vision_model": "logs/a b/best.pt", "judge_neighbours": 4,
                              "noise_kind": "similar", "noise_seed": 7}),
                            (r"0_mbank_lookup_seed3", {"noise_ratio": 0.0})):
-        assert re.fullmatch(wanted + r"_[0-9a-f]{8}\.npz",
-                            bank_name(model, pairs, options(**change)))
+        assert re.fullmatch(wanted + r"_[0-9a-f]{8}\.npz", name(**change))
 
 
-@pytest.mark.parametrize("change", ["caption", "order", "image"])
+def test_the_mean_random_cosine_is_computed_for_osa_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr("utils.method.judge.mean_random_cosine", lambda *_: 0.125)
+    for weighting, beta in (("osa", 0.125), ("gmm", None)):
+        args = options(dataset_root=tmp_path, weighting=weighting)
+        for _ in range(2):  # built, and read
+            assert kept_bank(*example(), args)[0].info.get("beta") == beta
+
+
+@pytest.mark.parametrize("change", [
+    lambda pairs: pairs.captions.__setitem__(7, "!"), lambda pairs: pairs.captions.reverse(),
+    lambda pairs: pairs.image_ids.__setitem__(4, "99")], ids=["caption", "order", "image"])
 def test_a_bank_of_other_captions_is_refused(tmp_path, built, change):
     bank, pairs = built
     save_bank(bank, pairs, bank_path(tmp_path, NAME))
-    if change == "caption":
-        pairs.captions[7] += "!"
-    elif change == "order":
-        pairs.captions[3], pairs.captions[30] = pairs.captions[30], pairs.captions[3]
-    else:
-        pairs.image_ids[4] = "99"
+    change(pairs)
     with pytest.raises(InputError, match=r"0123abcd.npz was built for other captions than .*caps"):
         load(tmp_path, pairs)
 
@@ -392,7 +374,7 @@ def test_authors_bank_is_read(tmp_path, built, value, folder, spelling):
     assert np.array_equal(loaded.image_entry, bank.image_entry)
     assert np.array_equal(loaded.caption_entry, bank.caption_entry)
     assert loaded.image_entry.dtype == np.int64
-    assert load_bank(path.name, pairs, options(dataset_root=tmp_path), quiet)[1] == path  # resumed
+    assert load_bank(path.name, pairs, options(dataset_root=tmp_path))[1] == path  # resumed
     assert load(tmp_path, pairs, noise_ratio=0.45) is None
     save_bank(bank, pairs, bank_path(tmp_path, NAME))  # ours comes first
     assert load(tmp_path, pairs)[1].name == NAME

@@ -146,12 +146,6 @@ def test_a_file_of_the_released_name_counts_where_it_is_what_the_seed_makes(tmp_
     assert training_captions(tmp_path, 0.5, 4, said.append)[0] != noisy and len(said) == 1
 
 
-def test_noise_seed_repeats_the_noise_of_another_seed(tmp_path):
-    scan_split(tmp_path, CAPTIONS * 4)
-    args = options(tmp_path, 0.5, 5, "random", "--noise_seed", "3")
-    assert noise.training_captions(args) == training_captions(tmp_path, 0.5, 3)
-
-
 def test_of_two_runs_that_make_a_file_the_first_one_s_stays(tmp_path):
     folder = scan_split(tmp_path, CAPTIONS)
     write_lines(folder / "0.5_noise_train_caps.txt", CAPTIONS[::-1])
@@ -192,7 +186,7 @@ def test_similar_noise_exchanges_the_most_similar_captions(monkeypatch, ratio, b
     monkeypatch.setattr(noise, "BLOCK", block)
     rng = np.random.default_rng(0)
     words = "dog cat man ball tree red blue big old of".split()
-    captions = [" ".join([*rng.choice(words, rng.integers(1, 6)), *["the"] * (rng.random() < 0.6)])
+    captions = [" ".join([*rng.choice(words, rng.integers(1, 4)), *["the"] * (rng.random() < 0.6)])
                 for _ in range(120)]
     captions[7], captions[30] = "二匹の犬", "?!"
     image_of = [f"x{k // 3}" for k in range(120)]
@@ -207,19 +201,6 @@ def test_similar_noise_exchanges_the_most_similar_captions(monkeypatch, ratio, b
     changed = np.flatnonzero(order != np.arange(120))
     assert len(changed) > 0.9 * int(ratio * 120)
     assert wrong_pairs(captions, [captions[i] for i in order], image_of)[changed].all()
-
-
-def test_similar_noise_is_more_similar_than_random_noise(datasets):
-    data = datasets["f30k"]
-    clean = data.lines("train_caps.txt")
-    share = {}
-    for kind in noise.KINDS:
-        order = (random_order(60, 0.6, 1) if kind == "random" else
-                 similar_order(clean, np.arange(60) // 5, 0.6, 1))
-        moved = np.flatnonzero(order != np.arange(60))
-        share[kind] = np.mean([len({*clean[i].split()} & {*clean[order[i]].split()})
-                               for i in moved])
-    assert share["similar"] > share["random"] + 1
 
 
 @pytest.mark.parametrize("captions", [["a"] * 6, ["a"], ["a", "b"], ["a", "a", "b", "b"]])

@@ -1,9 +1,11 @@
-"""The NPC step against a literal transcription: two models, every pass made for itself.
+"""The NPC step against a literal transcription: two models, every pass made for itself; its losses,
+weights and learning rate against closed forms.
 
 The reference follows the equations and the table of docs/fidelity.md point by point, shares nothing
 and uses nothing of the repository but the towers.
 """
 
+import argparse
 import copy
 import dataclasses
 import itertools
@@ -14,6 +16,7 @@ import naive
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import parsed
 
 import clip
@@ -23,16 +26,21 @@ from main_NPC import NPC
 from utils.errors import InputError
 from utils.method.batches import Batches
 from utils.method.memorybank import MemoryBank
-from utils.method.optimizer import Precision, adamw
+from utils.method.optimizer import Precision
 from utils.method.pairs import Pairs
+from utils.method.passes import pair_losses
 from utils.method.recipes import RECIPES
+from utils.method.weightings import negative_impact, one_step_anti_noise
 from utils.reading.images import ImagesInMemory
+from utils.training.loop import Schedule, warmup_cosine
 
 TEXT = {"context_length": 12, "vocab_size": 50, "transformer_width": 64, "transformer_heads": 1,
         "transformer_layers": 1, "embed_dim": 16, "image_resolution": 32}
 TOWERS = {"vit": {"vision_layers": 1, "vision_width": 64, "vision_patch_size": 16},
           "rn": {"vision_layers": (1, 1, 1, 1), "vision_width": 8, "vision_patch_size": None}}
 NUM_PAIRS, NUM_IMAGES, BATCH = 30, 6, 10
+FIRST = list(range(BATCH))  # the pairs of a batch
+FP32, F64 = Precision("fp32", torch.device("cpu")), torch.float64
 
 
 def options(**changes):
@@ -45,8 +53,7 @@ class StubRun:
 
     def __init__(self, args):
         self.args, self.device = args, torch.device("cpu")
-        self.recipe = RECIPES[args.recipe]
-        self.precision = Precision("fp32", self.device)
+        self.recipe, self.precision = RECIPES[args.recipe], FP32
 
 
 def make_data(seed=0):
@@ -64,6 +71,7 @@ def make_data(seed=0):
                   [""] * NUM_PAIRS, text_of, torch.from_numpy(tokens), None)
     bank = MemoryBank(rng.integers(0, NUM_PAIRS, NUM_IMAGES), rng.integers(0, NUM_PAIRS, NUM_PAIRS))
     bank.caption_entry[::3] = np.arange(0, NUM_PAIRS, 3)  # clean pairs are their own entries
+    bank.posterior = rng.random(NUM_PAIRS)
     return pairs, bank
 
 
@@ -109,7 +117,9 @@ def reference_steps(A, pairs, bank, batches, args):
         with torch.no_grad():
             r = (before_i / naive.losses(siamese, pairs, memory_i)
                  + before_t / naive.losses(siamese, pairs, memory_t)) / 2
-        w = torch.where(r < 1, torch.tanh(r), torch.ones_like(r))
+        w = {"npc": torch.where(r < 1, torch.tanh(r), torch.ones_like(r)),
+             "none": torch.ones_like(r),
+             "gmm": torch.from_numpy(bank.posterior[batch])}[args.weighting]
 
         A.train(recipe.batch_norm_trains)
         loss = naive.losses(A, pairs, batch)
@@ -119,7 +129,7 @@ def reference_steps(A, pairs, bank, batches, args):
         if recipe.trains_on_memory:
             before_i = naive.losses(A, pairs, memory_i)
             before_t = naive.losses(A, pairs, memory_t)
-        total = weighted + before_i.mean() + before_t.mean()
+        total = weighted + args.memory_loss_weight * (before_i.mean() + before_t.mean())
         total.backward()
         norm = math.sqrt(sum(p.grad.square().sum().item() for p in A.parameters()))
         for p in A.parameters():
@@ -176,12 +186,18 @@ def test_whole_training_set_as_one_batch(recipe):
     compare("vit", recipe=recipe, batches=[everything] * 3)
 
 
+@pytest.mark.parametrize("weight", [0.0, 0.3, 50.0])
+@pytest.mark.parametrize("weighting", ["npc", "none", "gmm"])
+def test_any_weighting_trains_on_the_memory_as_its_factor_says(weighting, weight):
+    compare("vit", weighting=weighting, memory_loss_weight=weight)
+
+
 def test_learned_temperature_is_limited_in_the_paper_recipe_only():
     pairs, bank = make_data()
     for recipe, limited in (("paper", True), ("released", False)):
         A = make_model("vit")
         A.logit_scale.data.fill_(math.log(100) + 0.5)
-        our_steps(A, pairs, bank, [list(range(BATCH))], options(recipe=recipe))
+        our_steps(A, pairs, bank, [FIRST], options(recipe=recipe))
         assert (A.logit_scale.item() <= math.log(100) + 1e-12) == limited
 
 
@@ -203,9 +219,7 @@ def test_any_two_fields_of_a_recipe_train_as_they_say_or_are_refused(monkeypatch
 
 
 def passes_of(A, siamese, **options):
-    pairs, bank = make_data()
-    return main_NPC.Passes(A, Batches(pairs, bank)[list(range(BATCH))],
-                           Precision("fp32", torch.device("cpu")), siamese, **options)
+    return main_NPC.Passes(A, Batches(*make_data())[FIRST], FP32, siamese, **options)
 
 
 def test_losses_after_the_step_of_the_siamese_hold_no_graph():
@@ -236,24 +250,15 @@ def test_a_memory_that_nobody_reads_is_not_encoded(tower):
     pairs, bank = make_data()
     npc = NPC(make_model(tower), StubRun(options(recipe="released", weighting="none")), bank)
     npc.A.train()
-    numbers = npc.step(Batches(pairs)[list(range(BATCH))])
+    numbers = npc.step(Batches(pairs)[FIRST])
     assert not npc.uses_memory and numbers.keys() == {"batch_loss", "grad_norm", "exp_logit_scale",
                                                       "w"}
-
-
-def test_memory_gradient_is_not_dropped_for_fixed_weights():
-    """Whatever the weighting, a memory loss that has a gradient counts in it."""
-    pairs, bank = make_data()
-    norms = [our_steps(make_model("vit"), pairs, bank, [list(range(BATCH))],
-                       options(weighting="none", memory_loss_weight=weight))[0][2]
-             for weight in (0.0, 1.0, 50.0)]
-    assert norms[2] > 2 * norms[1] and abs(norms[1] - norms[0]) > 1e-3
 
 
 # ---- the passes that a step makes ----------------------------------------------------------------
 
 
-def count(monkeypatch, batch=tuple(range(BATCH)), **changes):
+def count(monkeypatch, batch=FIRST, **changes):
     """Passes of one step: rows that each model encodes, in order, as (what, rows); how often a
     gradient crosses A's image tower; whether a graph was kept for another backward pass."""
     encoded, crossed, kept = [], [], []
@@ -294,7 +299,7 @@ def test_a_step_encodes_each_distinct_item_once_and_the_memory_twice(monkeypatch
                                    texts.total - texts.memory_start))
         for what, rows in (("encode_image", (i,)), ("encode_text", (t, length)))]
     pairs, bank = make_data()
-    wanted = [list(range(BATCH)), bank.image_entry[pairs.image_of[:BATCH]],
+    wanted = [FIRST, bank.image_entry[pairs.image_of[:BATCH]],
               bank.caption_entry[:BATCH]]
     assert images.total == len(np.unique(pairs.image_of[np.array(wanted)]))
     assert texts.total == len(np.unique(pairs.text_of[np.array(wanted)]))
@@ -327,48 +332,12 @@ def test_accumulation_encodes_each_piece_again_in_the_backward_pass(monkeypatch)
 
 def test_passes_can_be_replaced_by_the_naive_ones(monkeypatch):
     """main_NPC.py does not know how its losses are computed."""
-    pairs, bank = make_data()
-    batches = [list(range(BATCH)), list(range(BATCH, 2 * BATCH))]
-    ours, plain = make_model("vit"), make_model("vit")
-    expected = our_steps(ours, pairs, bank, batches, options())
-    monkeypatch.setattr(naive.NaivePasses, "pairs", pairs)
-    monkeypatch.setattr(naive.NaivePasses, "bank", bank)
     monkeypatch.setattr(main_NPC, "Passes", naive.NaivePasses)
-    for (w, loss, norm), (w0, loss0, norm0) in zip(
-            our_steps(plain, pairs, bank, batches, options()), expected, strict=True):
-        torch.testing.assert_close(w, w0, rtol=0, atol=1e-9)
-        assert (loss, norm) == pytest.approx((loss0, norm0), abs=1e-9)
-    for p, q in zip(ours.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=0, atol=1e-9)
+    naive.NaivePasses.pairs, naive.NaivePasses.bank = make_data()
+    compare("vit")
 
 
 # ---- precision, fixed weights, special cases -----------------------------------------------------
-
-
-def test_the_state_of_the_siamese_lives_on(monkeypatch):
-    """An AdamW of A' that starts anew at every step gives other weights."""
-    step = NPC.step
-
-    def forgetful(self, batch):
-        self.siamese_optimizer.state.clear()
-        return step(self, batch)
-
-    monkeypatch.setattr(NPC, "step", forgetful)
-    with pytest.raises(AssertionError, match="not close"):
-        compare("vit", recipe="released")
-
-
-def test_everything_is_decayed():
-    """One step at gradient 0 shrinks every parameter by lr times weight decay: biases, LayerNorms,
-    logit_scale and the rows of tokens that no caption has."""
-    model = make_model("vit")
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    optimizer = adamw(model, options(lr=0.1, weight_decay=0.5))
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    for name, value in model.state_dict().items():
-        torch.testing.assert_close(value, before[name] * 0.95)
 
 
 @pytest.mark.parametrize("tower", TOWERS)
@@ -400,73 +369,161 @@ def test_baseline_equals_plain_contrastive_training(tower, recipe):
 
 
 def test_accumulated_steps_are_exact():
-    pairs, bank = make_data()
-    batches = [list(range(BATCH)), list(range(BATCH, 2 * BATCH))]
-    whole, pieces = make_model("vit"), make_model("vit")
-    our_steps(whole, pairs, bank, batches, options())
-    our_steps(pieces, pairs, bank, batches, options(accum_steps=3, grad_checkpointing=True))
-    for p, q in zip(whole.parameters(), pieces.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=0, atol=1e-9)
-
-
-def test_no_gradient_flows_through_the_weights():
-    """With w held constant, the gradient of the total loss is the one the step used."""
-    pairs, bank = make_data()
-    batch = list(range(BATCH))
-    A, B = make_model("vit"), make_model("vit")
-    args = options(clip_grad=0.0)
-    _, _, norm = our_steps(A, pairs, bank, [batch], args)[0]
-    npc = NPC(copy.deepcopy(B), StubRun(args), bank)
-    w = npc.step(Batches(pairs, bank)[batch])["w"].detach().clone()
-    total = ((w * naive.losses(B, pairs, batch)).mean()
-             + naive.losses(B, pairs, bank.image_entry[pairs.image_of[batch]]).mean()
-             + naive.losses(B, pairs, bank.caption_entry[batch]).mean())
-    gradients = torch.autograd.grad(total, list(B.parameters()))
-    expected = math.sqrt(sum(g.square().sum().item() for g in gradients))
-    assert norm == pytest.approx(expected, abs=1e-9)
-
-
-def test_fixed_weights_are_used_as_they_are():
-    pairs, bank = make_data()
-    A = make_model("vit")
-    given = torch.rand(NUM_PAIRS, dtype=torch.float64)
-    bank.posterior = given.numpy()
-    npc = NPC(A, StubRun(options(weighting="gmm")), bank)
-    batch = [3, 1, 20, 7]
-    reference = copy.deepcopy(A)
-    numbers = npc.step(Batches(pairs, bank)[batch])
-    assert torch.equal(numbers["w"], given[batch])
-    expected = (given[batch] * naive.losses(reference, pairs, batch)).mean().item()
-    assert numbers["weighted_loss"].item() == pytest.approx(expected, abs=1e-9)
-
-
-def test_memory_loss_weight_scales_the_memory_part():
-    pairs, bank = make_data()
-    batch = list(range(BATCH))
-    for weight in (0.0, 0.3):
-        numbers = NPC(make_model("vit"), StubRun(options(memory_loss_weight=weight)), bank).step(
-            Batches(pairs, bank)[batch])
-        memory = numbers.get("memory_image_loss", 0) + numbers.get("memory_text_loss", 0)
-        expected = numbers["weighted_loss"] + weight * memory
-        torch.testing.assert_close(numbers["loss"], expected)
+    compare("vit", accum_steps=3, grad_checkpointing=True)
 
 
 def test_one_pair_per_batch_keeps_the_weights_finite():
     """A batch of one has loss 0 before and after: nothing over nothing counts as unchanged."""
-    pairs, bank = make_data()
-    numbers = NPC(make_model("vit"), StubRun(options()), bank).step(Batches(pairs, bank)[[4]])
-    assert numbers["w"].tolist() == [1.0]
+    (w, _, _), = our_steps(make_model("vit"), *make_data(), [[4]], options())
+    assert w.tolist() == [1.0]
 
 
 def test_amp_steps_stay_close_to_fp32():
-    pairs, bank = make_data()
-    batch = list(range(BATCH))
-    exact = NPC(make_model("vit").float(), StubRun(options()), bank).step(
-        Batches(pairs, bank)[batch])
-    for name in ("amp_bf16", "amp_fp16"):
+    losses = {}
+    for name in ("fp32", "amp_bf16", "amp_fp16"):
+        pairs, bank = make_data()
         run = StubRun(options())
         run.precision = Precision(name, run.device)
-        numbers = NPC(make_model("vit").float(), run, bank).step(Batches(pairs, bank)[batch])
-        assert numbers["loss"].item() == pytest.approx(exact["loss"].item(), rel=0.05)
+        numbers = NPC(make_model("vit").float(), run, bank).step(Batches(pairs, bank)[FIRST])
+        losses[name] = numbers["loss"].item()
         w = numbers["w"]  # jumps from tanh(1) to 1 at r = 1, so rounding alone can move it
         assert ((w > 0) & (w <= 1)).all()
+    assert list(losses.values()) == pytest.approx([losses["fp32"]] * 3, rel=0.05)
+
+
+# ---- losses and weights against closed forms -----------------------------------------------------
+
+
+def unit_features(n, width, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [F.normalize(torch.randn(n, width, generator=generator, dtype=F64), dim=1)
+            for _ in range(2)]
+
+
+def tensor(*values):
+    return torch.tensor(values, dtype=F64)
+
+
+@pytest.mark.parametrize("n", [1, 2, 7])
+@pytest.mark.parametrize("scale", [0.0, 2.65, math.log(100)])
+def test_pair_losses_are_the_two_cross_entropies(n, scale):
+    images, texts = unit_features(n, 5)
+    losses = pair_losses(images, texts, torch.tensor(scale, dtype=F64))
+    assert losses.dtype == F64 and losses.shape == (n,)
+    for i in range(n):
+        own = math.exp(scale) * float(images[i] @ texts[i])
+        row = [math.exp(scale) * float(images[i] @ texts[j]) for j in range(n)]
+        column = [math.exp(scale) * float(images[j] @ texts[i]) for j in range(n)]
+        i2t = math.log(sum(math.exp(x - own) for x in row))
+        t2i = math.log(sum(math.exp(x - own) for x in column))
+        assert float(losses[i]) == pytest.approx((i2t + t2i) / 2, abs=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_loss_is_fp32_of_half_features_and_under_autocast(dtype):
+    images, texts = (x.to(dtype) for x in unit_features(9, 16))
+    scale = torch.tensor(math.log(100))
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
+        losses = pair_losses(images, texts, scale)
+    assert losses.dtype == torch.float32
+    assert torch.equal(losses, pair_losses(images.float(), texts.float(), scale))
+
+
+def test_weights_are_tanh_of_the_mean_ratio_below_one_and_one_above():
+    before_i, after_i = tensor(1.0, 2.0, 0.5, 1.0, 3.0), tensor(2.0, 1.0, 2.0, 1.0, 2.0)
+    before_t, after_t = tensor(1.0, 3.0, 0.5, 1.0, 1.0), tensor(4.0, 1.0, 0.5, 1.0, 2.0)
+    w = negative_impact(before_i, before_t, after_i, after_t)
+    r = [(0.5 + 0.25) / 2, 2.5, (0.25 + 1) / 2, 1.0, (1.5 + 0.5) / 2]
+    expected = [1.0 if x >= 1 else math.tanh(x) for x in r]
+    assert w.tolist() == pytest.approx(expected, abs=1e-15)
+    assert w[3] == 1  # r = 1 is no harm: 1, not tanh(1)
+
+
+@pytest.mark.parametrize("before, after, ratio", [
+    (0.0, 0.0, 1.0), (1.0, 0.0, math.inf), (0.0, 1.0, 0.0), (1e-45, 0.0, math.inf)])
+def test_weights_at_zero_losses(before, after, ratio):
+    other = 0.4
+    x = [torch.tensor([v], dtype=torch.float32) for v in (before, after, other, 1.0)]
+    r = (ratio + other) / 2
+    expected = 1.0 if r >= 1 else math.tanh(r)
+    for order in ((0, 1, 2, 3), (2, 3, 0, 1)):
+        before_i, after_i, before_t, after_t = (x[k] for k in order)
+        w = negative_impact(before_i, before_t, after_i, after_t)
+        assert float(w) == pytest.approx(expected, rel=1e-6)
+
+
+def test_weights_are_always_finite_and_at_most_one():
+    values = torch.tensor([0.0, 1e-45, 1e-38, 1e-7, 1.0, 50.0, 1e38])
+    grid = torch.cartesian_prod(values, values, values, values)
+    w = negative_impact(*grid.T)
+    assert w.isfinite().all() and (w >= 0).all() and (w <= 1).all()
+    unchanged = negative_impact(grid[:, 0], grid[:, 1], grid[:, 0], grid[:, 1])
+    assert (unchanged == 1).all()
+
+
+def test_one_step_anti_noise_is_the_script_s():
+    """Literally: scores of the frozen estimator, the threshold taken off, negative ones zero, over
+    the largest of the batch, s^2 (1 - s^2). The script's logits are cosines times 100."""
+    cosine, beta = tensor(0.31, 0.28, 0.05, 0.19, 0.12), 0.11
+    scores = [max(0.0, 100 * float(c) - 100 * beta) for c in cosine]
+    scores = [s / max(scores) for s in scores]
+    expected = [s * s * (1 - s * s) for s in scores]
+    w = one_step_anti_noise(cosine, tensor(*[beta] * 5))
+    assert w.tolist() == pytest.approx(expected, abs=1e-12)
+    assert w[0] == 0 and w[2] == 0 and (w[[1, 3, 4]] > 0).all()  # the best pair weighs nothing
+    assert (one_step_anti_noise(cosine, tensor(*[0.5] * 5)) == 0).all()
+
+
+# ---- the learning rate --------------------------------------------------------------------------
+
+
+def schedule(recipe, epochs=5, warmup=500, steps=1000, pairs=256_000, lr=2e-7):
+    args = argparse.Namespace(lr=lr, warmup=warmup, epochs=epochs)
+    return Schedule(args, RECIPES[recipe], steps, pairs)
+
+
+def test_rate_rises_linearly_to_the_base_and_falls_as_a_cosine_to_zero():
+    rates = [warmup_cosine(t, 3.0, 10, 100) for t in range(101)]
+    assert rates[:10] == pytest.approx([3 * (t + 1) / 10 for t in range(10)])
+    assert rates[10:] == pytest.approx([1.5 * (1 + math.cos(math.pi * t / 90)) for t in range(91)])
+
+
+@pytest.mark.parametrize("warmup, total", [(0, 10), (10, 10), (500, 12), (0, 1)])
+def test_any_warmup_gives_rates_between_zero_and_the_base(warmup, total):
+    rates = [warmup_cosine(t, 2.0, warmup, total) for t in range(total)]
+    assert all(0 <= rate <= 2 for rate in rates)
+    assert rates[0] == (2.0 if warmup == 0 else 2.0 / warmup)
+
+
+def test_paper_recipe_runs_the_cosine_over_optimiser_steps():
+    rate = schedule("paper")
+    assert rate(0, 0) == pytest.approx(2e-7 / 500)
+    assert rate(0, 499) == rate(0, 500) == pytest.approx(2e-7)
+    assert rate(2, 750) == pytest.approx(1e-7)  # half of the 4,500 steps behind the warm-up
+    assert rate(4, 999) == pytest.approx(1e-7 * (1 + math.cos(math.pi * 4499 / 4500)))
+    assert rate(1, 0) == pytest.approx(1e-7 * (1 + math.cos(math.pi * 500 / 4500)))
+
+
+@pytest.mark.parametrize("steps, expected", [(1000, 500), (900, 450), (2, 1), (1, 0)])
+def test_warmup_is_by_default_a_tenth_of_few_steps(steps, expected):
+    rate = schedule("paper", warmup=None, steps=steps)
+    assert rate.warmup == expected and rate.peak == 2e-7
+    assert max(rate(e, s) for e in range(5) for s in range(steps)) == pytest.approx(2e-7)
+    assert schedule("released", warmup=None, steps=steps).warmup == 500
+
+
+def test_peak_is_what_a_long_warmup_comes_to():
+    rate = schedule("paper", epochs=10, steps=2)
+    assert rate.peak == pytest.approx(rate(9, 1)) == pytest.approx(2e-7 * 20 / 500)
+
+
+def test_released_recipe_is_a_staircase_over_the_epochs():
+    rate = schedule("released")
+    levels = [rate(epoch, 600) / 2e-7 for epoch in range(5)]
+    assert levels == pytest.approx([1, 0.905, 0.655, 0.345, 0.095], abs=2e-3)
+    for epoch in range(5):  # nearly constant within an epoch, behind the warm-up
+        assert rate(epoch, 999) / rate(epoch, 500) == pytest.approx(1, abs=0.02)
+    t = 2 * 256_000 + 321
+    exact = 1e-7 * (1 + math.cos(math.pi * (t - 500) / (5 * 256_000 - 500)))
+    assert rate(2, 321) == pytest.approx(exact, rel=1e-12)
+    assert rate(0, 99) == pytest.approx(2e-7 / 5)

@@ -8,17 +8,16 @@ from utils.distributed import any_process, from_main, is_main
 from utils.errors import InputError
 from utils.files import require_writable
 from utils.method.features import Features, nearest, normalised, random_rows
+from utils.method.judge import judge_pairs
 from utils.method.memorybank import (
     UNWRITABLE,
     MemoryBank,
     bank_name,
     bank_path,
     load_bank,
-    made_with,
     save_bank,
 )
 from utils.method.recipes import RECIPES
-from utils.method.rounds import judge_pairs
 from utils.reading.layout import ratio_name
 
 
@@ -76,11 +75,9 @@ def bank_of(verdict, raw_images, raw_texts, pairs, args):
     caption_entry = caption_entry[pairs.text_of]  # (n,)
     if by_cosine:
         caption_entry[clean] = np.flatnonzero(clean)
-    info = {**made_with(args), "seed": args.noise_seed, "wrong_share": verdict.wrong_share}
+    info = {"wrong_share": verdict.wrong_share}
     if verdict.beta is not None:
         info["beta"] = verdict.beta
-    if not args.judge_features:
-        info |= {name: getattr(args, name) for name in ("vision_model", "resume")}
     return MemoryBank(image_entry, caption_entry, clean, verdict.loss.astype(np.float32),
                       verdict.posterior.astype(np.float32), verdict.cosine, info)
 

@@ -4,8 +4,8 @@ The paper's judge: the loss of each pair under the initial model, a mixture of t
 losses, the posterior of the low one. Ours, `--judge_rounds` and `--judge_neighbours`, differs in
 three points (docs/finding_noise.md has the measurements):
 
-- Rounds (utils.method.rounds). The initial model does not know the domain yet. A copy of it takes a
-  few steps on the strict clean set and judges again; a fresh copy then learns from that verdict.
+- Rounds. The initial model does not know the domain yet. A copy of it takes a few steps on the
+  strict clean set and judges again; a fresh copy then learns from that verdict.
 - Neighbours (after LEMoN, Zhang et al. 2025), before the first round: a pair's caption should
   resemble the captions of the images most like its own, and its image the images of the captions
   most like its own.
@@ -15,6 +15,8 @@ three points (docs/finding_noise.md has the measurements):
   assumes a shape of the scores.
 """
 
+import argparse
+import copy
 import math
 import warnings
 from typing import NamedTuple
@@ -22,13 +24,29 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+import clip
+from utils.distributed import main_first
 from utils.errors import InputError
-from utils.method.features import Features, nearest, normalised, random_rows
-from utils.method.pairs import first_seen
-from utils.method.passes import pair_losses
+from utils.method.batches import Batches
+from utils.method.features import (
+    Features,
+    embed_pairs,
+    mean_random_cosine,
+    nearest,
+    normalised,
+    random_rows,
+    read_features,
+)
+from utils.method.memorybank import asks_for_beta
+from utils.method.optimizer import adamw, clip_gradients, replays, set_rate
+from utils.method.pairs import for_model
+from utils.method.passes import Passes, pair_losses
 from utils.method.recipes import RECIPES
 from utils.progress import progress
+from utils.reading.images import Loader, in_memory
+from utils.reading.layout import first_seen
 
+WARMUP = 4  # steps of a round in which the rate rises
 DRAWS = 4  # random divisions into batches; a pair's loss is the mean over them
 MISMATCHES = 4  # mismatches made of each pair
 AGREEMENT = 0.375  # weight of each neighbour agreement beside the loss, both in standard scores
@@ -60,6 +78,46 @@ class Verdict(NamedTuple):
     beta: float | None = None
 
 
+def judge_pairs(model, pairs, args, precision, log=print):
+    """(`Verdict` on `pairs`, (images (u, D), captions (v, D))): what the judge finds that the
+    options name, and its features, tensors or `Features`. The judge is `model`, unless --judge or
+    --judge_features name another."""
+    rng, neighbours = np.random.default_rng(args.noise_seed), args.judge_neighbours
+    if args.judge_features:
+        features, scale = read_features(args.judge_features, pairs, args.device)
+        verdict = verdict_on(features, scale, pairs, args, rng, neighbours)
+        log_verdict(pairs, verdict, args, log)
+        return verdict, features
+    if args.judge:
+        with main_first():
+            model, preprocess = clip.load(args.judge, device=args.device)
+        model = precision.prepare(model)
+        own = with_options(args, context_length=min(args.context_length, model.context_length))
+        pairs = for_model(pairs, own, preprocess, log=lambda _: None)
+
+    # The model judges as it is, and with the help of neighbours
+    verdict, features = embed_and_judge(model, pairs, args, precision, rng, neighbours)
+    of_model = {"cosine": verdict.cosine}
+    if asks_for_beta(args):
+        of_model["beta"] = mean_random_cosine(model, args, precision)
+
+    # In each round a fresh copy of it learns from the last verdict, and judges again
+    for number in range(1, args.judge_rounds + 1):
+        log(f"judge, round {number} of {args.judge_rounds}: {args.judge_steps} steps at "
+            f"{args.judge_lr:g} on {verdict.clean.sum()} pairs")
+        rng = np.random.default_rng([args.noise_seed, number])
+        trained = train_judge(model, pairs, verdict.clean, args, precision, rng)
+        verdict, features = embed_and_judge(trained, pairs, args, precision, rng)
+    log_verdict(pairs, verdict, args, log)
+    return verdict._replace(**of_model), features
+
+
+def embed_and_judge(model, pairs, args, precision, rng, neighbours=0):
+    """(`Verdict` of a model on `pairs`, its features)."""
+    features = embed_pairs(model, pairs, args, precision)
+    return verdict_on(features, model.logit_scale, pairs, args, rng, neighbours), features
+
+
 def verdict_on(features, logit_scale, pairs, args, rng, neighbours=0):
     """`Verdict` on `pairs` from the features of their distinct images (u, D) and captions (v, D),
     tensors or `Features`, and the log temperature.
@@ -71,62 +129,89 @@ def verdict_on(features, logit_scale, pairs, args, rng, neighbours=0):
     if len(pairs) < 2:
         raise InputError(f"{pairs.source} has {len(pairs)} pair; a memory bank needs at least two")
     images, texts = map(normalised, features)
-    image_of, text_of = (torch.from_numpy(x).to(images.device)
-                         for x in (pairs.image_of, pairs.text_of))
-    data = images, texts, image_of, text_of, logit_scale.detach().to(images.dtype)
-    mismatches = components = share_error = None
-    if args.judge_rounds or args.judge_neighbours:
-        loss, score, mismatches = beside_mismatches(*data, pairs, args, rng, neighbours)
-    else:
-        in_order = not RECIPES[args.recipe].random_bank_batches
-        batches = draw_batches(len(pairs), args.batch_size, None if in_order else rng)
-        loss = score = losses_in_batches(*data, batches)
-    loss, score = loss.double().cpu().numpy(), score.double().cpu().numpy()
-    if not np.isfinite(loss).all():
+    papers = not (args.judge_rounds or args.judge_neighbours)
+
+    # A caption for each image: in row 0 that of the pair, in the others those of mismatches
+    captions, made = pairs.text_of[None], None
+    if not papers:
+        others = np.stack([mismatched(pairs, rng) for _ in range(MISMATCHES)])
+        captions = np.concatenate([captions, pairs.text_of[others]])  # (1 + m, n)
+        made = others[0] >= 0  # the same pairs each time
+        if not made.any():
+            raise InputError(f"{pairs.source}: every caption stands beside every image, so that no "
+                             "wrong pair can be made to compare with; --judge_rounds 0 "
+                             "--judge_neighbours 0, the paper's judge, needs none")
+    image_of, captions = (torch.from_numpy(x).to(images.device) for x in (pairs.image_of, captions))
+
+    in_order = papers and not RECIPES[args.recipe].random_bank_batches
+    draws = [draw_batches(len(pairs), args.batch_size, None if in_order else rng)
+             for _ in range(1 if papers else DRAWS)]
+    losses = [losses_in_batches(images, texts, image_of, captions, logit_scale, draw)
+              for draw in draws]
+    scores = losses = torch.stack(losses).mean(dim=0)  # (1 + m, n)
+    if not losses[0].isfinite().all():
         raise InputError(f"the model's losses are not finite; its logit_scale is "
                          f"{logit_scale.item():.4g}, a log temperature of at most ln 100 is usual")
-    if mismatches is None:
+    if neighbours:
+        agreement = agreements(images, texts, image_of, captions, neighbours, args)
+        loss, by_image, by_text = (standard_scores(values, values[0])
+                                   for values in (losses, *agreement))
+        scores = loss - AGREEMENT * (by_image + by_text)
+
+    loss, score = (values[0].double().cpu().numpy() for values in (losses, scores))
+    mismatches = components = share_error = None
+    if papers:
         posterior, components = mixture_posterior(score, args.noise_seed)
         wrong_share = 1 - posterior.mean()
     else:
-        mismatches = mismatches.double().cpu().numpy()
+        mismatches = scores[1:].double().cpu().numpy()[:, made].ravel()
         wrong_share, share_error = wrong_share_by(score, mismatches)
         posterior = posterior_by_mismatches(score, mismatches, wrong_share)
     clean = strict_clean_set(posterior, score, args.clean_threshold, args.min_clean)
     cosine = torch.cat([(images[i] * texts[t]).sum(1) for i, t in
-                        zip(image_of.split(ROWS), text_of.split(ROWS), strict=True)])
+                        zip(image_of.split(ROWS), captions[0].split(ROWS), strict=True)])
     return Verdict(score, loss, posterior, clean, cosine.float().cpu().numpy(), float(wrong_share),
                    share_error, components, mismatches)
 
 
-def beside_mismatches(images, texts, image_of, text_of, logit_scale, pairs, args, rng, neighbours):
-    """(loss (n,), score (n,), scores of the mismatches (m,)) of `pairs`, tensors."""
-    data, device = (images, texts, image_of, text_of, logit_scale), images.device
-    others = [mismatched(pairs, rng) for _ in range(MISMATCHES)]
-    made = others[0] >= 0  # the same pairs each time
-    if not made.any():
-        raise InputError(f"{pairs.source}: every caption stands beside every image, so that no "
-                         "wrong pair can be made to compare with; --judge_rounds 0 "
-                         "--judge_neighbours 0, the paper's judge, needs none")
-    other_texts = [text_of[torch.from_numpy(other).to(device)] for other in others]
-    draws = [draw_batches(len(pairs), args.batch_size, rng) for _ in range(DRAWS)]
-    loss = mean(losses_in_batches(*data, draw) for draw in draws)
-    other_losses = mean(losses_if(*data, draw, other_texts) for draw in draws)
-    score, mismatches = loss, other_losses
-    if neighbours:
-        agreements = Agreements(images, texts, pairs, neighbours, args.search_among,
-                                args.noise_seed)
-        own = loss, *agreements(text_of)
-        score = combined(own, own)
-        mismatches = torch.stack([combined((other_loss, *agreements(other)), own)
-                                  for other_loss, other in
-                                  zip(other_losses, other_texts, strict=True)])
-    return loss, score, mismatches[:, torch.from_numpy(made).to(device)].flatten()
+def train_judge(model, pairs, clean, args, precision, rng):
+    """A copy of `model` after `--judge_steps` plain CLIP steps on the pairs that are clean, (n,)
+    bool, which `rng` shuffles. The rate rises to `--judge_lr` over `WARMUP` steps and stays."""
+    batches = draw_steps(np.flatnonzero(clean), args.batch_size, args.judge_steps, rng)
+    loader = Loader(args, Batches(pairs, few_shapes=replays(args)),
+                    0 if in_memory(pairs.images) else len(batches), sampler=batches,
+                    batch_size=None)
+    trained, precision = copy.deepcopy(model), precision.anew()
+    trained.grad_checkpointing = args.grad_checkpointing
+    optimizer = adamw(trained, with_options(args, lr=args.judge_lr))
+    steps = progress(loader, desc="judge", unit="step", leave=False)
+    for number, batch in enumerate(steps, 1):
+        set_rate(optimizer, args.judge_lr * min(1, number / WARMUP))
+        passes = Passes(trained, batch.to(args.device), precision, accum_steps=args.accum_steps)
+        passes.backward(passes.batch.mean())
+        precision.scaler.unscale_(optimizer)
+        clip_gradients(trained, args.clip_grad)
+        precision.scaler.step(optimizer)
+        precision.scaler.update()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            trained.logit_scale.clamp_(max=math.log(100))
+    return trained
 
 
-def mean(tensors):
-    """Mean of several tensors of one shape."""
-    return torch.stack(list(tensors)).mean(dim=0)
+def draw_steps(chosen, batch_size, steps, rng):
+    """The batches of a round's steps, lists of pairs: pass after pass over the `chosen` pairs (k,),
+    shuffled each time, without the last incomplete batch of a pass."""
+    size = min(batch_size, len(chosen))
+    per_pass = len(chosen) // size
+    passes = [rng.permutation(chosen)[: per_pass * size].reshape(per_pass, size)
+              for _ in range(-(-steps // per_pass))]
+    return np.concatenate(passes)[:steps].tolist()
+
+
+def with_options(args, **values):
+    """A copy of the options with other values of some."""
+    return argparse.Namespace(**{**vars(args), **values})
 
 
 # ---- the loss of a pair in a batch ---------------------------------------------------------------
@@ -140,27 +225,21 @@ def draw_batches(n, batch_size, rng):
     return torch.from_numpy(rng.permutation(n)).tensor_split(-(-n // batch_size))
 
 
-def losses_in_batches(images, texts, image_of, text_of, logit_scale, batches):
-    """Loss of each pair (n,) against the others of its batch. `batches`: int64 tensors of pairs
-    that cover 0..n-1; features are L2-normalised, rows given by image_of and text_of (n,)."""
-    losses = torch.empty(len(image_of), dtype=images.dtype, device=images.device)
+def losses_in_batches(images, texts, image_of, captions, logit_scale, batches):
+    """Losses (1 + m, n) of each pair against the others of its batch: with its own caption, that of
+    row 0 of captions (1 + m, n), and as they would be with that of each other row, all other pairs
+    as they are. `batches`: int64 tensors of pairs that cover 0..n-1; images (u, D) and texts (v, D)
+    are L2-normalised."""
+    losses = torch.empty(captions.shape, dtype=images.dtype, device=images.device)
+    logit_scale = logit_scale.detach().to(images.dtype)
     for batch in progress(batches, desc="losses", unit="batch", leave=False):
         batch = batch.to(losses.device)
-        losses[batch] = pair_losses(images[image_of[batch]], texts[text_of[batch]], logit_scale)
-    return losses
-
-
-def losses_if(images, texts, image_of, text_of, logit_scale, batches, other_of):
-    """Loss (m, n) that each pair would have in its batch if its caption were one of the m other_of
-    (n,) instead of text_of, with all other pairs as they are."""
-    losses = torch.empty(len(other_of), len(image_of), dtype=images.dtype, device=images.device)
-    for batch in progress(batches, desc="losses of mismatches", unit="batch", leave=False):
-        batch = batch.to(losses.device)
-        scaled = logit_scale.exp() * images[image_of[batch]]
-        logits = scaled @ texts[text_of[batch]].T  # (b, b)
-        rest = logits.fill_diagonal_(-torch.inf).logsumexp(dim=1)
-        for loss, other in zip(losses, other_of, strict=True):
-            if_other = scaled @ texts[other[batch]].T
+        image, text = images[image_of[batch]], texts[captions[0, batch]]
+        losses[0, batch] = pair_losses(image, text, logit_scale)
+        scaled = logit_scale.exp() * image
+        rest = (scaled @ text.T).fill_diagonal_(-torch.inf).logsumexp(dim=1)
+        for loss, other in zip(losses[1:], captions[1:], strict=True):
+            if_other = scaled @ texts[other[batch]].T  # (b, b)
             own = if_other.diagonal()
             loss[batch] = (torch.logaddexp(rest, own) + if_other.logsumexp(dim=0)) / 2 - own
     return losses
@@ -194,65 +273,15 @@ def mismatched(pairs, rng):
 # ---- neighbours ----------------------------------------------------------------------------------
 
 
-class Agreements:
-    """How well captions agree with the neighbours of their images, and images with those of their
-    captions, by centred features. The k neighbours of an item are looked for among `most` random
-    ones, drawn by `seed`, or among all."""
-
-    def __init__(self, images, texts, pairs, k, most=None, seed=0):
-        self.image_of, text_of = (torch.from_numpy(x).to(images.device)
-                                  for x in (pairs.image_of, pairs.text_of))
-        images, texts = centred(images, self.image_of), centred(texts, text_of)
-        among = k, most, seed
-        self.by_image = Neighbours(images, texts, self.image_of, text_of, *among, "image")
-        self.by_text = Neighbours(texts, images, text_of, self.image_of, *among, "caption")
-
-    def __call__(self, text_of):
-        """(agreement of captions (n,), agreement of images (n,)) of the pairs' images with the
-        captions text_of (n,); NaN where no neighbour is left."""
-        return (self.by_image.agreement(self.image_of, text_of),
-                self.by_text.agreement(text_of, self.image_of))
-
-
-class Neighbours:
-    """The k nearest neighbours of each item (image or caption) among some of the others, and with
-    what these are paired. item_of, partner_of: (n,) int64, of each pair."""
-
-    def __init__(self, items, partners, item_of, partner_of, k, most, seed, title):
-        self.partners = partners
-        self.some = torch.from_numpy(random_rows(len(items), most, seed)).to(item_of.device)
-        self.cosine, self.near = nearest_others(items, k, self.some, f"{title} neighbours")
-        # of each of `some` the sum of the features of its partners, and their number
-        self.total = torch.zeros(len(self.some), partners.shape[1], dtype=partners.dtype,
-                                 device=item_of.device)
-        self.count = torch.zeros_like(self.some)
-        for item, partner in zip(item_of.split(ROWS), partner_of.split(ROWS), strict=True):
-            at, here = position_among(self.some, item)
-            self.total.index_add_(0, at[here], partners[partner[here]])
-            self.count.index_add_(0, at[here], torch.ones_like(at[here]))
-        # how often each item stands beside each partner
-        self.keys, self.times = (item_of * len(partners) + partner_of).unique(return_counts=True)
-
-    def agreement(self, item_of, partner_of):
-        """Mean cosine (n,) of partners with the partners of their items' neighbours, weighted by
-        the neighbours' similarity. Partners that are the very same do not count."""
-        found = []
-        size = BLOCK // max(1, self.near.shape[1] * self.partners.shape[1]) or 1
-        blocks = zip(item_of.split(size), partner_of.split(size), strict=True)
-        for item, partner in progress(blocks, desc="agreement", total=-(-len(item_of) // size),
-                                      unit="block", leave=False):
-            near = self.near[item]  # (b, k)
-            same = self.together(self.some[near], partner[:, None])
-            left = self.count[near] - same
-            dots = torch.einsum("bd,bkd->bk", self.partners[partner], self.total[near]) - same
-            weight = self.cosine[item].clamp(min=0) * (left > 0)
-            found.append((weight * dots / left.clamp(min=1)).sum(dim=1) / weight.sum(dim=1))
-        return torch.cat(found)
-
-    def together(self, item, partner):
-        """How often items stand beside partners, two int64 tensors that broadcast."""
-        at, here = position_among(self.keys, item * len(self.partners) + partner)
-        return torch.where(here, self.times[at], 0)
+def agreements(images, texts, image_of, captions, k, args):
+    """[how well the captions agree with the k neighbours of their images, and the images with those
+    of their captions], (1 + m, n) each, for the images of the pairs with each row of captions
+    (1 + m, n), of which row 0 are the pairs' own."""
+    text_of, images_of = captions[0], image_of.expand_as(captions)
+    images, texts = centred(images, image_of), centred(texts, text_of)
+    among = k, args.search_among, args.noise_seed
+    return [agreement(images, texts, image_of, text_of, images_of, captions, *among, "image"),
+            agreement(texts, images, text_of, image_of, captions, images_of, *among, "caption")]
 
 
 def centred(features, item_of):
@@ -262,6 +291,44 @@ def centred(features, item_of):
     return Features(features, centre=total / len(item_of), normalise=True)
 
 
+def agreement(items, partners, item_of, partner_of, given, of, k, most, seed, title):
+    """Mean cosine of the partners `of` with the partners of the k neighbours of the items `given`,
+    weighted by the neighbours' similarity, NaN where no neighbour is left: of the shape of both.
+
+    Items are images and partners captions, or the other way round; item_of, partner_of: (n,), those
+    of each pair. Partners that are the very same do not count. Neighbours are looked for among
+    `most` random items, drawn by `seed`, or among all.
+    """
+    device = item_of.device
+    some = torch.from_numpy(random_rows(len(items), most, seed)).to(device)
+    at, here = position_among(some, torch.arange(len(items), device=device))
+    cosine, near = nearest(items, Features(items, chosen=some), k, torch.where(here, at, -1),
+                           f"{title} neighbours")
+    near = near.int()  # which takes half the memory
+
+    # Of each of `some` the sum of the features of its partners, and their number
+    total = torch.zeros(len(some), partners.shape[1], dtype=partners.dtype, device=device)
+    count = torch.zeros_like(some)
+    for item, partner in zip(item_of.split(ROWS), partner_of.split(ROWS), strict=True):
+        at, here = position_among(some, item)
+        total.index_add_(0, at[here], partners[partner[here]])
+        count.index_add_(0, at[here], torch.ones_like(at[here]))
+    # How often each item stands beside each partner
+    keys, times = (item_of * len(partners) + partner_of).unique(return_counts=True)
+
+    found, size = [], BLOCK // max(1, near.shape[1] * partners.shape[1]) or 1
+    blocks = list(zip(given.flatten().split(size), of.flatten().split(size), strict=True))
+    for item, partner in progress(blocks, desc="agreement", unit="block", leave=False):
+        neighbour = near[item]  # (b, k)
+        at, here = position_among(keys, some[neighbour] * len(partners) + partner[:, None])
+        same = torch.where(here, times[at], 0)
+        left = count[neighbour] - same
+        dots = torch.einsum("bd,bkd->bk", partners[partner], total[neighbour]) - same
+        weight = cosine[item].clamp(min=0) * (left > 0)
+        found.append((weight * dots / left.clamp(min=1)).sum(dim=1) / weight.sum(dim=1))
+    return torch.cat(found).view(given.shape)
+
+
 def position_among(items, wanted):
     """(place of the wanted items among items (m,), ascending, whether they are there): int64 and
     bool, of the shape of `wanted`."""
@@ -269,25 +336,9 @@ def position_among(items, wanted):
     return at, items[at] == wanted
 
 
-def nearest_others(features, k, items, title):
-    """(cosine (q, k), place (q, k) int32 among the items) of the k of the items (m,), ascending,
-    that are most similar to each row of features (q, D), itself left out."""
-    at, here = position_among(items, torch.arange(len(features), device=items.device))
-    own = torch.where(here, at, -1)
-    cosine, found = nearest(features, Features(features, chosen=items), k, own, title)
-    return cosine, found.int()
-
-
-def combined(values, of):
-    """Score (n,) from the loss and both agreements that are `values`, each as standard scores by
-    mean and deviation of those `of` the pairs."""
-    loss, *agreements = map(standard_scores, values, of)
-    return loss - AGREEMENT * sum(agreements)
-
-
 def standard_scores(values, of):
-    """How many standard deviations of `of` (m,) each of the values (n,) is from its mean; 0 for NaN
-    and where `of` has fewer than two numbers beside NaN."""
+    """How many standard deviations of `of` (n,) each of the values is from its mean; 0 for NaN and
+    where `of` has fewer than two numbers beside NaN."""
     known = of[~of.isnan()]
     if len(known) < 2:
         return torch.zeros_like(values)

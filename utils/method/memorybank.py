@@ -8,7 +8,6 @@ utils.method.released_bank.
 import hashlib
 import json
 import re
-import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,7 +25,8 @@ from utils.reading.noise import SUFFIX
 
 UNWRITABLE = ("where the memory bank belongs: copy annotations/ and link images/ to a folder that "
               "you may write to, and give it as --dataset_root")
-MADE_WITH = ("recipe", "clean_threshold", "min_clean", "batch_size", "context_length", "judge",
+ARRAYS = ("image_entry", "caption_entry", "clean", "loss", "posterior", "cosine")
+MADE_WITH = ("clean_threshold", "min_clean", "batch_size", "context_length", "judge",
              "judge_features", "judge_rounds", "judge_neighbours", "search_among")
 OF_ROUNDS = ("judge_steps", "judge_lr")
 
@@ -38,8 +38,8 @@ class MemoryBank:
     image_entry: (distinct images,) int64, the pair M^I of each image. caption_entry: (pairs,)
     int64, the pair M^T of each caption. The rest is known only of banks that we built, per pair:
     clean (bool, the strict clean set), loss (float32) and posterior (float32, probability of being
-    clean) by the judge, cosine (float32) by the model before the judge's rounds. `info` says how
-    the bank was made, and holds `beta` for `--weighting osa`.
+    clean) by the judge, cosine (float32) by the model before the judge's rounds. `info` holds the
+    estimated `wrong_share` of the pairs, and `beta` for `--weighting osa`.
     """
 
     image_entry: np.ndarray
@@ -49,13 +49,6 @@ class MemoryBank:
     posterior: np.ndarray | None = None
     cosine: np.ndarray | None = None
     info: dict = field(default_factory=dict)
-
-
-def made_with(args):
-    """Options (dict) that a bank depends on, beside its model and its seed."""
-    names = MADE_WITH + (OF_ROUNDS if args.judge_rounds else ())
-    found = {name: getattr(args, name) for name in names}
-    return found | {"weighting": "osa"} if asks_for_beta(args) else found
 
 
 def asks_for_beta(args):
@@ -71,34 +64,31 @@ def bank_name(model, pairs, args):
     without the judge where it is the paper's, and without the kind where there is no noise. The
     hash is that of all that the bank depends on.
     """
-    recipe = RECIPES[args.recipe]  # of which two points matter here
-    depends_on = made_with(args) | {"recipe": (recipe.random_bank_batches, recipe.cosine_bank)}
-    name = ""
+    parts, recipe = [ratio_name(args.noise_ratio), "mbank"], RECIPES[args.recipe]
+    depends_on = {name: getattr(args, name) for name in MADE_WITH}
+    depends_on["recipe"] = recipe.random_bank_batches, recipe.cosine_bank
+    if asks_for_beta(args):
+        depends_on["weighting"] = args.weighting
     if model is not None:
-        depends_on |= {"model": weights_hash(model), "activation": model.config["activation"]}
         known = args.vision_model in clip.available_models()
-        name = args.vision_model if known else Path(args.vision_model).name or "model"
-    text = json.dumps([depends_on, fingerprint(pairs)], sort_keys=True, default=str)
-    parts = [ratio_name(args.noise_ratio), "mbank", name, judge_name(args),
-             args.noise_kind if args.noise_ratio else "", f"seed{args.noise_seed}",
-             hashlib.sha256(text.encode()).hexdigest()[:8]]
-    return re.sub(r"[^\w.-]", "-", "_".join(filter(None, parts))) + ".npz"
-
-
-def judge_name(args):
-    """What a bank's file name says of its judge; empty for the paper's."""
-    parts = []
+        parts.append(args.vision_model if known else Path(args.vision_model).name or "model")
+        depends_on |= {"model": weights_hash(model), "activation": model.config["activation"]}
     if args.judge_features:
         parts.append(f"features_{Path(args.judge_features).stem}")
-    elif args.judge:
+    if args.judge:
         parts.append(Path(args.judge).name or "model")
     if args.judge_rounds:
         parts.append(f"rounds{args.judge_rounds}x{args.judge_steps}")
+        depends_on |= {name: getattr(args, name) for name in OF_ROUNDS}
     if args.judge_neighbours:
         parts.append(f"neighbours{args.judge_neighbours}")
         if args.search_among:
             parts.append(f"among{args.search_among}")
-    return re.sub(r"[^\w.-]", "-", "_".join(parts))
+    if args.noise_ratio:
+        parts.append(args.noise_kind)
+    text = json.dumps([depends_on, fingerprint(pairs)], sort_keys=True, default=str)
+    parts += [f"seed{args.noise_seed}", hashlib.sha256(text.encode()).hexdigest()[:8]]
+    return re.sub(r"[^\w.-]", "-", "_".join(parts)) + ".npz"
 
 
 def weights_hash(model):
@@ -120,10 +110,9 @@ def save_bank(bank, pairs, path, replace=True):
     """Write `bank`, with the fingerprint of `pairs`, to `path` (.npz, no pickle). Without `replace`
     a file that another run has written meanwhile stays."""
     info = json.dumps({**bank.info, "fingerprint": fingerprint(pairs)})
+    arrays = {name: getattr(bank, name) for name in ARRAYS}
     with atomic_write(path, "wb", replace) as f:
-        np.savez(f, image_entry=bank.image_entry, caption_entry=bank.caption_entry,
-                 clean=bank.clean, loss=bank.loss, posterior=bank.posterior, cosine=bank.cosine,
-                 info=np.frombuffer(info.encode(), np.uint8))
+        np.savez(f, **arrays, info=np.frombuffer(info.encode(), np.uint8))
 
 
 def load_bank(name, pairs, args, log=print):
@@ -135,7 +124,8 @@ def load_bank(name, pairs, args, log=print):
     path = bank_path(args.dataset_root, name)
     if path.exists() and not name.endswith(IMAGES):
         return read_bank(path, pairs), path
-    if judge_name(args) or args.noise_ratio and not pairs.source.name.endswith(SUFFIX):
+    own_judge = (args.judge or args.judge_features or args.judge_rounds or args.judge_neighbours)
+    if own_judge or args.noise_ratio and not pairs.source.name.endswith(SUFFIX):
         return None
     for folder in BANK_FOLDERS:
         path = find_by_ratio(bank_path(args.dataset_root, folder=folder), IMAGES, args.noise_ratio)
@@ -149,38 +139,26 @@ def load_bank(name, pairs, args, log=print):
 def read_bank(path, pairs):
     """The `MemoryBank` in a file of ours. Raises InputError when it is broken, belongs to other
     captions than those of `pairs` or points outside the data."""
-    n = len(pairs)
-    with parsing(path, "a memory bank of these pairs", "delete it, or run get_memorybank.py again"):
-        with zipfile.ZipFile(path) as archive:
-            if any(member.file_size != member.compress_size for member in archive.infolist()):
-                raise ValueError("compressed, as no bank is")
-        with np.load(path, allow_pickle=False) as data:
-            arrays = {key: data[key] for key in data.files}
-        info = json.loads(arrays.pop("info").tobytes())
-        bank = MemoryBank(**arrays, info=info)
+    n, advice = len(pairs), "delete it, or run get_memorybank.py again"
+    with (parsing(path, "a memory bank of these pairs", advice),
+          np.load(path, allow_pickle=False) as data):
+        if any(member.file_size != member.compress_size for member in data.zip.infolist()):
+            raise ValueError("compressed, as no bank is")
+        info = json.loads(data["info"].tobytes())
+        arrays = {name: data[name] for name in ARRAYS}
         if info["fingerprint"] != fingerprint(pairs):
-            raise InputError(f"{path} was built for other captions than {pairs.source}; delete it "
-                             "or run get_memorybank.py again")
+            raise InputError(f"{path} was built for other captions than {pairs.source}; {advice}")
         if "beta" in info:
             info["beta"] = float(info["beta"])
-        require_entries("images", bank.image_entry, len(pairs.image_ids), n)
-        require_entries("captions", bank.caption_entry, n, n)
-        for name in ("clean", "loss", "posterior", "cosine"):
-            value = arrays[name]
-            if (value.shape != (n,) or value.dtype.kind not in "bf"
-                    or not np.isfinite(value).all()):
-                raise ValueError(f"'{name}' is not a finite number for each pair")
-    return bank
-
-
-def require_entries(what, entry, length, num_pairs):
-    """Raise ValueError unless `entry` holds a pair for each of so many images or captions."""
-    if entry.shape != (length,) or entry.dtype.kind != "i":
-        raise ValueError(f"entries of shape {entry.shape} and type {entry.dtype} for {what}, "
-                         f"expected {length} whole numbers")
-    outside = entry[(entry < 0) | (entry >= num_pairs)]
-    if len(outside):
-        raise ValueError(f"points at pair {outside[0]} of 0 to {num_pairs - 1}")
+        for name, values in arrays.items():
+            is_entry = name.endswith("_entry")
+            length = len(pairs.image_ids) if name == "image_entry" else n
+            if (values.shape != (length,) or values.dtype.kind not in ("i" if is_entry else "bf")
+                    or not np.isfinite(values).all()):
+                raise ValueError(f"'{name}' is not {length} finite numbers")
+            if is_entry and len(outside := values[(values < 0) | (values >= n)]):
+                raise ValueError(f"points at pair {outside[0]} of 0 to {n - 1}")
+    return MemoryBank(**arrays, info=info)
 
 
 def clean_pairs(bank):
@@ -196,8 +174,7 @@ def arrays_on(device, bank, names):
     """Arrays of a bank, and numbers of its `info`, by name, as tensors (n,) on the device. Raises
     InputError when the bank, being one of the authors' or of --judge_features, lacks them."""
     n = len(bank.caption_entry)
-    found = {name: bank.info.get(name) if name in bank.info else getattr(bank, name, None)
-             for name in names}
+    found = {name: bank.info.get(name, getattr(bank, name, None)) for name in names}
     if any(value is None for value in found.values()):
         raise InputError("this --weighting needs losses and cosines of the initial model, which "
                          "this bank does not hold (the authors' banks do not, nor, for osa, those "

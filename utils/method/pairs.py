@@ -34,13 +34,6 @@ class Pairs:
         return len(self.captions)
 
 
-def first_seen(items):
-    """(distinct items in order of first appearance, (n,) int64 row of each item among them)."""
-    rows = {}
-    index = np.fromiter((rows.setdefault(item, len(rows)) for item in items), np.int64, len(items))
-    return list(rows), index
-
-
 def first_pairs(item_of):
     """The first pair of each item (image or caption): (items,) int64. item_of: (n,), the item of
     each pair."""

@@ -14,6 +14,8 @@ import unicodedata
 from collections import defaultdict
 from pathlib import Path
 
+import numpy as np
+
 from utils.errors import InputError
 from utils.files import atomic_write, parsing
 
@@ -45,14 +47,12 @@ def read_lines(path):
     """Lines of a UTF-8 text file as a list of str, each stripped of white space at both ends.
     Raises InputError when the file is absent or not UTF-8."""
     with parsing(path, "a text file", f"--dataset_root must be {DATA_SET}"):
-        data = Path(path).read_bytes()
-    try:
-        text = data.decode("utf-8-sig")  # some editors begin a file with a byte order mark
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise InputError(f"{path}, line {line}: not valid UTF-8; re-encode the file") from None
-    lines = text.replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n").split("\n")
-    return [line.strip() for line in lines] if text else []
+        try:
+            text = Path(path).read_text("utf-8-sig")  # some editors write a byte order mark
+        except UnicodeDecodeError as error:
+            line = error.object.count(b"\n", 0, error.start) + 1
+            raise InputError(f"{path}, line {line}: not valid UTF-8; re-encode the file") from None
+    return [line.strip() for line in text.removesuffix("\n").split("\n")] if text else []
 
 
 def read_captions(path):
@@ -89,6 +89,13 @@ def read_ids(root, split, num_captions, num_anns, caption_file):
         raise InputError(f"{path} has {len(ids)} lines and {caption_file} has {num_captions}, but "
                          f"{repeat} caption{'s' * (repeat > 1)} an id were expected; {advice}")
     return [image_id for image_id in ids for _ in range(repeat)]
+
+
+def first_seen(items):
+    """(distinct items in order of first appearance, (n,) int64 row of each item among them)."""
+    rows = {}
+    index = np.fromiter((rows.setdefault(item, len(rows)) for item in items), np.int64, len(items))
+    return list(rows), index
 
 
 def image_names(root, dataset, ids):

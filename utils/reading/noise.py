@@ -11,7 +11,14 @@ import numpy as np
 from utils.distributed import main_first
 from utils.files import atomic_write
 from utils.progress import progress
-from utils.reading.layout import find_by_ratio, ratio_name, read_captions, read_ids, split_folder
+from utils.reading.layout import (
+    find_by_ratio,
+    first_seen,
+    ratio_name,
+    read_captions,
+    read_ids,
+    split_folder,
+)
 
 KINDS = ("random", "similar")
 SEED = 99
@@ -62,7 +69,7 @@ def similar_order(captions, image_of, noise_ratio, seed):
     order, m = np.arange(n), len(positions)
     if m < 2:
         return order
-    text, image = numbered(captions), numbered(image_of)
+    text, image = first_seen(captions)[1], first_seen(image_of)[1]
     texts_of, images_of = defaultdict(list), defaultdict(list)  # of an image, of a text
     for t, i in zip(text, image, strict=True):
         texts_of[i].append(t)
@@ -74,14 +81,12 @@ def similar_order(captions, image_of, noise_ratio, seed):
     counts = np.bincount(vectors.indices, minlength=vectors.shape[1])
     vectors = vectors[:, counts <= TOO_COMMON * m]
 
-    left, own_text, own_image = (np.full(size, value) for size, value in (
-        (m, True), (len(images_of), False), (len(texts_of), False)))
+    left = np.ones(m, bool)
 
     def best(p, others, similarity):
         """The position among `others` that p exchanges its caption with, or None."""
-        own_text[texts_of[image[p]]] = own_image[images_of[text[p]]] = True
-        fits = left[others] & ~own_text[text[others]] & ~own_image[image[others]]
-        own_text[texts_of[image[p]]] = own_image[images_of[text[p]]] = False
+        fits = (left[others] & np.isin(text[others], texts_of[image[p]], invert=True)
+                & np.isin(image[others], images_of[text[p]], invert=True))
         if not fits.any():
             return None
         others, similarity = others[fits], similarity[fits]
@@ -105,12 +110,6 @@ def similar_order(captions, image_of, noise_ratio, seed):
                     order[positions[p]], order[positions[q]] = positions[q], positions[p]
             bar.update(len(todo) - left.sum())
     return order
-
-
-def numbered(items):
-    """(n,) int64: a number, from 0, for each of n items; equal items have the same number."""
-    numbers = {}
-    return np.fromiter((numbers.setdefault(item, len(numbers)) for item in items), np.int64)
 
 
 # ---- the files -----------------------------------------------------------------------------------

@@ -42,31 +42,22 @@ def best_ranks(queries, gallery, query_group, gallery_group):
     return ranks
 
 
-def recalls(image_features, text_features, image_of):
-    """Recall at 1, 5 and 10 in percent, both ways, for captions (t, D) of images (n, D).
-
-    image_of: (t,) int64, the image of each caption. i2t counts a hit if any of the image's captions
-    is in the top K. Also `mean_R1`, the mean of both R@1, and `rsum`, the sum of the six.
-    """
-    return scores_of(ranks_of(image_features, text_features, image_of))
-
-
 def ranks_of(image_features, text_features, image_of):
     """{"i2t": (n,), "t2i": (t,)} int64: the rank (0-based) of the best correct item of each query,
-    with the arguments of `recalls`."""
+    for captions (t, D) of images (n, D). image_of: (t,) int64, the image of each caption."""
     images = torch.arange(len(image_features), device=image_features.device)
     return {"i2t": best_ranks(image_features, text_features, images, image_of),
             "t2i": best_ranks(text_features, image_features, image_of, images)}
 
 
-def scores_of(ranks):
-    """The scores that `recalls` returns, from `ranks_of`."""
+def recalls(ranks):
+    """Recall at 1, 5 and 10 in percent, both ways, from `ranks_of`; i2t counts a hit if any of the
+    image's captions is in the top K. Also `mean_R1`, the mean of both R@1, and `rsum`, the sum of
+    the six."""
     scores = {f"{way}_R@{k}": 100 * (ranks[way] < k).double().mean().item()
               for way in ranks for k in KS}
-    rsum = sum(scores.values())
-    scores["mean_R1"] = (scores["i2t_R@1"] + scores["t2i_R@1"]) / 2
-    scores["rsum"] = rsum
-    return scores
+    return {**scores, "mean_R1": (scores["i2t_R@1"] + scores["t2i_R@1"]) / 2,
+            "rsum": sum(scores.values())}
 
 
 def intervals(ranks, image_of, seed=0):
@@ -89,13 +80,14 @@ def fold_recalls(image_features, text_features, image_of, folds=5):
     results = []
     for rows in torch.arange(len(image_features), device=image_of.device).tensor_split(folds):
         own = (image_of >= rows[0]) & (image_of <= rows[-1])
-        results.append(recalls(image_features[rows], text_features[own], image_of[own] - rows[0]))
+        results.append(recalls(ranks_of(image_features[rows], text_features[own],
+                                        image_of[own] - rows[0])))
     return {key: float(np.mean([scores[key] for scores in results])) for key in results[0]}
 
 
 def evaluate(model, pairs, args, precision):
     """`recalls` of `model` on a retrieval split."""
-    return recalls(*_features(model, pairs, args, precision))
+    return recalls(ranks_of(*_features(model, pairs, args, precision)))
 
 
 def evaluate_test(model, pairs, args, precision):
@@ -107,9 +99,8 @@ def evaluate_test(model, pairs, args, precision):
                          "scores need at least one image in each of five folds")
     features = _features(model, pairs, args, precision)
     ranks = ranks_of(*features)
-    rows = {"5K" if args.dataset == "coco" else "test": scores_of(ranks)}
-    if args.dataset == "coco":
-        rows["1K"] = fold_recalls(*features)
+    rows = ({"5K": recalls(ranks), "1K": fold_recalls(*features)} if args.dataset == "coco"
+            else {"test": recalls(ranks)})
     return rows, intervals(ranks, features[-1])
 
 

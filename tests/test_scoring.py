@@ -1,14 +1,18 @@
-"""Recall at K against a full sort, ties and a collapsed model included."""
+"""Recall at K against a full sort, ties and a collapsed model included; measures of weights against
+known noise, and what TensorBoard is given of them."""
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import Lookup, pairs_for, parsed
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.tensorboard import SummaryWriter
 
 import utils.scoring.retrieval
 from utils.errors import InputError
 from utils.method.optimizer import Precision
+from utils.scoring.diagnostics import noise_measures, pictures, show_weights
 from utils.scoring.retrieval import (
     KS,
     best_ranks,
@@ -16,6 +20,7 @@ from utils.scoring.retrieval import (
     evaluate_test,
     fold_recalls,
     intervals,
+    ranks_of,
     recalls,
 )
 
@@ -61,12 +66,10 @@ def captions_of(n, seed, most=4):
 def test_ranks_are_those_of_a_full_sort_with_ties_by_index(monkeypatch, seed, block):
     monkeypatch.setattr(utils.scoring.retrieval, "BLOCK", block)
     images, image_of = small_integers(15, 3, seed), captions_of(15, seed)
-    texts = small_integers(len(image_of), 3, seed + 100)
-    own = torch.arange(15)
-    ranks = best_ranks(images, texts, own, image_of)
-    assert ranks.tolist() == brute_ranks(images, texts, own, image_of)
-    ranks = best_ranks(texts, images, image_of, own)
-    assert ranks.tolist() == brute_ranks(texts, images, image_of, own)
+    texts, own = small_integers(len(image_of), 3, seed + 100), torch.arange(15)
+    ranks = ranks_of(images, texts, image_of)
+    assert ranks["i2t"].tolist() == brute_ranks(images, texts, own, image_of)
+    assert ranks["t2i"].tolist() == brute_ranks(texts, images, image_of, own)
 
 
 @pytest.mark.parametrize("block", [1, 2**24])
@@ -84,7 +87,7 @@ def test_recalls_are_those_of_a_full_sort(seed):
     images = F.normalize(torch.randn(14, 4, generator=generator, dtype=torch.float64), dim=1)
     noise = torch.randn(len(image_of), 4, generator=generator, dtype=torch.float64)
     texts = F.normalize(images[image_of] + 0.7 * noise, dim=1)
-    scores = recalls(images, texts, image_of)
+    scores = recalls(ranks_of(images, texts, image_of))
     assert scores == pytest.approx(brute_recalls(images, texts, image_of), abs=1e-9)
     assert 5 < scores["i2t_R@1"] < 100
 
@@ -94,7 +97,7 @@ def test_a_collapsed_model_scores_at_chance(per_image):
     n = 40
     images = torch.ones(n, 8) / 8**0.5
     image_of = torch.arange(n).repeat_interleave(per_image)
-    scores = recalls(images, images[image_of], image_of)
+    scores = recalls(ranks_of(images, images[image_of], image_of))
     assert scores["t2i_R@1"] == pytest.approx(100 / n) and scores["t2i_R@10"] == 100 * 10 / n
     assert scores["i2t_R@1"] == pytest.approx(100 / n)
     assert scores["i2t_R@10"] == pytest.approx(100 * (10 if per_image == 1 else 2) / n)
@@ -118,8 +121,8 @@ def test_folds_are_consecutive_images_with_their_captions(n, folds):
 # ---- with a model -------------------------------------------------------------------------------
 
 
-COCO = parsed("clip", dataset="coco", eval_batch_size=4, num_workers=0, device="cpu")
-ARGS = parsed("clip", eval_batch_size=4, num_workers=0, device="cpu")
+COCO, ARGS = (parsed("clip", dataset=name, eval_batch_size=4, num_workers=0, device="cpu")
+              for name in ("coco", None))
 FP32 = Precision("fp32", torch.device("cpu"))
 
 
@@ -135,22 +138,16 @@ def example(n=11, seed=0):
 
 
 def test_evaluation_normalises_and_encodes_each_image_and_caption_once():
+    """MSCOCO's five folds come from the same pass."""
     model, pairs = example()
-    scores = evaluate(model, pairs, ARGS, FP32)
-    images, texts = F.normalize(model.images, dim=1), F.normalize(model.texts, dim=1)
-    expected = brute_recalls(images, texts[pairs.text_of], torch.from_numpy(pairs.image_of))
-    assert scores == pytest.approx(expected, abs=1e-9)
-    assert model.encoded == {"images": 11, "texts": len(model.texts)}
-
-
-def test_coco_scores_all_images_and_five_folds_from_one_pass():
-    model, pairs = example()
-    scores, _ = evaluate_test(model, pairs, COCO, FP32)
-    assert model.encoded == {"images": 11, "texts": len(model.texts)}
-    assert list(scores) == ["5K", "1K"]
     images, texts = F.normalize(model.images, dim=1), F.normalize(model.texts, dim=1)
     features = images, texts[pairs.text_of], torch.from_numpy(pairs.image_of)
-    assert scores["5K"] == recalls(*features) and scores["1K"] == fold_recalls(*features, 5)
+    scores = evaluate(model, pairs, ARGS, FP32)
+    assert scores == pytest.approx(brute_recalls(*features), abs=1e-9)
+    assert model.encoded == {"images": 11, "texts": len(model.texts)}
+    rows, _ = evaluate_test(model, pairs, COCO, FP32)
+    assert model.encoded == {"images": 22, "texts": 2 * len(model.texts)}
+    assert rows == {"5K": scores, "1K": fold_recalls(*features, 5)}
 
 
 def test_intervals_are_those_of_resampled_images():
@@ -180,3 +177,58 @@ def test_features_that_are_not_finite_are_refused(tower, value):
     getattr(model, tower)[3, 1] = value
     with pytest.raises(InputError, match=f"{tower[:-1]} features that are not finite"):
         evaluate(model, pairs, ARGS, FP32)
+
+
+# ---- measures of weights -------------------------------------------------------------------------
+
+
+def test_measures_count_pairs_in_the_wrong_order():
+    wrong = np.array([True, False, True, False, False])
+    suspicion = np.array([5.0, 4.0, 3.0, 2.0, 1.0])  # 5 of 6 (wrong, right) pairs are in order
+    measures = noise_measures(suspicion, wrong)
+    assert measures["auc"] == pytest.approx(5 / 6)
+    assert measures["average_precision"] == pytest.approx((1 / 1 + 2 / 3) / 2)
+    assert measures["mean_noise_rank"] == pytest.approx((5 + 3) / 2)
+    assert measures["optimum"] == pytest.approx((5 + 4) / 2)
+    assert measures["chance"] == 3
+
+
+def test_equal_suspicion_is_chance():
+    measures = noise_measures(np.zeros(6), np.arange(6) < 2)
+    assert measures["auc"] == 0.5
+    assert measures["mean_noise_rank"] == measures["chance"] == 3.5
+
+
+@pytest.mark.parametrize("wrong", [np.zeros(3, bool), np.ones(3, bool)])
+def test_one_kind_of_pairs_has_no_measure(wrong):
+    assert noise_measures(np.arange(3.0), wrong) is None
+
+
+def test_tensorboard_gets_histograms_auc_and_the_lowest_pairs(tmp_path):
+    wrong = np.arange(30) % 3 == 0
+    w = np.where(wrong, 0.2, 0.9) + np.arange(30) / 1000
+    w[5] = np.nan  # a pair that was not drawn
+    pairs = pairs_for(range(30), range(30))
+    pairs.wrong = wrong
+    writer = SummaryWriter(tmp_path)
+    show_weights(writer, 1, w, pairs)
+    writer.close()
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    tags = events.Tags()
+    assert set(tags["histograms"]) == {"w/all", "w/truly_clean", "w/truly_noisy"}
+    assert tags["images"] == ["w/lowest"]
+    assert events.Scalars("noise/auc_of_w")[0].value == 1
+    assert events.Histograms("w/all")[0].histogram_value.num == 29
+    assert events.Histograms("w/truly_noisy")[0].histogram_value.num == 10
+
+
+def test_pictures_stand_in_rows_and_marked_words_are_red():
+    images = [torch.full((3, 8, 8), 8 * k, dtype=torch.uint8) for k in range(6)]
+    figure = pictures(images, [f"$x^{k}$" for k in range(6)], np.arange(6) == 1)
+    for k, axis in enumerate(figure.axes):
+        assert (axis.images[0].get_array() == 8 * k).all()
+        assert axis.get_title() == f"$x^{k}$" and not axis.title.get_parse_math()
+        assert axis.title.get_color() == ("firebrick" if k == 1 else "black")
+        spec = axis.get_subplotspec()
+        assert (spec.rowspan.start, spec.colspan.start) == divmod(k, 5)
