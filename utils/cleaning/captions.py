@@ -1,8 +1,8 @@
 """Captions in a cell of a table.
 
 A cell is a text; a list of texts, also one written as text (as JSON, or as pandas writes it); or a
-structure with one text, or one list, among its members. A list may hold such structures. The
-*place* of a caption is its number in the list, from 0, with empty ones counted.
+structure with one text among its members. A list may hold such structures. The *place* of a caption
+is its number in the list, from 0, with empty ones counted.
 """
 
 import ast
@@ -43,19 +43,15 @@ def as_json(value):
     return json.dumps(value) if re.search("[\ud800-\udfff]", text) else text
 
 
-def without(value, gone):
-    """A cell without the captions at the places `gone`. Its form stays, except that a list written
-    as text becomes JSON."""
-    if isinstance(value, str):
-        found = _list_in(value)
-        return value if found is None else as_json(without(found, gone))
-    if isinstance(value, dict):
-        own = value[_member(value)]
-        if isinstance(own, str):
-            return value
-        return {name: without(other, gone) if isinstance(other, list) and len(other) == len(own)
-                else other for name, other in value.items()}  # parallel lists lose the same places
-    return [item for place, item in enumerate(value) if place not in gone]
+def with_only(value, places):
+    """A cell with only the captions at `places`, which hold one at least. A list that is written as
+    text becomes JSON if it loses a caption."""
+    gone = {place for place, _ in captions_in(value)}.difference(places)
+    if not gone:
+        return value
+    found = _list_in(value) if isinstance(value, str) else value
+    left = [item for place, item in enumerate(found) if place not in gone]
+    return as_json(left) if isinstance(value, str) else left
 
 
 def _texts(value):
@@ -64,11 +60,9 @@ def _texts(value):
         found = _list_in(value)
         return [value] if found is None else _texts(found)
     if isinstance(value, dict):
-        own = value.get(_member(value))
-        return [own] if isinstance(own, str) else _texts(own)
-    if isinstance(value, list):
-        return [item.get(_member(item)) if isinstance(item, dict) else item for item in value]
-    return []
+        return [_text_in(value)]
+    return [_text_in(item) if isinstance(item, dict) else item
+            for item in (value if isinstance(value, list) else [])]
 
 
 def _list_in(text):
@@ -88,15 +82,12 @@ def _list_in(text):
     return found
 
 
-def _member(structure):
-    """Name of the one text in a structure, or else of its one list of texts; None where it has
-    neither. Raises ValueError when there are several."""
-    for texts in (lambda value: isinstance(value, str),
-                  lambda value: isinstance(value, list) and any(isinstance(x, str) for x in value)):
-        names = [name for name, value in structure.items() if texts(value)]
-        if len(names) == 1:
-            return names[0]
-        if names:
-            raise ValueError(f"caption is a structure with several texts ({', '.join(names)}); "
-                             "make a column of the right one")
-    return None
+def _text_in(structure):
+    """The one text in a structure, None where it has none. Raises ValueError when it has several,
+    or a list instead."""
+    texts = [name for name, value in structure.items() if isinstance(value, str)]
+    lists = [name for name, value in structure.items() if isinstance(value, list) and value]
+    if len(texts) > 1 or lists and not texts:
+        raise ValueError("caption is a structure with several texts "
+                         f"({', '.join(texts or lists)}); make a column of the right one")
+    return structure[texts[0]] if texts else None
