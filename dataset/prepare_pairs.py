@@ -177,8 +177,6 @@ def image_format(source):
     """Format ("JPEG", "PNG", ...) of an image, a path or bytes, which is decoded in full, as in
     training. Raises `Unusable` when it cannot be decoded."""
     try:
-        if not isinstance(source, bytes) and not os.path.isfile(source):
-            raise ValueError("no regular file")  # opening a pipe would block
         with open_image(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             image.convert("RGB")
             return image.format
@@ -238,9 +236,9 @@ def count_reasons(unusable):
     frequent one."""
     counts = Counter(reason for _, reason, _ in unusable).most_common(5)
     text = "; ".join(f"{count} rows: {reason}" for reason, count in counts)
-    examples = [f" (row {row}: {detail})" for row, reason, detail in unusable
-                if detail and reason == counts[0][0]]
-    return text + (examples or [""])[0]
+    examples = (f" (row {row}: {detail})" for row, reason, detail in unusable
+                if detail and reason == counts[0][0])
+    return text + next(examples, "")
 
 
 @command

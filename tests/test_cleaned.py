@@ -23,7 +23,7 @@ from test_prepare import as_csv, jpeg, lines, put, tree
 
 import find_noise
 from data import all_pairs
-from dataset import prepare_pairs
+from dataset import prepare_karpathy, prepare_pairs
 from params import parse_args
 from utils.cleaning.captions import captions_in, one_line, with_only
 from utils.cleaning.source import rows_of, source_of
@@ -96,12 +96,8 @@ def delimited(folder, name, rows, **dialect):
 
 def csv_json(folder):
     return delimited(folder, "t.csv", [["id", "caption", "image"], *(
-        [i, json.dumps(captions(i)), name] for i, name in enumerate(files(folder)))]), ()
-
-
-def csv_pandas(folder):
-    return delimited(folder, "t.csv", [["image", "caption"], *(
-        [name, repr(captions(i))] for i, name in enumerate(files(folder)))], delimiter=";"), ()
+        [i, json.dumps(captions(i)), name] for i, name in enumerate(files(folder)))],
+        delimiter=";"), ()
 
 
 def csv_lines(folder):
@@ -122,16 +118,12 @@ def json_array(folder):
         indent=1)), ()
 
 
-def parquet(folder, cell=captions, kind=None, name="t.parquet", bytes_of=None):
-    images = bytes_of or files(folder)
-    table = pa.table({"image": images, "caption": pa.array([cell(i) for i in range(COUNT)], kind),
+def parquet(folder, images=None):
+    images = images or files(folder)
+    table = pa.table({"image": images, "caption": [captions(i) for i in range(COUNT)],
                       "time": pa.array(range(COUNT), pa.timestamp("ns"))})
-    pq.write_table(table, folder / name, row_group_size=5)
-    return folder / name, ()
-
-
-def parquet_structs(folder):
-    return parquet(folder, lambda i: [{"raw": c, "id": 1} for c in captions(i)])
+    pq.write_table(table, folder / "t.parquet", row_group_size=5)
+    return folder / "t.parquet", ()
 
 
 def parquets(folder):
@@ -191,12 +183,12 @@ def tsv(folder):
 
 
 def parquet_bytes(folder):
-    return parquet(folder, bytes_of=[jpeg(i, size=(40, 40)) for i in range(COUNT)])
+    return parquet(folder, [jpeg(i, size=(40, 40)) for i in range(COUNT)])
 
 
 def parquet_bytes_in_structs(folder):
-    return parquet(folder, bytes_of=[{"bytes": jpeg(i, size=(40, 40)), "path": f"{i:03d}.jpg"}
-                                     for i in range(COUNT)])
+    return parquet(folder, [{"bytes": jpeg(i, size=(40, 40)), "path": f"{i:03d}.jpg"}
+                            for i in range(COUNT)])
 
 
 def loose(folder):
@@ -220,8 +212,8 @@ def tars(folder):
 
 
 SHARDS = [tar, tars, loose]
-FORMATS = [csv_json, csv_pandas, csv_lines, jsonl, json_array, parquet, parquet_structs, parquets,
-           csvs, tsv, parquet_bytes, parquet_bytes_in_structs, *SHARDS]
+FORMATS = [csv_json, csv_lines, jsonl, json_array, parquet, parquets, csvs, tsv, parquet_bytes,
+           parquet_bytes_in_structs, *SHARDS]
 HAVE_BYTES = [parquet_bytes, parquet_bytes_in_structs, *SHARDS]
 
 
@@ -313,36 +305,21 @@ def test_half_a_character_is_no_trap(tmp_path, judged):
 # ---- a table that is not what it was -------------------------------------------------------------
 
 
-def reorder(folder):
-    rows = (folder / "t.jsonl").read_text().split("\n\n")
-    (folder / "t.jsonl").write_text("\n\n".join(reversed(rows)))
+CHANGES = {"re-sorted": lambda text: "\n\n".join(reversed(text.split("\n\n"))),
+           "row added": lambda text: text + '{"image": "000.jpg", "caption": "thing 000 again"}\n',
+           "other image": lambda text: text.replace('"000.jpg"', '"001.jpg"'), "gone": None}
 
 
-def append(folder):
-    with open(folder / "t.jsonl", "a") as f:
-        f.write('{"image": "000.jpg", "caption": "thing 000 again"}\n')
-
-
-def other_image(folder):
-    text = (folder / "t.jsonl").read_text()
-    (folder / "t.jsonl").write_text(text.replace('"000.jpg"', '"001.jpg"'))
-
-
-def remove(folder):
-    (folder / "t.jsonl").unlink()
-
-
-@pytest.mark.parametrize("change", [reorder, append, other_image, remove])
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_a_changed_table_is_an_error_before_anything_is_judged(tmp_path, judged, capsys, change):
     table, _ = jsonl(tmp_path)
     prepare(table, tmp_path / "mine")
-    before = table.read_bytes()
-    change(tmp_path)
+    before = table.read_text()
+    table.write_text(change(before)) if change else table.unlink()
     refused(find, tmp_path / "mine", tmp_path / "out", "--write_clean", tmp_path / "clean")
-    assert ("does not exist" if change is remove else "t.jsonl has changed since") in (
-        capsys.readouterr().err)
+    assert ("t.jsonl has changed since" if change else "does not exist") in capsys.readouterr().err
     assert not judged and not (tmp_path / "clean").exists()
-    table.write_bytes(before)
+    table.write_text(before)
     find(tmp_path / "mine", tmp_path / "out", "--write_clean", tmp_path / "clean")
     assert (tmp_path / "clean/cleaned.jsonl").exists()
 
@@ -414,14 +391,10 @@ def test_a_shard_loses_no_sample(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("value, found", [
-    ("a dog", [(0, "a dog")]),
+    ("a dog", [(0, "a dog")]), ("[]", []), (None, []), (3, []),
     ('["a dog", "a cat"]', [(0, "a dog"), (1, "a cat")]),
-    ("['a dog', \"a cat's\"]", [(0, "a dog"), (1, "a cat's")]),
-    ('["a dog", "", null, "a cat"]', [(0, "a dog"), (3, "a cat")]),
-    ("[]", []), (["a", None, 3, " b "], [(0, "a"), (3, "b")]), (None, []), (3, []),
-    ({"raw": "a dog", "tokens": ["a", "dog"], "id": 3}, [(0, "a dog")]),
-    ([{"raw": "a dog", "n": 1}, {"raw": None, "n": 2}, {"raw": "a cat"}],
-     [(0, "a dog"), (2, "a cat")])])
+    (' ["a dog", "", null, "a cat"]', [(0, "a dog"), (3, "a cat")]),
+    (["a", None, 3, " b "], [(0, "a"), (3, "b")])])
 def test_captions_in_a_cell(value, found):
     assert captions_in(value) == found
     assert with_only(value, [place for place, _ in found]) is value
@@ -431,10 +404,11 @@ def test_captions_in_a_cell(value, found):
 
 
 @pytest.mark.parametrize("value, reason", [
-    ("['a dog' 'a cat']", "looks like a list; write it as JSON"),  # as numpy writes it
-    ("[a dog]", "looks like a list"), ("['a', exit()]", "looks like a list"),
-    ({"raw": "a dog", "lang": "en"}, "structure with several texts \\(raw, lang\\)"),
-    ({"raw": ["a dog", "a cat"], "id": [1, 2]}, "structure with several texts \\(raw, id\\)")])
+    ("['a dog', 'a cat']", "looks like a list; write it as JSON"),  # as pandas writes it
+    ("['a dog' 'a cat']", "looks like a list"),  # as numpy writes it
+    ("[a dog]", "looks like a list"), ('["a", exit()]', "looks like a list"),
+    *((value, "is a structure") for value in (
+        {"raw": "a dog", "id": 1}, [{"raw": "a dog", "id": 1}], '[["a dog"], "a cat"]'))])
 def test_cells_that_are_refused(value, reason):
     with pytest.raises(ValueError, match=reason):
         captions_in(value)
@@ -570,6 +544,9 @@ def test_a_column_says_the_split(tmp_path, capsys):
     said = ["Train", "restval", "val", "dev", "test", "validation", "unknown", ""]
     table = delimited(tmp_path, "t.csv", [["image", "caption", "part"], *(
         [name, f"thing {i}", said[i % 8]] for i, name in enumerate(files(tmp_path)))])
+    for option in ("--train", "--dev", "--test"):
+        refused(prepare, table, tmp_path / "mine", "--split_column", "part", option, "3")
+        assert "leave out --train, --dev and --test" in capsys.readouterr().err
     prepare(table, tmp_path / "mine", "--split_column", "part")
     of = {"train": {0, 1}, "dev": {2, 3, 5}, "test": {4}}
     for split, kinds in of.items():
@@ -579,21 +556,31 @@ def test_a_column_says_the_split(tmp_path, capsys):
     assert listed[1] == '6,"split is none of train, dev, test",unknown' and len(listed) == 7
 
 
-def test_a_split_column_and_sizes_exclude_each_other(tmp_path, capsys):
-    table = delimited(tmp_path, "t.csv", [["image", "caption", "part"]])
-    for option in ("--train", "--dev", "--test"):
-        refused(prepare, table, tmp_path / "mine", "--split_column", "part", option, "3")
-        assert "leave out --train, --dev and --test" in capsys.readouterr().err
-
-
 def test_everything_may_be_in_one_split(tmp_path, judged, capsys):
-    table = delimited(tmp_path, "t.csv", [["image", "caption", "split"], *(
-        [name, c, "test"] for i, name in enumerate(files(tmp_path)) for c in captions(i))])
+    """And a row without its split is listed; the table has not changed by that."""
+    rows = [{"image": name, "caption": captions(i), "split": "test"}
+            for i, name in enumerate(files(tmp_path))]
+    table = put(tmp_path / "t.json", json.dumps([*rows, {"image": "000.jpg", "caption": "x"}]))
     prepare(table, tmp_path / "mine", "--split_column", "split")
+    assert lines(tmp_path / "mine", "unusable_rows.csv")[1:] == [f"{COUNT},no 'split',"]
     find(tmp_path / "mine", tmp_path / "out", "--write_clean", tmp_path / "clean")
     assert judged == [2 * COUNT]
-    assert [c for _, c in pairs_of(tmp_path / "clean/cleaned.csv")] == [
+    assert [c for _, c in pairs_of(tmp_path / "clean/cleaned.json")] == [
         captions(i)[c] for i in range(COUNT) for c in RIGHT[i]]
+
+
+@pytest.mark.skipif(shutil.which("jq") is None, reason="needs jq")
+def test_a_file_like_karpathy_s_becomes_a_table_by_the_command_that_is_advised(tmp_path, capsys):
+    images = [{"filename": name, "split": "train", "sentences": [{"raw": c} for c in captions(i)]}
+              for i, name in enumerate(files(tmp_path))]
+    source = put(tmp_path / "k.json", json.dumps({"images": images, "dataset": "flickr8k"}))
+    refused(prepare, source, tmp_path / "r")
+    assert "is one object, with images, dataset; give an array" in capsys.readouterr().err
+    refused(prepare_karpathy.main, ["--json", str(source), "--root", str(tmp_path / "r")])
+    program = re.search(r"--split_column split with what jq '(.*)' makes", capsys.readouterr().err)
+    table = put(tmp_path / "t.json", subprocess.check_output(["jq", program[1], source]))
+    prepare(table, tmp_path / "r", "--split_column", "split")
+    assert len(lines(tmp_path / "r", "train_caps.txt")) == 2 * COUNT
 
 
 # ---- odd and broken files -----------------------------------------------------------------------

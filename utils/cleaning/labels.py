@@ -75,34 +75,32 @@ def read_labels(path, pairs):
         where = f"{path}, line {line}"
         if isinstance(row, str):
             raise InputError(f"{where}: {row}; {advice}")
-        read_row({name: "" if value is None else str(value) for name, value in row.items()}, where,
-                 pairs, labels)
+        pair, image, caption, stratum, size, decision = (
+            "" if value is None else str(value) for value in row.values())
+        i = natural(pair)
+        if i is None or i >= len(pairs) or (image, caption) != cells(pairs, i):
+            raise InputError(f"{where}: {pairs.source} has no pair {pair[:20]} of this image and "
+                             "caption; the labels belong to another data set or noise ratio, or a "
+                             "spreadsheet changed them; save them as CSV")
+        answer = ANSWERS.get(decision.strip().lower())
+        if answer is None:
+            raise InputError(f"{where}: the decision is '{decision}', not right, wrong or skip")
+        if answer and labels.answer[i] == -answer:
+            raise InputError(f"{where}: pair {i} has the decisions right and wrong; keep one")
+        labels.answer[i] = answer or labels.answer[i]
+        if stratum:
+            labels.sample[i] = natural(stratum), natural(size)
+            if None in labels.sample[i] or not 0 < natural(size) <= len(pairs):
+                raise InputError(f"{where}: the stratum_size is '{size}', not a number from 1 to "
+                                 f"{len(pairs)}")
     if path and not labels.answer.any() and not labels.sample:
         raise InputError(f"{path} holds no decision; {advice}")
     return labels
 
 
-def read_row(row, where, pairs, labels):
-    """Add a row of the file to `labels`."""
-    number = {name: int(row[name]) if row[name].isdecimal() and len(row[name]) < 20 else None
-              for name in ("pair", "stratum", "stratum_size")}
-    i, size = number["pair"], number["stratum_size"]
-    if i is None or i >= len(pairs) or (row["image"], row["caption"]) != cells(pairs, i):
-        raise InputError(f"{where}: {pairs.source} has no pair {row['pair'][:20]} of this image "
-                         "and caption; the labels belong to another data set or noise ratio, or a "
-                         "spreadsheet changed them; save them as CSV")
-    decision = row["decision"].strip().lower()
-    if decision not in ANSWERS:
-        raise InputError(f"{where}: the decision is '{decision}', not right, wrong or skip")
-    if ANSWERS[decision]:
-        if labels.answer[i] == -ANSWERS[decision]:
-            raise InputError(f"{where}: pair {i} has the decisions right and wrong; keep one")
-        labels.answer[i] = ANSWERS[decision]
-    if number["stratum"] is not None:
-        if size is None or not 0 < size <= len(pairs):
-            raise InputError(f"{where}: the stratum_size is '{row['stratum_size']}', not a number "
-                             f"from 1 to {len(pairs)}")
-        labels.sample[i] = number["stratum"], size
+def natural(text):
+    """The whole number that a text spells in digits, or None."""
+    return int(text) if text.isdecimal() and len(text) < 20 else None
 
 
 def label_findings(labels, posterior, keep_above, wanted):

@@ -222,8 +222,7 @@ class Json(Table):
                     whole = from_json(f.read())
                 if isinstance(whole, dict):
                     raise InputError(f"{part} is one object, with {', '.join(whole)}; give an "
-                                     "array of objects, each with an image and its captions, such "
-                                     "as jq .images makes of one with images")
+                                     "array of objects, each with an image and its captions")
                 f.seek(0)
                 for row in map(from_json, filter(str.strip, f)) if whole is None else whole:
                     yield row if isinstance(row, dict) else "no JSON object"
