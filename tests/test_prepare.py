@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -254,10 +255,10 @@ def as_csv(path, found):
     return put(path, "\ufeffimage,caption\n" + "".join(f'{n},"{c}"\n' for n, c in quoted))
 
 
-def as_lists(path, found):
-    names = dict.fromkeys(n for n, _ in found)
-    return put(path, "".join(json.dumps({"image": n, "caption": [c for m, c in found if m == n]})
-                             + "\n" for n in names))
+def own(tmp_path, count=4, **more):
+    """Options that read a table of photos."""
+    source = as_csv(tmp_path / "p.csv", photos(tmp_path / "photos", count, **more))
+    return "--pairs", source, "--images", tmp_path / "photos", "--root", tmp_path / "r"
 
 
 def check_pairs(root, num_anns, total):
@@ -276,38 +277,35 @@ def check_pairs(root, num_anns, total):
     return sorted(seen)
 
 
-@pytest.mark.parametrize("write, suffix", [(as_csv, "csv"), (as_lists, "jsonl")])
-def test_pairs(tmp_path, ok, write, suffix):
-    found = photos(tmp_path / "photos")
-    root = tmp_path / "my data"
-
-    def prepare(root, rows, *more):
-        source = write(tmp_path / f"{root.name}.{suffix}", rows)
-        return ok(prepare_pairs, "--pairs", source, "--images", tmp_path / "photos", "--root", root,
-                  "--dev", 3, "--test", 2, *more)
-
-    out = prepare(root, found)
-    assert check_pairs(root, 2, 20) == sorted(dict(found))
-    assert lines(root, "image_name.txt") == sorted(dict(found))
-    assert len(lines(root, "train_ids.txt")) == 5 and len(lines(root, "train_caps.txt")) == 10
-    assert len(lines(root, "dev_ids.txt")) == 6 and len(lines(root, "test_ids.txt")) == 4
-    assert out.endswith(f"python main_NPC.py --recipe robust --dataset_root '{root}' "
-                        "--experiments mine\n")
-    assert "placed 10 images" in out and "train:       5 images,      10 captions" in out
-    for name in dict(found):
-        assert os.path.samefile(root / "images" / name, tmp_path / "photos" / name)
-
-    prepare(tmp_path / "b", found[::-1])  # captions turn round, no image
-    assert lines(tmp_path / "b", "train_ids.txt") == lines(root, "train_ids.txt")
-    prepare(tmp_path / "c", found, "--seed", 1)
-    assert lines(tmp_path / "c", "train_ids.txt") != lines(root, "train_ids.txt")
+def test_pairs(tmp_path, ok):
+    """Dev and test stay the same whatever --train is; images that were not drawn are not placed."""
+    args, roots = [*own(tmp_path, 20), "--dev", 3, "--test", 2], {}
+    for name, more, count in (("my data", (), 15), ("few", ("--train", 6), 6),
+                              ("all", ("--train", 15), 15), ("seed", ("--seed", 1), 15)):
+        root = roots[name] = tmp_path / name
+        out = ok(prepare_pairs, *args, "--root", root, *more)
+        names = check_pairs(root, 2, 2 * (5 + count))
+        assert lines(root, "image_name.txt") == names and len(names) == 5 + count
+        assert sorted(tree(root / "images")) == names and f"placed {5 + count} images" in out
+        assert len(lines(root, "train_ids.txt")) == count
+        assert len(lines(root, "dev_ids.txt")) == 6 and len(lines(root, "test_ids.txt")) == 4
+        assert ("did not draw 9 images" in out) == (name == "few")
+        for file in names:
+            assert os.path.samefile(root / "images" / file, tmp_path / "photos" / file)
+        assert f"train: {count:7} images, {2 * count:7} captions" in out
+        assert f" --dataset_root {shlex.quote(str(root))} --experiments mine\n" in out
+    assert tree(roots["my data"]) == tree(roots["all"])
+    for name in ("dev_caps.txt", "test_caps.txt"):
+        assert lines(roots["few"], name) == lines(roots["all"], name)
+        assert lines(roots["seed"], name) != lines(roots["all"], name)
+    source = as_csv(tmp_path / "q.csv", photos(tmp_path / "photos", 20)[::-1])
+    ok(prepare_pairs, *args, "--pairs", source, "--root", tmp_path / "b")  # captions turn round
+    assert lines(tmp_path / "b", "train_ids.txt") == lines(roots["all"], "train_ids.txt")
 
 
 def test_pairs_varying_captions(tmp_path, ok):
-    found = photos(tmp_path / "photos", captions=lambda i: 1 + i % 4)
-    source = as_csv(tmp_path / "p.csv", found)
-    ok(prepare_pairs, "--pairs", source, "--images", tmp_path / "photos", "--root", tmp_path / "r")
-    assert check_pairs(tmp_path / "r", 1, len(found)) == sorted(dict(found))
+    ok(prepare_pairs, *own(tmp_path, 10, captions=lambda i: 1 + i % 4))
+    assert len(check_pairs(tmp_path / "r", 1, 23)) == 10
     assert len(lines(tmp_path / "r", "train_ids.txt")) > 8  # one per caption, of 8 images
 
 
@@ -390,32 +388,11 @@ def test_pairs_refuses(tmp_path, fails, name, text, message):
     ("--pairs", os.mkfifo, ".csv"), ("--pairs", os.mkfifo, ".tar"), ("--pairs", os.mkdir, ".csv"),
     ("--pairs", None, ""), ("--images", os.mkfifo, ".csv")])
 def test_pairs_needs_a_regular_file(tmp_path, fails, option, make, suffix):
-    source = as_csv(tmp_path / "p.csv", photos(tmp_path / "photos", 4))
     other = tmp_path / (f"odd{suffix}" if make else "x" * 5000)
     if make:
         make(other)
-    fails(prepare_pairs, "--pairs", source, "--images", tmp_path / "photos", "--root",
-          tmp_path / "r", option, other)
+    fails(prepare_pairs, *own(tmp_path), option, other)
     assert not (tmp_path / "r").exists()
-
-
-def test_pairs_of_given_sizes(tmp_path, ok):
-    """Dev and test stay the same whatever --train is; images that were not drawn are not placed."""
-    source = as_csv(tmp_path / "p.csv", photos(tmp_path / "photos", 20))
-    args = ("--pairs", source, "--images", tmp_path / "photos", "--dev", 3, "--test", 2)
-    for train, count in ((6, 6), (15, 15)):
-        root = tmp_path / str(train)
-        out = ok(prepare_pairs, *args, "--root", root, "--train", train)
-        names = check_pairs(root, 2, 2 * (5 + count))
-        assert lines(root, "image_name.txt") == names and len(names) == 5 + count
-        assert sorted(tree(root / "images")) == names
-        assert len(lines(root, "train_ids.txt")) == count
-        assert ("did not draw" in out) == (count < 15)
-        assert count == 15 or f"did not draw {15 - count} images" in out
-    ok(prepare_pairs, *args, "--root", tmp_path / "all")
-    assert tree(tmp_path / "all") == tree(tmp_path / "15")
-    for name in ("dev_caps.txt", "test_caps.txt"):
-        assert lines(tmp_path / "6", name) == lines(tmp_path / "15", name)
 
 
 @pytest.mark.parametrize("sizes, message", [
@@ -423,14 +400,11 @@ def test_pairs_of_given_sizes(tmp_path, ok):
         ["--dev=2", "--test=2"], ["--dev=4", "--test=1"], ["--dev=1", "--test=1", "--train=3"])),
     *(([f"--dev={size}"], "--dev") for size in ("0", "0.5", "-1", "many", "nan", "1" * 5000))])
 def test_pairs_refuses_sizes(tmp_path, fails, sizes, message):
-    source = as_csv(tmp_path / "p.csv", photos(tmp_path / "photos", 4))
-    assert message in fails(prepare_pairs, "--pairs", source, "--images", tmp_path / "photos",
-                            "--root", tmp_path / "r", *sizes)
+    assert message in fails(prepare_pairs, *own(tmp_path), *sizes)
 
 
 def test_pairs_never_overwrites(tmp_path, ok, fails, monkeypatch):
-    source = as_csv(tmp_path / "p.csv", photos(tmp_path / "photos", 4))
-    args = ("--pairs", source, "--images", tmp_path / "photos", "--root", tmp_path / "r")
+    args = own(tmp_path)
     put(tmp_path / "r/images/sub1/photo 1.jpg", jpeg(99))
     assert "not the same image" in fails(prepare_pairs, *args)
     assert (tmp_path / "r/images/sub1/photo 1.jpg").read_bytes() == jpeg(99)
@@ -444,8 +418,7 @@ def test_pairs_never_overwrites(tmp_path, ok, fails, monkeypatch):
 
 
 def test_pairs_split_is_whole_or_absent_and_of_one_run(tmp_path, ok, monkeypatch):
-    source = as_csv(tmp_path / "p.csv", photos(tmp_path / "photos", 4))
-    args = ("--pairs", source, "--images", tmp_path / "photos", "--root", tmp_path / "r")
+    args = own(tmp_path)
     put_image, said = prepare_pairs.put_image, []
 
     def interrupted(*of_place):
