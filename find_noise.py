@@ -26,11 +26,16 @@ import clip
 from data import all_pairs, training_pairs
 from params import parse_args
 from utils.cleaning.cleaned import write_clean
-from utils.cleaning.labels import NAMES, cells, label_findings, read_labels
+from utils.cleaning.labels import (
+    NAMES,
+    cells,
+    draw_sample,
+    label_findings,
+    read_labels,
+    text_cell,
+)
 from utils.cleaning.noise_page import Suspect, noise_page
 from utils.cleaning.source import require_unchanged, rows_of, source_of
-from utils.cleaning.survey import draw_sample
-from utils.cleaning.text import text_cell
 from utils.distributed import is_main
 from utils.files import atomic_write, require_new
 from utils.method.building import nearest_clean
@@ -92,9 +97,8 @@ def main(argv=None):
     suspicion = score if args.score in ("judge", "loss") else -score  # NaN where there is none
     order = np.lexsort((-verdict.loss, -suspicion))  # equal ones by loss; without a score: last
     scored = order[: np.isfinite(suspicion).sum()]
-    findings, thresholds = what_is_known(args, pairs, labels, verdict, suspicion, scored)
-    if splits == TRAINING:
-        findings.append(unchecked_splits(args, verdict))
+    findings, thresholds = what_is_known(args, pairs, labels, verdict, suspicion, scored,
+                                         splits)
     run.log("\n".join([*findings, thresholds]).rstrip())
 
     # A labelled pair is known: pairs labelled wrong come first, pairs labelled right last
@@ -105,15 +109,15 @@ def main(argv=None):
     ranking = Ranking(order, worst, score, labels.answer,
                       labels.sample or draw_sample(scored, args.seed))
 
-    best_text, nearest_pair = partners(args, pairs, verdict.clean, images, texts)
+    best_captions, nearest_pair = partners(args, pairs, verdict.clean, images, texts)
     with atomic_write(out / "suspicious_pairs.csv") as f:
-        write_table(f, pairs, verdict, ranking, rows, best_text, nearest_pair)
+        write_table(f, pairs, verdict, ranking, rows, best_captions, nearest_pair)
     by = (f"features {args.judge_features}" if args.judge_features
           else f"model {args.vision_model}")
     about = f"{len(pairs)} pairs by {args.score}, from {pairs.source}; {by}"
     with atomic_write(out / "suspicious_pairs.html") as f:
-        f.write(noise_page(suspects(args, pairs, verdict, ranking, images, texts, best_text),
-                           args.score, about, findings, verdict, pairs.wrong, fingerprint(pairs)))
+        shown = suspects(args, pairs, verdict, ranking, images, texts, best_captions)
+        f.write(noise_page(shown, args.score, about, findings, verdict, fingerprint(pairs)))
     run.log(f"wrote {out}/suspicious_pairs.csv, all {len(pairs)} pairs, and "
             f"{out}/suspicious_pairs.html, the worst {len(ranking.worst)} and a random "
             f"{len(ranking.sample)}")
@@ -134,9 +138,9 @@ def what_to_judge(args):
     return source, SPLITS if whole else TRAINING
 
 
-def what_is_known(args, pairs, labels, verdict, suspicion, scored):
+def what_is_known(args, pairs, labels, verdict, suspicion, scored, splits):
     """(lines of text, Markdown table or "") of what is known of all pairs. suspicion (n,); scored:
-    the pairs that have a score, from most to least suspicious."""
+    the pairs that have a score, from most to least suspicious; splits: those of the pairs."""
     share, n = verdict.wrong_share, len(pairs)
     lines, thresholds = [f"Estimated noise share: {share_in_words(verdict, args)}, the judge's "
                          "guess; labels of the random sample measure it (--labels)."], ""
@@ -150,28 +154,26 @@ def what_is_known(args, pairs, labels, verdict, suspicion, scored):
         more, thresholds = label_findings(labels, verdict.posterior, args.keep_above,
                                           args.wanted_precision)
         lines += more
+    if splits == TRAINING:
+        lines.append("Only the training split is judged, neither dev nor test.")
+        if not args.noise_ratio and share > MANY_WRONG:  # injected noise spares them
+            lines.append("If captions of dev and test come from the same source, as many of them "
+                         "are wrong, and every score on them is a score of such captions.")
     return lines, thresholds
 
 
-def unchecked_splits(args, verdict):
-    """A line of text on dev and test, which were not judged."""
-    line = "Only the training split is judged, neither dev nor test."
-    if not args.noise_ratio and verdict.wrong_share > MANY_WRONG:  # injected noise spares them
-        line += (" If their captions come from the same source, as many of them are wrong, and "
-                 "every score on them is a score of such captions.")
-    return line
-
-
 def partners(args, pairs, clean, images, texts):
-    """(best caption (u,) of each image, nearest strict-clean pair (n,) of each pair's image) by the
-    judge's `Features`, among `--search_among`; clean (n,) bool. A clean pair is its own."""
+    """(best caption of each distinct image, u str; nearest strict-clean pair (n,) of each pair's
+    image) by the judge's `Features`, among `--search_among`; clean (n,) bool. A clean pair is its
+    own."""
     nearest_pair = nearest_clean(images, pairs.image_of, clean, most=args.search_among,
                                  seed=args.seed)[pairs.image_of]
     nearest_pair[clean] = np.flatnonzero(clean)
     some = random_rows(len(texts), args.search_among, args.seed)
     keys = Features(texts, chosen=torch.from_numpy(some).to(texts.device))
     best = nearest(images, keys, title="best captions")[1][:, 0].cpu().numpy()
-    return some[best], nearest_pair
+    first = first_pairs(pairs.text_of)
+    return [pairs.captions[first[text]] for text in some[best]], nearest_pair
 
 
 def against_injected(suspicion, wrong, share):
@@ -191,44 +193,37 @@ def against_injected(suspicion, wrong, share):
             "as right here.")
 
 
-def write_table(f, pairs, verdict, ranking, rows, best_text, nearest_pair):
+def write_table(f, pairs, verdict, ranking, rows, best_captions, nearest_pair):
     """Write the CSV of all pairs in order. rows (n, 2): each pair's row and place in the user's
-    table, or None; best_text (u,): the caption that best fits each image; nearest_pair (n,): the
-    nearest strict-clean pair."""
-    first = first_pairs(pairs.text_of)
+    table, or None; best_captions and nearest_pair as of `partners`."""
     table = csv.writer(f, lineterminator="\n")
     table.writerow(COLUMNS)
     for rank, i in enumerate(map(int, ranking.order), 1):
         score, j = ranking.score[i], nearest_pair[i]
-        best = pairs.captions[first[best_text[pairs.image_of[i]]]]
+        best = best_captions[pairs.image_of[i]]
         table.writerow((rank, i, *(("", "") if rows is None else rows[i]),
                         "" if np.isnan(score) else f"{score:.6g}", f"{verdict.posterior[i]:.6g}",
                         *cells(pairs, i), text_cell(best), j, *cells(pairs, j),
                         *ranking.sample.get(i, ("", "")), NAMES[ranking.answer[i]]))
 
 
-def suspects(args, pairs, verdict, ranking, images, texts, best_text):
+def suspects(args, pairs, verdict, ranking, images, texts, best_captions):
     """`Suspect`s of the worst pairs, of the sample and of all labelled pairs, each with the model's
-    best caption, of best_text (u,), and its best image among all distinct ones. images (u, D),
-    texts (v, D): normalised features."""
+    best caption and its best image among all distinct ones. images (u, D), texts (v, D): normalised
+    features; best_captions: u str."""
     worst, sample = ({pair: place for place, pair in enumerate(group, 1)}
                      for group in (ranking.worst.tolist(), ranking.sample))
-    labelled = np.flatnonzero(ranking.answer).tolist()
-    chosen = np.array(list(worst | sample | dict.fromkeys(labelled)))
-    image_of, text_of = pairs.image_of[chosen], pairs.text_of[chosen]
-    first = first_pairs(pairs.text_of)
-    best_image = nearest(texts[torch.from_numpy(text_of).to(texts.device)], images)[1][:, 0]
+    chosen = list(worst | sample | dict.fromkeys(np.flatnonzero(ranking.answer).tolist()))
+    text_of = torch.from_numpy(pairs.text_of[chosen]).to(texts.device)
+    best_images = nearest(texts[text_of], images)[1][:, 0].tolist()
     names = pairs.images.names
     thumbnails = Images(args.dataset_root, names, clip.Preprocess(THUMBNAIL))
     return [Suspect(worst.get(i), sample.get(i),
                     (i, *cells(pairs, i), *ranking.sample.get(i, ("", ""))),
                     NAMES[ranking.answer[i]], float(ranking.score[i]), verdict.posterior[i],
-                    names[k], thumbnails[k].numpy(), pairs.captions[i], pairs.captions[first[text]],
-                    thumbnails[image].numpy(), names[image],
-                    None if pairs.wrong is None else pairs.wrong[i])
-            for i, k, text, image
-            in zip(chosen.tolist(), image_of, best_text[image_of], best_image.tolist(),
-                   strict=True)]
+                    names[k], thumbnails[k].numpy(), pairs.captions[i], best_captions[k],
+                    thumbnails[image].numpy(), names[image])
+            for i, k, image in zip(chosen, pairs.image_of[chosen], best_images, strict=True)]
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from utils.errors import InputError, command  # isort: skip
 import dataclasses
 import itertools
 import os
-import re
 from pathlib import Path
 
 import numpy as np
@@ -79,18 +78,11 @@ def main(argv=None):
     words = ["the query"] if by_image else []
     words += [f"{score:.3f}  {caption}" for score, caption in zip(scores, captions, strict=True)]
     figure = pictures([found[k] for k in range(len(names))], words)
-    out = args.out or new_file(args.query)
+    numbered = (Path("logs", "search", f"{n}.png") for n in itertools.count(1))
+    out = args.out or next(path for path in numbered if not path.exists())
     with atomic_write(out, "wb") as f:
         figure.savefig(f, format="png")
     run.log(f"wrote {out}")
-
-
-def new_file(query):
-    """Path of a PNG that does not exist yet, named after the query."""
-    stem = re.sub(r"\W+", "_", Path(query).stem)[:40].strip("_") or "query"
-    names = itertools.chain([stem], (f"{stem}_{n}" for n in itertools.count(2)))
-    paths = (Path("logs", "search", f"{name}.png") for name in names)
-    return next(path for path in paths if not path.exists())
 
 
 def is_image(query):

@@ -24,7 +24,6 @@ from utils.reading.layout import few
 
 FOLDERS = ("images/train2014", "images/val2014", "train2014", "val2014", "images")
 ORIGINAL = re.compile(r"COCO_(?:train|val)2014_(\d{12})\.jpg")
-IMAGES = 82783 + 40504  # train2014 and val2014
 
 
 @command
@@ -40,8 +39,7 @@ def main(argv=None):
     moves = [(path, images / f"COCO_2014_{match[1]}.jpg") for part in FOLDERS
              for path in sorted((args.root / part).glob("*.jpg"))
              if (match := ORIGINAL.fullmatch(path.name))]
-    before = len(list(images.glob("COCO_2014_*.jpg")))
-    if not moves and not before:
+    if not moves and not any(images.glob("COCO_2014_*.jpg")):
         raise InputError(f"no COCO_train2014_*.jpg or COCO_val2014_*.jpg in {args.root}; unpack "
                          f"train2014.zip and val2014.zip in it, or in one of {', '.join(FOLDERS)}")
     moved, left = 0, []
@@ -56,12 +54,9 @@ def main(argv=None):
             moved += 1
     for source, target in moves[:3] if args.dry_run else ():
         print(f"{source} -> {target}")
-    print(f"{'would move' if args.dry_run else 'moved'} {moved} images to {images}, {before} were "
-          "there")
+    print(f"{'would move' if args.dry_run else 'moved'} {moved} images to {images}")
     if left:
         print(f"left {len(left)} images whose new name is taken ({few(left)})")
-    if before + moved != IMAGES:
-        print(f"note: {before + moved} images in all; train2014 and val2014 have {IMAGES}")
 
 
 if __name__ == "__main__":

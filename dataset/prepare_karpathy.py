@@ -15,11 +15,11 @@ from utils.errors import command  # isort: skip
 
 import json
 
-from dataset.common import SPLIT_OF, as_path, inner_name, new_split, print_sizes, write_splits
+from dataset.common import SPLIT_OF, as_path, inner_name, print_sizes, write_splits
 from params import Parser
 from utils.cleaning.captions import one_line
-from utils.files import parsing
-from utils.reading.layout import SPLITS, few, image_names
+from utils.files import new_folder, parsing
+from utils.reading.layout import SPLITS, few, image_names, split_folder
 
 CAPTIONS = 5
 DATASET_OF = {"coco": "coco", "flickr30k": "f30k"}  # the JSON's name for it: ours
@@ -33,8 +33,9 @@ def read_json(path):
     Raises InputError when the file is no such JSON or an image has fewer than CAPTIONS captions.
     """
     with parsing(path, "Karpathy's dataset_coco.json or dataset_flickr30k.json", "take the "
-                 "original file, or for other data dataset/prepare_pairs.py (of such a file with "
-                 "--image_column filename --caption_column sentences --split_column split)"):
+                 "original file, or for other data dataset/prepare_pairs.py --split_column split "
+                 "with what jq '[.images[] | {image: .filename, caption: [.sentences[].raw], "
+                 "split}]' makes of such a file"):
         content = json.loads(path.read_text(encoding="utf-8-sig"))
         if not isinstance(content, dict) or content.get("dataset") not in DATASET_OF:
             raise ValueError("its 'dataset' is neither coco nor flickr30k")
@@ -71,8 +72,8 @@ def main(argv=None):
         splits[split][0].append(key if dataset == "coco" else line)
         splits[split][1].append(captions)
     files = names or image_names(args.root, dataset, [str(key) for key, *_ in images])
-    with new_split(args.root, lambda folder: write_splits(folder, splits, names)):
-        pass
+    with new_folder("--root", split_folder(args.root)) as folder:
+        write_splits(folder, splits, names)
     print_sizes(args.root, splits)
     print(f"{sum(over for *_, over in images)} captions beyond the first {CAPTIONS} of an image "
           "were left out")
@@ -80,8 +81,6 @@ def main(argv=None):
     if missing:
         print(f"warning: {len(missing)} of {len(files)} images are not in {args.root / 'images'} "
               f"yet ({few(missing)})")
-    else:
-        print(f"all {len(files)} images are in {args.root / 'images'}")
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@
     python dataset/prepare_pairs.py --pairs "data/*.parquet" --image_column jpg --root dataset/mine
     python dataset/prepare_pairs.py --pairs shards/ --root dataset/mine
 
-The table is text with separators, JSON, Parquet, Arrow, or a .tar of img2dataset or webdataset; a
-glob of such files; or a folder of them. A caption may be a list of captions. An image is a path, or
+The table is text with separators, JSON, Parquet, or a .tar of img2dataset or webdataset; a glob of
+such files; or a folder of them. A caption may be a list of captions. An image is a path, or
 the bytes of an image file (in Parquet, as in Hugging Face's data sets, and in tars). Images given
 as bytes are named by the number of their row. Rows with the same image are its captions.
 
@@ -20,49 +20,41 @@ import sys
 sys.path.insert(0, __file__.rsplit("/", 2)[0])
 from utils.errors import InputError, command  # isort: skip
 
+import contextlib
 import csv
+import filecmp
 import hashlib
+import io
 import itertools
 import os
 import random
 import shlex
-from collections import defaultdict
+from collections import Counter, defaultdict
 from functools import cached_property
 from pathlib import Path
 
-from dataset.common import (
-    JPEG,
-    SPLIT_OF,
-    Unusable,
-    as_path,
-    count_reasons,
-    image_format,
-    inner_name,
-    new_split,
-    print_sizes,
-    put_image,
-    write_splits,
-)
-from params import Parser, path
+from dataset.common import SPLIT_OF, as_path, inner_name, print_sizes, write_splits
+from params import Parser, path, positive_int
 from utils.cleaning.captions import captions_in
-from utils.cleaning.source import Digest, Source, save_source
-from utils.cleaning.tables import Member, read_rows, table_of
-from utils.files import atomic_write
+from utils.cleaning.source import read_source, save_source
+from utils.cleaning.tables import Member, read_rows
+from utils.files import atomic_write, new_folder, require_new
 from utils.progress import progress
-from utils.reading.layout import SPLITS, files_by_spelling, spelling, write_lines
+from utils.reading.images import open_image
+from utils.reading.layout import (
+    SPLITS,
+    files_by_spelling,
+    spelling,
+    split_folder,
+    write_lines,
+)
 
+JPEG = ("JPEG", "MPO")  # an MPO is a JPEG with further pictures behind the first
 MOST_HELD_OUT = 5000  # images of dev, and of test, by default; as many as MSCOCO has
 
 
-def amount(text):
-    """argparse type: a number of images ("1000", int) or a share of them ("0.1", float)."""
-    number = float(text) if "." in text else int(text)
-    if not (number >= 1 if isinstance(number, int) else 0 < number < 1):
-        raise ValueError
-    return number
-
-
-amount.__name__ = "number or share below 1"  # argparse names the type in its message
+class Unusable(Exception):
+    """A row or an image cannot be used: the reason and, optionally, details."""
 
 
 class Usable:
@@ -75,26 +67,20 @@ class Usable:
 
     def __init__(self, args):
         self.args = args
-        self.captions, self.first, self.unusable = defaultdict(list), {}, []
-        self.split = {}
+        self.captions, self.first, self.split, self.unusable = defaultdict(list), {}, {}, []
         self.names = {}  # {path or hash of an image that was read: its name, or an `Unusable`}
-        self.count = table_of(args.pairs).count()
-        columns = args.image_column, args.caption_column
-        digest = Digest(columns)
+        self.source = read_source(args.pairs, args.image_column, args.caption_column)
         for number, row in enumerate(self.rows("reading")):
-            digest.add(row)
             try:
                 self.add(number, row)
             except Unusable as why:
                 self.unusable.append((number, *why.args, "")[:3])
-        self.source = Source(os.path.abspath(args.pairs), *columns, digest.rows,
-                             digest.sha256.hexdigest())
 
     def rows(self, what):
         """The rows of the table, with a progress bar."""
         columns = [self.args.image_column, self.args.caption_column, self.args.split_column]
         rows = read_rows(self.args.pairs, list(filter(None, columns)))
-        return progress(rows, total=self.count, desc=what, unit="row")
+        return progress(rows, total=self.source.rows, desc=what, unit="row")
 
     def add(self, number, row):
         """Note what row `number` holds. Raises `Unusable`."""
@@ -120,8 +106,6 @@ class Usable:
         key = name or hashlib.sha256(image).digest()
         if key not in self.names:
             try:
-                if name and not os.path.isfile(image):
-                    raise Unusable("image does not exist", image + self.hint(name))
                 kind = image_format(image)
                 extension = "jpg" if kind in JPEG else kind.lower()
                 self.names[key] = self.first[number] = name or f"{number:08d}.{extension}"
@@ -155,30 +139,26 @@ class Usable:
         place = os.path.join(self.args.images, name)
         if value == value.strip() and os.path.isfile(place):
             return name, place
-        alike = self.there.get(spelling(name), [])
+        plain = plain_name(name)
+        near = self.files[plain] or self.files[os.path.basename(plain)]
+        alike = [file for file in near if spelling(file) == spelling(name)]
         if len(alike) > 1:
             raise Unusable("image name fits several files", ", ".join(map(repr, sorted(alike))))
-        return name, os.path.join(self.args.images, *alike) if alike else place
+        if not alike or not os.path.isfile(os.path.join(self.args.images, *alike)):
+            hint = f"; there is {os.path.join(self.args.images, near[0])}" if near else ""
+            raise Unusable("image does not exist", place + hint)
+        return name, os.path.join(self.args.images, *alike)
 
     @cached_property
-    def there(self):
-        """`files_by_spelling` of --images."""
-        return files_by_spelling(self.args.images)
-
-    @cached_property
-    def by_plain_name(self):
-        """{`plain_name` of a path or of its last part: the path} of the files below --images."""
-        found = {}
-        for file in itertools.chain(*self.there.values()):
-            found.setdefault(plain_name(file), file)
-            found.setdefault(plain_name(os.path.basename(file)), file)
+    def files(self):
+        """Dict from the `plain_name` of a path, or of its last part, to the list of files below
+        --images that have it."""
+        found = defaultdict(list)
+        for file in itertools.chain(*files_by_spelling(self.args.images).values()):
+            plain = plain_name(file)
+            for name in {plain, os.path.basename(plain)}:
+                found[name].append(file)
         return found
-
-    def hint(self, name):
-        """Text that names the file which the name of an absent one may mean, or ""."""
-        plain = plain_name(name)
-        file = self.by_plain_name.get(plain) or self.by_plain_name.get(os.path.basename(plain))
-        return f"; there is {os.path.join(self.args.images, file)}" if file else ""
 
     def put_images(self, names):
         """Put the images `names` into ROOT/images; returns how many were not there."""
@@ -189,8 +169,43 @@ class Usable:
             if name in names:
                 image = self.image(row)[1]
                 if isinstance(image, bytes) or not in_place:
-                    placed += put_image(image, target / name, self.args.link)
+                    placed += put_image(image, target / name)
         return placed
+
+
+def image_format(source):
+    """Format ("JPEG", "PNG", ...) of an image, a path or bytes, which is decoded in full, as in
+    training. Raises `Unusable` when it cannot be decoded."""
+    try:
+        with open_image(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            image.convert("RGB")
+            return image.format
+    except Exception as error:  # decoders raise almost anything on broken images
+        said = " ".join(str(error).split())[:150]
+        said = "no image that Pillow knows" if "cannot identify" in said else said
+        where = "" if isinstance(source, bytes) else f"{source}: "
+        raise Unusable("image cannot be read", where + said) from None
+
+
+def put_image(source, target):
+    """Put an image, a path or bytes, at `target`, a path as a hard link if the disk allows. Returns
+    False when it is there already. Raises InputError when something else is at `target`; it is not
+    overwritten."""
+    if os.path.lexists(target):
+        if target.is_file() and (target.read_bytes() == source if isinstance(source, bytes)
+                                 else filecmp.cmp(source, target, shallow=False)):
+            return False
+        raise InputError(f"{target} exists and is not the same image; move it away or choose "
+                         "another --root")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if not isinstance(source, bytes):
+        with contextlib.suppress(OSError):  # another disk, or a file system without links
+            os.link(os.path.realpath(source), target)
+            return True
+        source = Path(source).read_bytes()
+    with atomic_write(target, "wb") as f:
+        f.write(source)
+    return True
 
 
 def plain_name(name):
@@ -199,17 +214,13 @@ def plain_name(name):
 
 
 def draw_split(names, train, dev, test, seed):
-    """Draw the splits among image names: {split: sorted list of names}. Amounts are numbers or
-    shares of the images. None for dev or test: a tenth, at most `MOST_HELD_OUT`; for train: all
-    that are left. Raises InputError when there are too few images."""
+    """Draw the splits among image names: {split: sorted list of names}. train, dev, test: numbers
+    of images. None for dev or test: a tenth, at most `MOST_HELD_OUT`; for train: all that are left.
+    Raises InputError when there are too few images."""
     count = len(names)
-
-    def number(part):
-        return part if isinstance(part, int) else max(1, round(part * count))
-
     tenth = min(MOST_HELD_OUT, max(1, round(count / 10)))
-    dev, test = (tenth if part is None else number(part) for part in (dev, test))
-    train = count - dev - test if train is None else number(train)
+    dev, test = dev or tenth, test or tenth
+    train = train or count - dev - test
     if train < 1 or dev + test + train > count:
         raise InputError(f"--train, --dev and --test ask for {max(train, 1)}, {dev} and {test} "
                          f"images, but only {count} can be used; give smaller ones")
@@ -218,6 +229,16 @@ def draw_split(names, train, dev, test, seed):
     parts = {"dev": order[:dev], "test": order[dev : dev + test],
              "train": order[dev + test : dev + test + train]}
     return {split: sorted(part) for split, part in parts.items()}
+
+
+def count_reasons(unusable):
+    """Text that counts the reasons in a list of (row, reason, detail), with an example of the most
+    frequent one."""
+    counts = Counter(reason for _, reason, _ in unusable).most_common(5)
+    text = "; ".join(f"{count} rows: {reason}" for reason, count in counts)
+    examples = (f" (row {row}: {detail})" for row, reason, detail in unusable
+                if detail and reason == counts[0][0])
+    return text + next(examples, "")
 
 
 @command
@@ -232,22 +253,16 @@ def main(argv=None):
     add("--root", type=as_path, required=True, metavar="DIR", help="folder of the data set to make")
     add("--image_column", default="image", metavar="NAME", help="column or key with the image")
     add("--caption_column", default="caption", metavar="NAME",
-        help="column or key with the caption, or a pattern of several, 'caption_*'")
+        help="column or key with the caption, or with a list of captions")
     add("--split_column", metavar="NAME",
         help="column that says train, dev (or val) or test; default: the split is drawn")
-    add("--train", type=amount, metavar="N",
-        help="images of the train split, as a number (118851) or a share (0.5); default: all that "
-             "dev and test leave")
+    add("--train", type=positive_int, metavar="N",
+        help="images of the train split; default: all that dev and test leave")
     for split in ("dev", "test"):
-        add(f"--{split}", type=amount, metavar="N",
-            help=f"images of the {split} split, as a number (1000) or a share (0.1); default: a "
-                 f"tenth, at most {MOST_HELD_OUT}, as scoring compares each image with every "
-                 "caption")
+        add(f"--{split}", type=positive_int, metavar="N",
+            help=f"images of the {split} split; default: a tenth, at most {MOST_HELD_OUT}, as "
+                 "scoring compares each image with every caption")
     add("--seed", type=int, default=0, help="seed of the split")
-    add("--link", choices=("hard", "symlink", "copy"), default="hard",
-        help="how images get into ROOT/images; hard takes no room and becomes a copy across disks; "
-             "symlink takes none across disks but breaks when --images moves; copy for images that "
-             "you edit")
     args = parser.parse_args(argv)
     if args.images is None:
         args.images = Path(args.pairs).parent
@@ -258,6 +273,7 @@ def main(argv=None):
         raise InputError("--split_column says which images are in a split; leave out --train, "
                          "--dev and --test")
 
+    require_new("--root", split_folder(args.root))
     usable = Usable(args)
     if not usable.captions:
         why = count_reasons(usable.unusable) or "it has none"
@@ -273,19 +289,16 @@ def main(argv=None):
                       [[caption for *_, caption in usable.captions[name]] for name in part])
               for split, part in drawn.items()}
 
-    def write(target):
-        target = Path(target)
-        write_splits(target, splits, names)
+    with new_folder("--root", split_folder(args.root)) as folder:
+        write_splits(folder, splits, names)
         for split in SPLITS:
-            write_lines(target / f"{split}_rows.txt",
+            write_lines(folder / f"{split}_rows.txt",
                         [f"{row} {place}" for name in drawn[split]
                          for row, place, _ in usable.captions[name]])
-        with atomic_write(target / "unusable_rows.csv") as f:
+        with atomic_write(folder / "unusable_rows.csv") as f:
             csv.writer(f, lineterminator="\n").writerows(
                 [("row", "reason", "detail"), *usable.unusable])
-        save_source(usable.source, target)
-
-    with new_split(args.root, write):
+        save_source(usable.source, folder)
         placed = usable.put_images(number)
     print(f"placed {placed} images in {args.root / 'images'}, {len(names) - placed} were there")
     if usable.unusable:

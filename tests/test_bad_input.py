@@ -28,7 +28,7 @@ import get_memorybank
 import main_CLIP
 import main_NPC
 from data import retrieval_split, training_pairs
-from dataset.common import Unusable, image_format
+from dataset.prepare_pairs import Unusable, image_format
 from params import parse_args
 from utils.errors import InputError
 from utils.method.memorybank import MemoryBank, bank_path, load_bank, save_bank

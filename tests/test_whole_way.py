@@ -5,6 +5,8 @@ import csv
 import io
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import COLOURS, PLACES, TEMPLATES, draw
@@ -19,17 +21,13 @@ from clip.weights import CONFIGS
 from dataset import prepare_pairs
 from utils.reading.layout import read_lines
 
-pyarrow = pytest.importorskip("pyarrow")
 N, BROKEN = 300, {7: b"no image", 70: None, 200: b""}
 
 
-@pytest.fixture(scope="module")
-def table(tmp_path_factory):
+def table(place):
     """A Parquet file of N drawings as bytes, a fifth of the captions exchanged, some rows broken,
     two more columns; its path and which rows are wrong."""
-    import pyarrow.parquet
-
-    place, rng = tmp_path_factory.mktemp("own"), np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     images, captions = [], []
     for i in range(N):
         colour, side = list(COLOURS)[i % 6], PLACES[i // 6 % 4]
@@ -44,14 +42,12 @@ def table(tmp_path_factory):
         images[row] = None if value is None else {"bytes": value, "path": None}
     columns = {"picture": images, "text": captions, "sku": [f"A{i}" for i in range(N)],
                "price": np.arange(N) / 4}
-    pyarrow.parquet.write_table(pyarrow.table(columns), place / "shop.parquet")
+    pq.write_table(pa.table(columns), place / "shop.parquet")
     return place / "shop.parquet", {int(i) for i in chosen}
 
 
-def test_from_a_parquet_file_to_models_that_others_load(table, tmp_path, capsys):
-    import pyarrow.parquet
-
-    source, wrong = table
+def test_from_a_parquet_file_to_models_that_others_load(tmp_path, capsys):
+    source, wrong = table(tmp_path)
     root, out = tmp_path / "mine", tmp_path / "noise"
     prepare_pairs.main(["--pairs", str(source), "--image_column", "picture", "--caption_column",
                         "text", "--root", str(root), "--dev", "40", "--test", "40"])
@@ -87,8 +83,8 @@ def test_from_a_parquet_file_to_models_that_others_load(table, tmp_path, capsys)
     assert "noise share" in said.lower() and 0.1 < share < 0.3
 
     # Their own table again, all columns, without the wrong rows
-    cleaned = pyarrow.parquet.read_table(tmp_path / "cleaned" / "cleaned.parquet")
-    assert cleaned.schema == pyarrow.parquet.read_schema(source)
+    cleaned = pq.read_table(tmp_path / "cleaned" / "cleaned.parquet")
+    assert cleaned.schema == pq.read_schema(source)
     expected = sorted({row for row in rows if row not in wrong})
     assert cleaned["sku"].to_pylist() == [f"A{row}" for row in expected]
     picture = cleaned["picture"][0].as_py()["bytes"]

@@ -33,8 +33,7 @@ def write_clean(args, pairs, keep, splits, rows, source, log):
     said = (f"wrote {args.write_clean}: the {keep.sum()} of {len(keep)} pairs that --keep_above "
             f"{args.keep_above} and the labels keep")
     with new_folder("--write_clean", args.write_clean) as folder:
-        counts = write_subset(pairs, keep, splits, rows, args.dataset_root, folder)
-        if [] in counts.values():
+        if not write_subset(pairs, keep, splits, rows, args.dataset_root, folder):
             raise InputError(f"{few}: a split would have no pairs")
         if source:
             captions = [pairs.captions[i] for i in np.flatnonzero(keep)]
@@ -48,11 +47,8 @@ def write_clean(args, pairs, keep, splits, rows, source, log):
             if others:
                 said += (f"; {len(captions) - keep.sum()} captions of {' and '.join(others)} were "
                          "not judged")
-    counts = counts.get("train", [1])
-    log(f"{said}\ntrain on it with:\n"
-        f"  python main_CLIP.py --dataset {args.dataset} --dataset_root "
-        f"{shlex.quote(args.write_clean)} --num_anns "
-        f"{counts[0] if len(set(counts)) == 1 else 1}")
+    log(f"{said}\ntrain on it with:\n  python main_CLIP.py --dataset {args.dataset} "
+        f"--dataset_root {shlex.quote(args.write_clean)} --num_anns 1")
 
 
 def write_table(source, folder, rows, captions):
@@ -68,7 +64,7 @@ def write_table(source, folder, rows, captions):
     table = table_of(source.table)
     target = Path(folder) / f"cleaned{table.suffix}"
     table.copy(target, source.caption_column, keep)
-    image, caption = ("key", "caption") if isinstance(table, Shards) else source.columns
+    image, caption = ("key", "caption") if isinstance(table, Shards) else source[1:3]
     originals = enumerate(read_rows(source.table, (image, source.caption_column)))
     wanted = ((row[image], [caption for _, caption in sorted(keep[number].items())])
               for number, row in originals if number in keep)
@@ -83,24 +79,21 @@ def write_table(source, folder, rows, captions):
 
 def write_subset(pairs, keep, splits, rows, dataset_root, target):
     """Make the data set `target` of the pairs that `keep` (n,) bool keeps, among those of `splits`
-    of `dataset_root`. rows (n, 2): the pairs' rows and places in the user's table, or None. The
-    other splits are copied, and images/ is a link. Returns {split: number of captions of each
-    image}."""
-    source, folder, start, result = split_folder(dataset_root), split_folder(target), 0, {}
+    of `dataset_root`, with an id for each caption. rows (n, 2): the pairs' rows and places in the
+    user's table, or None. The other splits are copied, and images/ is a link. Returns False when
+    all pairs of a split would be gone."""
+    source, folder, start = split_folder(dataset_root), split_folder(target), 0
     for split in splits:
         length = len(read_lines(source / f"{split}_caps.txt")) if len(splits) > 1 else len(pairs)
         kept = start + np.flatnonzero(keep[start : start + length])
         start += length
-        kept = kept[np.argsort(pairs.image_of[kept], kind="stable")]
-        images, counts = np.unique(pairs.image_of[kept], return_counts=True)
-        captions = iter([pairs.captions[i] for i in kept])
-        write_split(folder, split, [pairs.image_ids[k] for k in images],
-                    [list(itertools.islice(captions, count)) for count in counts])
+        if length and not len(kept):
+            return False
+        write_split(folder, split, [pairs.image_ids[k] for k in pairs.image_of[kept]],
+                    [[pairs.captions[i]] for i in kept])
         if rows is not None:
             write_lines(folder / f"{split}_rows.txt", (f"{row} {place}" for row, place
                                                        in rows[kept]))
-        if length:
-            result[split] = counts.tolist()
     for name in ("image_name.txt", SOURCE, *(
             f"{split}_{what}.txt" for split in SPLITS if split not in splits
             for what in ("ids", "caps", "rows"))):
@@ -108,4 +101,4 @@ def write_subset(pairs, keep, splits, rows, dataset_root, target):
             with atomic_write(folder / name, "wb") as f:
                 f.write((source / name).read_bytes())
     os.symlink(os.path.realpath(Path(dataset_root) / "images"), Path(target) / "images")
-    return result
+    return True

@@ -3,17 +3,20 @@
 The file is a table with the columns `COLUMNS`: the page's decisions.csv, or suspicious_pairs.csv
 with its further columns. A spreadsheet may have saved it in its own dialect. `pair` is the key;
 image and caption are checked against the data. Pairs of the random sample have a `stratum` and a
-`stratum_size` (utils.cleaning.survey).
+`stratum_size`; what their labels say of all pairs is an `Estimate`.
 """
 
+from itertools import zip_longest
 from typing import NamedTuple
 
 import numpy as np
+from scipy.stats import beta
+from tabulate import tabulate
 
-from utils.cleaning.survey import Estimate, estimate
 from utils.cleaning.tables import read_rows
-from utils.cleaning.text import markdown, text_cell
 from utils.errors import InputError
+
+SAMPLE, STRATA = 100, 10  # pairs, in strata of equal size over their order
 
 COLUMNS = ("pair", "image", "caption", "stratum", "stratum_size", "decision")
 ANSWERS = {"wrong": 1, "right": -1, "skip": 0, "": 0}
@@ -26,6 +29,36 @@ class Labels(NamedTuple):
 
     answer: np.ndarray
     sample: dict
+
+
+class Estimate(NamedTuple):
+    """An estimated share with its 95 % confidence interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self):
+        if np.isnan(self.value):
+            return "unknown"
+        return f"{100 * self.value:.1f} % ({100 * self.low:.1f} to {100 * self.high:.1f} %)"
+
+
+def draw_sample(order, seed):
+    """Draw `SAMPLE` of the pairs order (n,), sorted by score, the same number in each of `STRATA`
+    strata: {pair: (stratum from 1, pairs in that stratum)}. Strata take turns: a person who stops
+    early has seen pairs of all of them."""
+    rng = np.random.default_rng(seed)
+    strata = np.array_split(order, min(STRATA, len(order)))
+    drawn = [[(int(i), (h, len(stratum))) for i in rng.permutation(stratum)[: SAMPLE // STRATA]]
+             for h, stratum in enumerate(strata, 1)]
+    return dict(entry for turn in zip_longest(*drawn) for entry in turn if entry)
+
+
+def text_cell(text):
+    """A text as a cell of a CSV file. A text that a spreadsheet would run as a formula gets an
+    apostrophe in front, which makes it text."""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
 
 
 def cells(pairs, i):
@@ -42,34 +75,32 @@ def read_labels(path, pairs):
         where = f"{path}, line {line}"
         if isinstance(row, str):
             raise InputError(f"{where}: {row}; {advice}")
-        read_row({name: "" if value is None else str(value) for name, value in row.items()}, where,
-                 pairs, labels)
+        pair, image, caption, stratum, size, decision = (
+            "" if value is None else str(value) for value in row.values())
+        i = natural(pair)
+        if i is None or i >= len(pairs) or (image, caption) != cells(pairs, i):
+            raise InputError(f"{where}: {pairs.source} has no pair {pair[:20]} of this image and "
+                             "caption; the labels belong to another data set or noise ratio, or a "
+                             "spreadsheet changed them; save them as CSV")
+        answer = ANSWERS.get(decision.strip().lower())
+        if answer is None:
+            raise InputError(f"{where}: the decision is '{decision}', not right, wrong or skip")
+        if answer and labels.answer[i] == -answer:
+            raise InputError(f"{where}: pair {i} has the decisions right and wrong; keep one")
+        labels.answer[i] = answer or labels.answer[i]
+        if stratum:
+            labels.sample[i] = natural(stratum), natural(size)
+            if None in labels.sample[i] or not 0 < natural(size) <= len(pairs):
+                raise InputError(f"{where}: the stratum_size is '{size}', not a number from 1 to "
+                                 f"{len(pairs)}")
     if path and not labels.answer.any() and not labels.sample:
         raise InputError(f"{path} holds no decision; {advice}")
     return labels
 
 
-def read_row(row, where, pairs, labels):
-    """Add a row of the file to `labels`."""
-    number = {name: int(row[name]) if row[name].isdecimal() and len(row[name]) < 20 else None
-              for name in ("pair", "stratum", "stratum_size")}
-    i, size = number["pair"], number["stratum_size"]
-    if i is None or i >= len(pairs) or (row["image"], row["caption"]) != cells(pairs, i):
-        raise InputError(f"{where}: {pairs.source} has no pair {row['pair'][:20]} of this image "
-                         "and caption; the labels belong to another data set or noise ratio, or a "
-                         "spreadsheet changed them; save them as CSV")
-    decision = row["decision"].strip().lower()
-    if decision not in ANSWERS:
-        raise InputError(f"{where}: the decision is '{decision}', not right, wrong or skip")
-    if ANSWERS[decision]:
-        if labels.answer[i] == -ANSWERS[decision]:
-            raise InputError(f"{where}: pair {i} has the decisions right and wrong; keep one")
-        labels.answer[i] = ANSWERS[decision]
-    if number["stratum"] is not None:
-        if size is None or not 0 < size <= len(pairs):
-            raise InputError(f"{where}: the stratum_size is '{row['stratum_size']}', not a number "
-                             f"from 1 to {len(pairs)}")
-        labels.sample[i] = number["stratum"], size
+def natural(text):
+    """The whole number that a text spells in digits, or None."""
+    return int(text) if text.isdecimal() and len(text) < 20 else None
 
 
 def label_findings(labels, posterior, keep_above, wanted):
@@ -115,6 +146,35 @@ def label_findings(labels, posterior, keep_above, wanted):
                      f"are right, and they are {recall} of all right ones.")
     else:
         lines.append(f"No threshold reaches a precision of {100 * wanted:g} %.")
-    return lines, markdown(["--keep_above", "pairs kept", "precision: right among the kept",
-                            "recall: kept among the right"],
-                           [[f"{t:g}", str(n), str(p), str(r)] for t, n, p, r in rows])
+    return lines, tabulate(rows, ["--keep_above", "pairs kept", "precision: right among the kept",
+                                  "recall: kept among the right"], "pipe")
+
+
+def estimate(hits, among, stratum, size):
+    """`Estimate` of the share of hits among some pairs of a population, from k pairs of a sample.
+
+    hits, among: (k,) bool, where hits are a subset of among; stratum (k,) int; size (k,) int, the
+    number of pairs of the population in that stratum. If no pair of the sample is `among`, the
+    share is NaN and its interval from 0 to 1.
+
+    The share is the ratio of two stratified totals, and its variance that of the linearised ratio
+    (Cochran 1977, 6.11). For the variance each stratum gets one more pair, whose deviation is the
+    mean one: a few answers that agree do not prove that a stratum is pure. The interval is Clopper
+    and Pearson's for as many simple random draws as have this variance (Korn and Graubard 1998).
+    """
+    _, first, h = np.unique(stratum, return_index=True, return_inverse=True)
+    size, answers = size[first].astype(float), np.bincount(h)  # of each stratum
+    weight = (size / answers)[h]
+    total = weight @ among
+    if total == 0:
+        return Estimate(np.nan, 0.0, 1.0)
+    share = weight @ hits / total
+    if (answers == size).all():  # the whole population is known
+        return Estimate(share, share, share)
+    deviation = hits - share * among
+    squares = np.bincount(h, deviation**2) - np.bincount(h, deviation) ** 2 / answers
+    variance = (size * (size - answers) * (squares + np.mean(deviation**2)) / answers**2).sum()
+    n = share * (1 - share) * total**2 / variance if variance > 0 else among.sum()
+    low, high = beta.ppf(0.025, share * n, n - share * n + 1), beta.ppf(
+        0.975, share * n + 1, n - share * n)
+    return Estimate(share, np.nan_to_num(low, nan=0.0), np.nan_to_num(high, nan=1.0))

@@ -1,54 +1,40 @@
 "use strict";
 const page = id => document.getElementById(id), main = document.querySelector("main");
-const min = page("min"), max = page("max"), text = page("text");
+const min = page("min"), max = page("max");
 const KEY = "decisions " + main.dataset.key, ANSWERS = {r: "right", w: "wrong", s: "skip"};
 const cards = [...main.children].map(card => ({
   card, score: Number(card.dataset.score), row: JSON.parse(card.dataset.row),
   place: {worst: card.dataset.worst, sample: card.dataset.sample},  // in each tab, if it is there
-  words: [...card.querySelectorAll("q, .file")].map(e => e.textContent).join("\n").toLowerCase(),
 }));
-let tab = "worst", answers = {};  // by number of the pair
+let tab, answers = {};  // by number of the pair
 
 // ---- what is shown ------------------------------------------------------------------------------
 
-const inOrder = (list, name) =>  // cards without a place in the tab come last
-  [...list].sort((a, b) => (a.place[name] || Infinity) - (b.place[name] || Infinity) || 0);
+const inOrder = name =>  // the cards of a tab
+  cards.filter(({place}) => place[name]).sort((a, b) => a.place[name] - b.place[name]);
 
 function openTab(name) {
   tab = name;
   document.body.className = tab;
   for (const other of ["worst", "sample"]) page(other).setAttribute("aria-pressed", other == tab);
-  main.append(...inOrder(cards, tab).map(({card}) => card));
+  main.replaceChildren(...inOrder(tab).map(({card}) => card));
   filter();
 }
 
-function filter() {
-  const low = Number(min.value), high = Number(max.value), part = text.value.trim().toLowerCase();
-  for (const {card, place, score, words} of cards)
-    card.hidden = !place[tab] || !words.includes(part)
-      || tab == "worst" && (score < low || score > high);
-  for (const slider of [min, max])
-    slider.nextElementSibling.value = Number(slider.value).toPrecision(4);
+function filter() {  // an empty field is NaN, which hides nothing
+  for (const {card, score} of cards)
+    card.hidden = tab == "worst" && (score < min.valueAsNumber || score > max.valueAsNumber);
   count();
 }
 
 function count() {
-  const here = cards.filter(({place}) => place[tab]);
-  const shown = here.filter(({card}) => !card.hidden), done = here.filter(e => answers[e.row[0]]);
-  page("shown").textContent
-    = `showing ${shown.length} of ${here.length}, ${done.length} answered`;
-}
-
-function readAddress() {  // e.g. suspicious_pairs.html#min=0.5&max=2&text=dog, or #tab=sample
-  const wanted = new URLSearchParams(location.hash.slice(1));
-  for (const input of [min, max, text])
-    if (wanted.has(input.id)) input.value = wanted.get(input.id);
-  openTab(wanted.get("tab") == "sample" ? "sample" : tab);
+  const here = inOrder(tab), shown = here.filter(({card}) => !card.hidden);
+  page("shown").textContent = `showing ${shown.length} of ${here.length}, `
+    + `${here.filter(({row}) => answers[row[0]]).length} answered`;
 }
 
 document.querySelector("form").addEventListener("input", filter);
 document.querySelector("form").addEventListener("submit", event => event.preventDefault());
-addEventListener("hashchange", readAddress);
 for (const name of ["worst", "sample"])
   page(name).addEventListener("click", () => openTab(name));
 
@@ -70,9 +56,8 @@ function answer(entry, decision) {  // the same answer again takes it back
 
 function download() {
   const quoted = cell => '"' + String(cell).replaceAll('"', '""') + '"';
-  const rows = inOrder(cards, "sample")
-    .filter(({row, place}) => place.sample || answers[row[0]])
-    .map(({row}) => [...row, answers[row[0]] || ""]);
+  const others = cards.filter(({row, place}) => !place.sample && answers[row[0]]);
+  const rows = [...inOrder("sample"), ...others].map(({row}) => [...row, answers[row[0]] || ""]);
   const lines = [main.dataset.columns.split(" "), ...rows].map(row => row.map(quoted).join(","));
   const link = document.createElement("a");
   link.href = URL.createObjectURL(new Blob([lines.join("\n") + "\n"], {type: "text/csv"}));
@@ -102,4 +87,4 @@ document.addEventListener("keydown", event => {
 for (const {card, row} of cards) answers[row[0]] = card.dataset.answer;
 try { Object.assign(answers, JSON.parse(localStorage.getItem(KEY))) } catch {}
 cards.forEach(showAnswer);
-readAddress();
+openTab(location.hash == "#tab=sample" ? "sample" : "worst");

@@ -4,7 +4,6 @@ import base64
 import hashlib
 import io
 import json
-import math
 from html import escape
 from pathlib import Path
 from string import Template
@@ -20,18 +19,17 @@ from utils.cleaning.labels import COLUMNS
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 BINS = 60
-# Colours of the histogram, by the variable of the page's style that takes their place
-COLOURS = {"soft": "#647083", "clean": "#1f8a70", "noisy": "#d1495b", "bars": "#b9c2ce"}
+SOFT, CLEAN, NOISY, BARS = "#647083", "#1f8a70", "#d1495b", "#b9c2ce"
 STYLE = {"svg.fonttype": "none", "svg.hashsalt": "", "axes.xmargin": 0, "legend.frameon": False,
          **{f"axes.spines.{side}": False for side in ("left", "top", "right")},
          **dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "xtick.color", "legend.labelcolor"),
-                         COLOURS["soft"])}
+                         SOFT)}
 
 
 class Suspect(NamedTuple):
     """A pair as the page shows it. Images are uint8 (3, S, S), RGB. worst, sample: its place, from
     1, in these two lists of the page, or None. row: its cells of decisions.csv, without the answer.
-    wrong: whether its caption was injected as noise; None if unknown."""
+    """
 
     worst: int | None
     sample: int | None
@@ -45,27 +43,23 @@ class Suspect(NamedTuple):
     best_caption: str  # what the model would rather pair the image with
     best_image: np.ndarray  # what it would rather pair the caption with
     best_file: str
-    wrong: bool | None
 
 
-def noise_page(suspects, score_name, about, findings, verdict, wrong, key):
+def noise_page(suspects, score_name, about, findings, verdict, key):
     """The page as text.
 
     suspects: `Suspect`s, worst first. about: line on data and model; findings: lines of text.
-    verdict: the judge's `Verdict` on all n pairs; wrong: (n,) bool or None, see `Suspect`; key:
-    name under which the browser keeps the answers. All text is escaped.
+    verdict: the judge's `Verdict` on all pairs; key: name under which the browser keeps the
+    answers. All text is escaped.
     """
-    low, high = bounds([s.score for s in suspects if s.worst and math.isfinite(s.score)] or [0])
     script = TEMPLATE.with_suffix(".js").read_text(encoding="utf-8")
     return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
-        about=escaped(about), num_pairs=len(verdict.score),
+        about=escaped(about), num_pairs=len(verdict.score), key=key, columns=" ".join(COLUMNS),
         score_name=f"{escape(score_name)} ({measured_in(verdict, score_name)})",
-        histogram=histogram(verdict, wrong),
-        beside=" and the mixture that was fitted to them" if verdict.components
-        else " and of mismatches" if verdict.mismatches is not None else "",
+        histogram=histogram(verdict),
         findings="\n".join(f"<p>{escaped(line)}</p>" for line in findings),
-        num_worst=sum(bool(s.worst) for s in suspects), low=low, high=high, key=key,
-        num_sample=sum(bool(s.sample) for s in suspects), columns=" ".join(COLUMNS),
+        num_worst=sum(bool(s.worst) for s in suspects),
+        num_sample=sum(bool(s.sample) for s in suspects),
         cards="\n".join(map(card, suspects)), script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode())
 
@@ -83,34 +77,20 @@ def measured_in(verdict, score_name="judge"):
             "npc": "mean w"}[score_name]
 
 
-def bounds(scores):
-    """Lowest and highest score as text, rounded outwards to about a thousandth of their distance. A
-    slider rounds longer numbers, and would hide the pairs at its ends."""
-    low, high = float(min(scores)), float(max(scores))
-    decimals = max(0, 3 - math.floor(math.log10(high - low or 1)))
-    unit = 10**-decimals
-    return (f"{math.floor(low / unit) * unit:.{decimals}f}",
-            f"{math.ceil(high / unit) * unit:.{decimals}f}")
-
-
-def card(suspect):
-    """One pair as an <article>."""
-    s, mark = suspect, ""
-    if s.wrong is not None:
-        mark = ('<span class="mark">injected noise</span>' if s.wrong
-                else '<span class="mark clean">not injected</span>')
+def card(s):
+    """A `Suspect` as an <article>."""
     return f"""<article tabindex="0" data-score="{s.score!r}" data-worst="{s.worst or ''}"
  data-sample="{s.sample or ''}" data-row="{escape(json.dumps(s.row))}" data-answer="{s.answer}">
 <header><b class="score">{s.worst or ''}</b><span class="score">score {s.score:.4g}</span>
 <span class="score">posterior {s.posterior:.3f}</span>
-<span class="soft">pair {s.row[0]}</span>{mark}</header>
+<span class="soft">pair {s.row[0]}</span></header>
 <div class="sides">
 <div class="side">{picture(s.image)}<div class="words">
 <q dir="auto">{escape(s.caption)}</q><br><small class="file">{escape(s.file)}</small></div></div>
 <div class="rather">
 <div class="words"><h2>best caption for this image</h2>
 <q dir="auto">{escape(s.best_caption)}</q></div>
-<div>{picture(s.best_image)}<div class="words"><h2>best image for this caption</h2>
+<div class="side">{picture(s.best_image)}<div class="words"><h2>best image for this caption</h2>
 <small class="file">{escape(s.best_file)}</small></div></div>
 </div></div>
 <div class="answers"><button value="right">right</button><button value="wrong">wrong</button>
@@ -126,30 +106,21 @@ def picture(pixels):
 
 
 @matplotlib.rc_context(STYLE)
-def histogram(verdict, wrong=None):
+def histogram(verdict):
     """The scores of a `Verdict` as an <svg> histogram, with the components of the judge's mixture,
-    or with its mismatches, drawn as high as the highest bar.
-
-    With `wrong` (n,) bool the bars are split: pairs with injected noise are on top.
-    """
-    scores, n = verdict.score, len(verdict.score)
+    or with its mismatches, drawn as high as the highest bar."""
     figure = Figure(figsize=(11, 2.6), layout="constrained")
     axes = figure.subplots()
-    if wrong is None:
-        counts, edges, _ = axes.hist(scores, BINS, color=COLOURS["bars"], rwidth=0.9)
-    else:
-        counts, edges, _ = axes.hist(
-            [scores[~wrong], scores[wrong]], BINS, stacked=True, rwidth=0.9, alpha=0.4,
-            color=[COLOURS["clean"], COLOURS["noisy"]], label=["not injected", "injected noise"])
-    grid, highest = np.linspace(edges[0], edges[-1], 400), np.max(counts)
+    counts, edges, _ = axes.hist(verdict.score, BINS, color=BARS, rwidth=0.9)
+    grid, highest = np.linspace(edges[0], edges[-1], 400), counts.max()
     for (weight, center, variance), colour, side in zip(
-            verdict.components or (), ("clean", "noisy"), ("low", "high"), strict=False):
-        density = norm.pdf(grid, center, variance**0.5)
-        axes.plot(grid, weight * density * n * (edges[1] - edges[0]), color=COLOURS[colour], lw=2,
+            verdict.components or (), (CLEAN, NOISY), ("low", "high"), strict=False):
+        density = norm.pdf(grid, center, variance**0.5) * (edges[1] - edges[0])
+        axes.plot(grid, weight * density * len(verdict.score), color=colour, lw=2,
                   label=f"component of {side} loss")
     if verdict.mismatches is not None:
         heights = np.histogram(verdict.mismatches, edges)[0]
-        axes.stairs(heights * highest / max(1, heights.max()), edges, lw=2, color=COLOURS["noisy"],
+        axes.stairs(heights * highest / max(1, heights.max()), edges, lw=2, color=NOISY,
                     label="mismatches made of these images and captions, at their own scale")
     unit = measured_in(verdict)
     of = "loss" if unit == "nats" else "loss less agreement with neighbours"
@@ -159,7 +130,4 @@ def histogram(verdict, wrong=None):
         axes.legend()
     text = io.StringIO()
     figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
-    svg = text.getvalue()[text.getvalue().index("<svg"):]
-    for name, colour in COLOURS.items():
-        svg = svg.replace(colour, f"var(--{name})")
-    return svg
+    return text.getvalue()[text.getvalue().index("<svg"):]

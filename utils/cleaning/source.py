@@ -6,6 +6,7 @@ the row of the table that it is from and its place among the captions of that ro
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ import numpy as np
 from utils.cleaning.tables import Member, read_rows
 from utils.errors import InputError
 from utils.files import atomic_write, parsing
+from utils.progress import progress
 from utils.reading.layout import read_lines, split_folder
 
 SOURCE = "source.json"
@@ -28,25 +30,17 @@ class Source(NamedTuple):
     rows: int
     sha256: str
 
-    @property
-    def columns(self):
-        """(image column, caption column)."""
-        return self.image_column, self.caption_column
 
-
-class Digest:
-    """Counts the rows that are added, and hashes two of their columns."""
-
-    def __init__(self, columns):
-        self.columns, self.rows, self.sha256 = columns, 0, hashlib.sha256()
-
-    def add(self, row):
-        """Add a row of `read_rows`."""
-        for value in [row] if isinstance(row, str) else [row[name] for name in self.columns]:
+def read_source(table, image_column, caption_column):
+    """The `Source` of a table, of which all rows are read."""
+    columns, rows, sha256 = (image_column, caption_column), 0, hashlib.sha256()
+    for row in progress(read_rows(table, columns), desc="hashing", unit="row"):
+        for value in [row] if isinstance(row, str) else [row[name] for name in columns]:
             if isinstance(value, Member):  # its bytes are not read: there may be terabytes
                 value = Path(value.file).name, value.offset, value.size
-            self.sha256.update(hashlib.sha256(repr(value).encode(errors="replace")).digest())
-        self.rows += 1
+            sha256.update(hashlib.sha256(repr(value).encode(errors="replace")).digest())
+        rows += 1
+    return Source(os.path.abspath(table), *columns, rows, sha256.hexdigest())
 
 
 def save_source(source, folder):
@@ -76,10 +70,8 @@ def rows_of(root, splits):
 
 def require_unchanged(source):
     """Raise InputError if the table has changed since the data set was prepared from it."""
-    now = Digest(source.columns)
-    for row in read_rows(source.table, source.columns):
-        now.add(row)
-    if (now.rows, now.sha256.hexdigest()) != (source.rows, source.sha256):
+    now = read_source(*source[:3])
+    if now != source:
         raise InputError(f"{source.table} has changed since the data set was prepared from it (it "
                          f"had {source.rows} rows and has {now.rows}, or their order or content "
                          "differs); prepare the data set again, or restore the table")
