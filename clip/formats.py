@@ -242,6 +242,7 @@ def _tensors(module, prefix=""):
 # ------------------------------------------------------------------------------ transformers
 
 PROCESSOR = ("processor_config.json", "preprocessor_config.json")  # of transformers 5, and older
+TOKENIZER = ("tokenizer.json", "vocab.json")
 
 
 def _hf_config(folder, config):
@@ -257,6 +258,11 @@ def _hf_config(folder, config):
         "vocab_size": [49408],  # another vocabulary has another tokenizer
         "eos_token_id": [49407, 2],  # 2, in older files, means the largest id
     })
+    for file in (folder / name for name in TOKENIZER if (folder / name).exists()):
+        said = _read_json(file)
+        vocabulary = said if file.name == "vocab.json" else said["model"]["vocab"]
+        if not default_tokenizer().encoder.items() <= vocabulary.items():
+            raise CheckpointError(f"{file} has other tokens than CLIP's; {OUTSIDE}")
     resolution = vision.get("image_size", 224)
     return {
         "activation": vision["hidden_act"],
@@ -455,7 +461,7 @@ def download(name):
     try:
         files = [file.rfilename for file in hub.model_info(name, timeout=10).siblings]
         described, weights = _choose(files, name)
-        for file in {described, *weights, *PROCESSOR}.intersection(files):
+        for file in {described, *weights, *PROCESSOR, *TOKENIZER}.intersection(files):
             path = Path(hub.hf_hub_download(name, file))
         return path.parent
     except CheckpointError:

@@ -376,8 +376,8 @@ def _quotient(width, head_width):
 
 
 def infer_config(state_dict, settings):
-    """The `config` of the CLIP model whose weights are `state_dict` (OpenAI's names): `settings`, a
-    dict of some of its entries, and the rest from the shapes of the tensors. Raises KeyError,
+    """The `config` of the CLIP model whose weights are `state_dict` (OpenAI's names): from the
+    shapes of its tensors, and from the dict `settings` what these do not tell. Raises KeyError,
     IndexError or ValueError if they are not a CLIP model's."""
     shape = {key: tuple(value.shape) for key, value in state_dict.items()}
 
@@ -397,7 +397,7 @@ def infer_config(state_dict, settings):
         mlp_width = None
     sizes = {
         "embed_dim": shape["text_projection"][1],
-        "image_resolution": math.isqrt(positions - 1) * stride,
+        "image_resolution": settings.get("image_resolution", math.isqrt(positions - 1) * stride),
         "vision_layers": layers,
         "vision_width": vision_width,
         "vision_patch_size": patch,
@@ -408,4 +408,4 @@ def infer_config(state_dict, settings):
         "context_length": shape["positional_embedding"][0],
         "vocab_size": vocab_size,
     }
-    return complete_config(**sizes | settings)
+    return complete_config(**settings | sizes)

@@ -335,6 +335,17 @@ def test_settings_that_are_not_clip_s_are_named(tmp_path, file, key, value):
     refused(tmp_path, re.escape(f"has {keys[-1]} {value}, but supported is ") + ".*judge_features")
 
 
+@pytest.mark.parametrize("file", ["vocab.json", "tokenizer.json"])
+def test_another_tokenizer_is_refused(tmp_path, file):
+    """Although it has as many tokens as CLIP's."""
+    clip.save_hf(build(), tmp_path)
+    words = json.loads((tmp_path / "vocab.json").read_text())
+    words["cat</w>"], words["dog</w>"] = words["dog</w>"], words["cat</w>"]
+    content = words if file == "vocab.json" else {"model": {"vocab": words}}
+    (tmp_path / file).write_text(json.dumps(content))
+    refused(tmp_path, f"{file} has other tokens than CLIP's; --judge_features")
+
+
 @pytest.mark.parametrize("key, match", [
     ("logit_bias", "SigLIP"), ("text_decoder.ln_final.bias", "CoCa"),
     ("visual.trunk.head.bias", "timm"), ("text.ln_final.bias", "text tower of its own kind")])
@@ -346,6 +357,13 @@ def test_weights_that_are_not_clip(tmp_path, key, match):
         torch.save(build().state_dict() | {key: torch.zeros(1)}, path)
     for path in (tmp_path / "x.pt", folder):
         refused(path, f"{match}.*--judge_features")
+
+
+def test_sizes_are_those_of_the_weights(tmp_path):
+    """Whatever a crafted config says: a billion layers would fill the memory."""
+    torch.save({"state_dict": build().state_dict(), "config": configured() | {
+        "vision_layers": 10**9, "vision_width": 10**9, "vocab_size": 10**9}}, tmp_path / "x.pt")
+    assert clip.load(tmp_path / "x.pt", device="cpu")[0].config == build().config
 
 
 @pytest.mark.parametrize("key, value", [
