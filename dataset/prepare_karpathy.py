@@ -33,9 +33,9 @@ def read_json(path):
     Raises InputError when the file is no such JSON or an image has fewer than CAPTIONS captions.
     """
     with parsing(path, "Karpathy's dataset_coco.json or dataset_flickr30k.json", "take the "
-                 "original file, or for other data dataset/prepare_pairs.py --split_column split "
-                 "with what jq '[.images[] | {image: .filename, caption: [.sentences[].raw], "
-                 "split}]' makes of such a file"):
+                 "original, or for other data dataset/prepare_pairs.py --split_column split with "
+                 "what jq '[.images[] | {image: .filename, caption: [.sentences[].raw], split}]' "
+                 "makes of it"):
         content = json.loads(path.read_text(encoding="utf-8-sig"))
         if not isinstance(content, dict) or content.get("dataset") not in DATASET_OF:
             raise ValueError("its 'dataset' is neither coco nor flickr30k")

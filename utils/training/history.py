@@ -234,12 +234,14 @@ def mean_weights(path, pairs):
     infinite one, or belongs to other pairs than `pairs`."""
     advice = "main_NPC.py writes a weights.npz to the folder of its run"
     with parsing(path, "a file of weights", advice), np.load(path, allow_pickle=False) as data:
-        w, belongs_to = data["w"].astype(np.float64), str(data["pairs"])
+        w = data["w"].astype(np.float64)
+        belongs_to = str(data["pairs"]) if "pairs" in data else None
         if w.ndim != 2 or np.isnan(w).all() or np.isinf(w).any():
             raise ValueError("no weights, or infinite weights")
-    if belongs_to != fingerprint(pairs):
-        raise InputError(f"{path} holds weights of {w.shape[1]} other pairs than the {len(pairs)} "
-                         f"of {pairs.source}; give --dataset_root and --noise_ratio of that run")
+    if w.shape[1] != len(pairs) or belongs_to not in (None, fingerprint(pairs)):
+        raise InputError(f"{path} holds weights of {w.shape[1]} pairs with other captions than the "
+                         f"{len(pairs)} of {pairs.source}; give --dataset_root and --noise_ratio "
+                         "of that run")
     drawn = ~np.isnan(w)
     total, count = np.where(drawn, w, 0).sum(axis=0), drawn.sum(axis=0)
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)
