@@ -216,15 +216,15 @@ def check_images(args, images, dev):
 
 def image_loader(args, images):
     """DataLoader of uint8 image batches (b, 3, R, R), each distinct image once, in order."""
-    workers = 0 if in_memory(images) else len(images)
-    return Loader(args, images, workers, batch_size=args.eval_batch_size)
+    return Loader(args, images, len(images), images, batch_size=args.eval_batch_size)
 
 
 class Loader(DataLoader):
-    """DataLoader with `--num_workers` processes, but at most `most_workers`."""
+    """DataLoader with `--num_workers` processes, but at most `most_workers`, and none for `images`
+    in memory."""
 
-    def __init__(self, args, dataset, most_workers, **options):
-        workers = min(args.num_workers, most_workers)
+    def __init__(self, args, dataset, most_workers, images=None, **options):
+        workers = 0 if in_memory(images) else min(args.num_workers, most_workers)
         if workers:
             _kill_workers_at_exit()
             options["worker_init_fn"] = _ignore_signals
