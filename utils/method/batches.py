@@ -156,5 +156,4 @@ def training_loader(args, pairs, bank=None, with_memory=True):
     with_memory = with_memory and bank is not None
     batches = Batches(pairs, bank if with_memory else None, with_memory and args.memory == "random",
                       args.seed, few_shapes=replays(args))
-    workers = 0 if in_memory(pairs.images) else len(sampler)
-    return Loader(args, batches, workers, sampler=sampler, batch_size=None)
+    return Loader(args, batches, len(sampler), pairs.images, sampler=sampler, batch_size=None)

@@ -43,7 +43,7 @@ from utils.method.pairs import for_model
 from utils.method.passes import Passes, pair_losses
 from utils.method.recipes import RECIPES
 from utils.progress import progress
-from utils.reading.images import Loader, in_memory
+from utils.reading.images import Loader
 from utils.reading.layout import first_seen
 
 WARMUP = 4  # steps of a round in which the rate rises
@@ -178,9 +178,8 @@ def train_judge(model, pairs, clean, args, precision, rng):
     """A copy of `model` after `--judge_steps` plain CLIP steps on the pairs that are clean, (n,)
     bool, which `rng` shuffles. The rate rises to `--judge_lr` over `WARMUP` steps and stays."""
     batches = draw_steps(np.flatnonzero(clean), args.batch_size, args.judge_steps, rng)
-    loader = Loader(args, Batches(pairs, few_shapes=replays(args)),
-                    0 if in_memory(pairs.images) else len(batches), sampler=batches,
-                    batch_size=None)
+    loader = Loader(args, Batches(pairs, few_shapes=replays(args)), len(batches), pairs.images,
+                    sampler=batches, batch_size=None)
     trained, precision = copy.deepcopy(model), precision.anew()
     trained.grad_checkpointing = args.grad_checkpointing
     optimizer = adamw(trained, with_options(args, lr=args.judge_lr))

@@ -216,15 +216,15 @@ def check_images(args, images, dev):
 
 def image_loader(args, images):
     """DataLoader of uint8 image batches (b, 3, R, R), each distinct image once, in order."""
-    workers = 0 if in_memory(images) else len(images)
-    return Loader(args, images, workers, batch_size=args.eval_batch_size)
+    return Loader(args, images, len(images), images, batch_size=args.eval_batch_size)
 
 
 class Loader(DataLoader):
-    """DataLoader with `--num_workers` processes, but at most `most_workers`."""
+    """DataLoader with `--num_workers` processes, but at most `most_workers`, and none for `images`
+    in memory."""
 
-    def __init__(self, args, dataset, most_workers, **options):
-        workers = min(args.num_workers, most_workers)
+    def __init__(self, args, dataset, most_workers, images=None, **options):
+        workers = 0 if in_memory(images) else min(args.num_workers, most_workers)
         if workers:
             _kill_workers_at_exit()
             options["worker_init_fn"] = _ignore_signals
@@ -273,13 +273,10 @@ def _ignore_signals(_):
 def _signals_deferred():
     """Handle a signal that comes within the block after it. Python swallows an exception that a
     handler raises while a process is forked, so a Ctrl-C would be lost."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # Python handles signals in the main thread
-        return
     arrived, before = [], {}
-    for number in SIGNALS:
-        if signal.getsignal(number) != signal.SIG_IGN:
-            before[number] = signal.signal(number, lambda number, _: arrived.append(number))
+    if threading.current_thread() is threading.main_thread():  # which handles all signals
+        before = {number: signal.signal(number, lambda number, _: arrived.append(number))
+                  for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN}
     try:
         yield
     finally:
@@ -295,8 +292,8 @@ def _signals_deferred():
 class ImageCache:
     """Crops (n, 3, R, R) uint8 of the files `paths`, in `folder`.
 
-    Each process opens the file for itself. The whole file is reserved when it is made. Raises
-    InputError when the folder cannot be written or has no room for it.
+    Each process opens the file for itself. The whole file is reserved when it is made, of zeros: no
+    image is stored there yet. Raises InputError when the folder cannot be written or has no room.
     """
 
     def __init__(self, folder, paths, resolution, resize="shortest"):
@@ -309,10 +306,6 @@ class ImageCache:
         self.path = Path(folder) / f"{digest.hexdigest()[:24]}.crops"
         self.shape = (len(paths), 3, resolution, resolution)
         self.size = 3 * resolution**2  # bytes of a crop
-        self._reserve()
-
-    def _reserve(self):
-        """Make the file, or the part that it lacks, of zeros: no image is stored there yet."""
         total = len(self) * (self.size + 1)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -345,8 +338,8 @@ class ImageCache:
         return bool(self.opened[2][k])
 
     def get(self, k):
-        """Crop k, which must be stored, as a new array (3, R, R)."""
-        return np.array(self.opened[1][k])
+        """Crop k (3, R, R), which must be stored; to be read only."""
+        return self.opened[1][k]
 
     def put(self, crops):
         """Store crops: a dict from k to (3, R, R) uint8."""
