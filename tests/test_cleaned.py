@@ -81,7 +81,7 @@ def refused(function, *args):
     assert stop.value.code == 2
 
 
-# ---- formats: each writes a table of `captions`, returns path and options --------------
+# ---- formats: each writes a table of `captions` and returns its path -----------------------------
 
 
 def files(folder):
@@ -94,36 +94,60 @@ def delimited(folder, name, rows, **dialect):
     return folder / name
 
 
-def csv_json(folder):
-    return delimited(folder, "t.csv", [["id", "caption", "image"], *(
-        [i, json.dumps(captions(i)), name] for i, name in enumerate(files(folder)))],
-        delimiter=";"), ()
+def rows(folder, part=range(COUNT)):
+    """[[name, caption]] of two captions an image."""
+    names = files(folder)
+    return [[names[i], caption] for i in part for caption in captions(i)]
 
 
 def csv_lines(folder):
-    return delimited(folder, "t.csv", [["image", "caption"], *(
-        [name, c] for i, name in enumerate(files(folder)) for c in captions(i))],
-        delimiter="\t"), ()
+    return delimited(folder, "t.csv", [["image", "caption"], *rows(folder)], delimiter="\t")
+
+
+def csvs(folder):
+    """Of two files with other orders of columns, with lists of captions."""
+    cells = [[name, json.dumps(captions(i)), i] for i, name in enumerate(files(folder))]
+    delimited(folder, "0.csv", [["image", "caption", "id"], *cells[:12]], delimiter=";")
+    delimited(folder, "1.csv", [["id", "caption", "image"], *(row[::-1] for row in cells[12:])],
+              delimiter=";")
+    return f"{folder}/*.csv"
+
+
+def tsvs(folder):
+    """Of two files, with quotes that are text."""
+    for part in (range(12), range(12, COUNT)):
+        put(folder / f"{part[0]:02d}.tsv", "caption\timage\n" + "".join(
+            f"{caption}\t{name}\n" for name, caption in rows(folder, part)))
+    return f"{folder}/*.tsv"
 
 
 def jsonl(folder):
     return put(folder / "t.jsonl", "".join(
         json.dumps({"image": name, "caption": ["", *captions(i)], "n": i}) + "\n\n"
-        for i, name in enumerate(files(folder)))), ()
+        for i, name in enumerate(files(folder))))
 
 
 def json_array(folder):
     return put(folder / "t.json", json.dumps(
         [{"image": name, "caption": captions(i)} for i, name in enumerate(files(folder))],
-        indent=1)), ()
+        indent=1))
 
 
 def parquet(folder, images=None):
-    images = images or files(folder)
-    table = pa.table({"image": images, "caption": [captions(i) for i in range(COUNT)],
+    table = pa.table({"image": images or files(folder),
+                      "caption": [captions(i) for i in range(COUNT)],
                       "time": pa.array(range(COUNT), pa.timestamp("ns"))})
     pq.write_table(table, folder / "t.parquet", row_group_size=5)
-    return folder / "t.parquet", ()
+    return folder / "t.parquet"
+
+
+def parquet_bytes(folder):
+    return parquet(folder, [jpeg(i, size=(40, 40)) for i in range(COUNT)])
+
+
+def parquet_bytes_in_structs(folder):
+    return parquet(folder, [{"bytes": jpeg(i, size=(40, 40)), "path": f"{i:03d}.jpg"}
+                            for i in range(COUNT)])
 
 
 def parquets(folder):
@@ -136,17 +160,7 @@ def parquets(folder):
     (folder / "data").mkdir()
     pq.write_table(one, folder / "data/0.parquet")
     pq.write_table(two, folder / "data/1.parquet")
-    return folder / "data", ("--images", folder)
-
-
-def csvs(folder):
-    """Of two files with other orders of columns."""
-    names = files(folder)
-    delimited(folder, "0.csv", [["image", "caption"], *(
-        [names[i], json.dumps(captions(i))] for i in range(12))])
-    delimited(folder, "1.csv", [["caption", "image"], *(
-        [json.dumps(captions(i)), names[i]] for i in range(12, COUNT))])
-    return f"{folder}/*.csv", ()
+    return folder / "data"
 
 
 def write_tar(path, members):
@@ -171,24 +185,7 @@ def samples(ending=""):
 
 
 def tar(folder):
-    return write_tar(folder / "t.tar", samples()), ()
-
-
-def tsv(folder):
-    """With quotes that are text, in two files."""
-    for part in (range(12), range(12, COUNT)):
-        put(folder / f"{part[0]:02d}.tsv", "caption\timage\n" + "".join(
-            f"{c}\t{files(folder)[i]}\n" for i in part for c in captions(i)))
-    return f"{folder}/*.tsv", ()
-
-
-def parquet_bytes(folder):
-    return parquet(folder, [jpeg(i, size=(40, 40)) for i in range(COUNT)])
-
-
-def parquet_bytes_in_structs(folder):
-    return parquet(folder, [{"bytes": jpeg(i, size=(40, 40)), "path": f"{i:03d}.jpg"}
-                            for i in range(COUNT)])
+    return write_tar(folder / "t.tar", samples())
 
 
 def loose(folder):
@@ -200,7 +197,7 @@ def loose(folder):
         if i % 5 == 4:
             put(place / f"{i:03d}.txt", json.dumps(captions(i)))
     put(folder / "00000_stats.json", "{}")
-    return folder, ()
+    return folder
 
 
 def tars(folder):
@@ -208,13 +205,12 @@ def tars(folder):
     write_tar(folder / "00000.tar", samples()[:14])
     write_tar(folder / "00001.tar", samples()[14:])
     put(folder / "00000.parquet", "of no concern")
-    return folder, ()
+    return folder
 
 
 SHARDS = [tar, tars, loose]
-FORMATS = [csv_json, csv_lines, jsonl, json_array, parquet, parquets, csvs, tsv, parquet_bytes,
-           parquet_bytes_in_structs, *SHARDS]
 HAVE_BYTES = [parquet_bytes, parquet_bytes_in_structs, *SHARDS]
+FORMATS = [csv_lines, csvs, tsvs, jsonl, json_array, parquet, parquets, *HAVE_BYTES]
 
 
 def pairs_of(table, image="image"):
@@ -233,10 +229,10 @@ def other_columns(path):
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_every_table_comes_back_without_its_wrong_captions(tmp_path, judged, capsys, form):
-    table, options = form(put(tmp_path / "in/note", "").parent)
+    table = form(put(tmp_path / "in/note", "").parent)
     root = tmp_path / os.fsdecode(b"caf\xe9")  # not UTF-8
     before = tree(tmp_path / "in")
-    prepare(table, root, *options)
+    prepare(table, root)
     assert "left out" not in capsys.readouterr().out and tree(tmp_path / "in") == before
     for split in ("train", "dev", "test"):  # each caption with the image of its row
         texts = read_captions(root / f"annotations/scan_split/{split}_caps.txt")
@@ -246,13 +242,13 @@ def test_every_table_comes_back_without_its_wrong_captions(tmp_path, judged, cap
             assert text in captions(i)
             assert (root / "images" / name).read_bytes() == jpeg(i, size=(40, 40))
 
-    rows = find(root, tmp_path / "out", "--write_clean", tmp_path / "clean")
-    assert judged[0] == len(rows) == 2 * COUNT  # dev and test too
+    found = find(root, tmp_path / "out", "--write_clean", tmp_path / "clean")
+    assert judged[0] == len(found) == 2 * COUNT  # dev and test too
     wrong = [captions(i)[c] for i, places in WRONG.items() for c in places]
-    assert {row["caption"] for row in rows[: len(wrong)]} == set(wrong)
+    assert {row["caption"] for row in found[: len(wrong)]} == set(wrong)
     if form is jsonl:  # the place in the list is said
         assert all(captions(int(row["row"]))[int(row["place"]) - 1] == row["caption"]
-                   for row in rows)
+                   for row in found)
     cleaned = tmp_path / "clean" / f"cleaned{table_of(table).suffix}"
     right = [captions(i)[c] for i in range(COUNT) for c in RIGHT[i]]
     found = pairs_of(cleaned, image="key" if form in SHARDS else "image")
@@ -278,10 +274,10 @@ def test_every_table_comes_back_without_its_wrong_captions(tmp_path, judged, cap
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_rows_read_are_used_or_listed(tmp_path, form):
-    table, options = form(put(tmp_path / "in/note", "").parent)
+    table = form(put(tmp_path / "in/note", "").parent)
     for path in (tmp_path / "in").rglob("00[29].jpg"):
         path.unlink()
-    prepare(table, tmp_path / "mine", *options)
+    prepare(table, tmp_path / "mine")
     used = {int(line.split()[0]) for split in ("train", "dev", "test")
             for line in lines(tmp_path / "mine", f"{split}_rows.txt")}
     listed = {int(row["row"]) for row in
@@ -289,7 +285,7 @@ def test_rows_read_are_used_or_listed(tmp_path, form):
     read = source_of(tmp_path / "mine").rows
     assert used | listed == set(range(read)) and not used & listed
     assert bool(listed) == (form not in (parquet_bytes, parquet_bytes_in_structs, tar, tars))
-    assert read == COUNT * (2 if form in (csv_lines, tsv) else 1)
+    assert read == COUNT * (2 if form in (csv_lines, tsvs) else 1)
 
 
 def test_half_a_character_is_no_trap(tmp_path, judged):
@@ -304,7 +300,6 @@ def test_half_a_character_is_no_trap(tmp_path, judged):
 
 # ---- a table that is not what it was -------------------------------------------------------------
 
-
 CHANGES = {"re-sorted": lambda text: "\n\n".join(reversed(text.split("\n\n"))),
            "row added": lambda text: text + '{"image": "000.jpg", "caption": "thing 000 again"}\n',
            "other image": lambda text: text.replace('"000.jpg"', '"001.jpg"'), "gone": None}
@@ -312,7 +307,7 @@ CHANGES = {"re-sorted": lambda text: "\n\n".join(reversed(text.split("\n\n"))),
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_a_changed_table_is_an_error_before_anything_is_judged(tmp_path, judged, capsys, change):
-    table, _ = jsonl(tmp_path)
+    table = jsonl(tmp_path)
     prepare(table, tmp_path / "mine")
     before = table.read_text()
     table.write_text(change(before)) if change else table.unlink()
@@ -326,7 +321,7 @@ def test_a_changed_table_is_an_error_before_anything_is_judged(tmp_path, judged,
 
 def test_a_copy_that_is_not_right_leaves_nothing_and_blocks_nothing(tmp_path, judged, capsys,
                                                                     monkeypatch):
-    table, _ = jsonl(tmp_path)
+    table = jsonl(tmp_path)
     prepare(table, tmp_path / "mine")
     copy, broken = Json.copy, {2: [1, 2]}
 
@@ -358,7 +353,7 @@ def test_types_that_cannot_be_one_are_refused_when_preparing(tmp_path, capsys):
 
 def test_what_was_not_judged_is_said(tmp_path, judged, capsys):
     """Scores are of unchecked captions, which matters where many captions are wrong."""
-    table, _ = jsonl(tmp_path)
+    table = jsonl(tmp_path)
     prepare(table, tmp_path / "mine")
     assert "No caption was checked. If some are wrong, so are some of dev and test" in (
         capsys.readouterr().out)
@@ -373,7 +368,7 @@ def test_what_was_not_judged_is_said(tmp_path, judged, capsys):
     assert "8 captions of dev and test were not judged" in out
 
 
-def test_a_shard_loses_no_sample(tmp_path, capsys):
+def test_a_shard_loses_no_sample(tmp_path):
     names = ["v1.2_001", "v002", "a.b/c.d.003", "004.x", "004.x"]
     table = write_tar(tmp_path / "t.tar", [
         (f"{name}.{ending}", data) for i, name in enumerate(names)
@@ -455,7 +450,7 @@ def test_a_table_of_images_without_a_header_is_refused_with_the_command_that_wri
 
 
 def test_compressed_tars_are_refused_until_gunzip_has_unpacked_them(tmp_path, capsys):
-    table, _ = tar(tmp_path)
+    table = tar(tmp_path)
     (tmp_path / "in").mkdir()
     shutil.copy(table, tmp_path / "in/1.tar")  # which alone would be half of the pairs
     for name in ("0.tgz", "0.tar.gz"):
