@@ -15,7 +15,6 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import NamedTuple
 
-from tabulate import tabulate
 from tqdm import tqdm
 
 ROOT = Path(os.path.relpath(Path(__file__).resolve().parents[1]))
@@ -253,6 +252,8 @@ def spread(values, digits=1):
 def table(head, rows, kind="pipe", left=1):
     """A table of text cells; columns after the first `left` are aligned to the right. kind:
     tabulate's name of the format, `pipe` for Markdown."""
+    from tabulate import tabulate  # not needed to measure, nor by tests on a GPU
+
     return tabulate([list(row) for row in rows], head, tablefmt=kind, disable_numparse=True,
                     colalign=["left"] * left + ["right"] * (len(head) - left))
 

@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import numpy as np
 from scipy.stats import beta
-from tabulate import tabulate
 
 from utils.cleaning.tables import read_rows
 from utils.errors import InputError
@@ -110,6 +109,8 @@ def label_findings(labels, posterior, keep_above, wanted):
     posterior (n,). keep_above: a threshold that is in the table. wanted: the precision for which a
     threshold is proposed.
     """
+    from tabulate import tabulate  # only labels need it
+
     drawn = np.array(list(labels.sample), int)
     known = drawn[labels.answer[drawn] != 0]
     others = np.count_nonzero(labels.answer) - len(known)
