@@ -11,7 +11,6 @@ import os
 import sys
 import threading
 import traceback
-from contextlib import suppress
 
 
 class InputError(Exception):
@@ -50,9 +49,12 @@ def tell(error):
         print("interrupted", file=sys.stderr)
         return 130
     if isinstance(error, BrokenPipeError):
-        with suppress(OSError):  # stderr may be the same pipe
+        nowhere = os.open(os.devnull, os.O_WRONLY)  # takes what is left in the buffers
+        os.dup2(nowhere, 1)
+        try:
             print("stopped: the program that read this output has ended", file=sys.stderr)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # takes the rest of stdout's buffer
+        except OSError:  # stderr is the same pipe
+            os.dup2(nowhere, 2)
         return 1
     line = explain(error)
     if line is None or os.environ.get("NPC_DEBUG") == "1":
