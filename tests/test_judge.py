@@ -272,6 +272,12 @@ def test_a_pair_without_a_possible_mismatch_is_left_out(example):
         judged((images[:1], texts), pairs_for([0, 0], [0, 1]))
 
 
+def test_the_judge_draws_its_batches_whatever_the_recipe(example):
+    *features, pairs = example
+    ours, released = (judged(features, pairs, recipe=name).loss for name in ("paper", "released"))
+    assert np.array_equal(ours, released)
+
+
 @pytest.mark.parametrize("common, share", [("two captions", 0.25), ("half share one", 0.2)])
 def test_common_captions_do_not_spoil_the_share(common, share):
     """20 % are wrong. Of two captions the other one is right for a wrong pair, so that a fifth of
