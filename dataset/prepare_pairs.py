@@ -5,9 +5,9 @@
     python dataset/prepare_pairs.py --pairs shards/ --root dataset/mine
 
 The table is text with separators, JSON, Parquet, or a .tar of img2dataset or webdataset; a glob of
-such files; or a folder of them. A caption may be a list of captions. An image is a path, or
-the bytes of an image file (in Parquet, as in Hugging Face's data sets, and in tars). Images given
-as bytes are named by the number of their row. Rows with the same image are its captions.
+such files; or a folder of them. A caption may be a list of captions. An image is a path, or the
+bytes of an image file (in Parquet, as in Hugging Face's data sets, and in tars). Images given as
+bytes are named by the number of their row. Rows with the same image are its captions.
 
 The split is drawn by image, so all captions of an image are in the same split. It depends on the
 seed and on which images can be used. Rows that cannot be used are counted, and listed in
@@ -41,13 +41,7 @@ from utils.cleaning.tables import Member, read_rows
 from utils.files import atomic_write, new_folder, require_new
 from utils.progress import progress
 from utils.reading.images import open_image
-from utils.reading.layout import (
-    SPLITS,
-    files_by_spelling,
-    spelling,
-    split_folder,
-    write_lines,
-)
+from utils.reading.layout import SPLITS, files_by_spelling, spelling, split_folder, write_lines
 
 JPEG = ("JPEG", "MPO")  # an MPO is a JPEG with further pictures behind the first
 MOST_HELD_OUT = 5000  # images of dev, and of test, by default; as many as MSCOCO has

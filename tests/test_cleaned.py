@@ -467,7 +467,7 @@ def test_compressed_tars_are_refused_until_gunzip_has_unpacked_them(tmp_path, ca
 
 @pytest.mark.parametrize("asked, there", [
     ("A\\1.jpg", "A/1.jpg"), ("a/1.JPG", "A/1.jpg"), ("A/1.jpeg", "A/1.jpg"), ("1.jpg", "A/1.jpg"),
-    ("A/1", "A/1.jpg")])
+    ("A/1", "A/1.jpg"), ("B/1.jpg", "A/1.jpg")])
 def test_an_image_that_would_be_there_under_another_name_is_named(tmp_path, capsys, asked, there):
     put(tmp_path / "A/1.jpg", jpeg(1))
     table = delimited(tmp_path, "t.csv", [["image", "caption"], [asked, "x"]])
