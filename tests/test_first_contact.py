@@ -349,6 +349,14 @@ def test_a_closed_pipe_ends_a_command_quietly(both):
         assert both or process.stderr.read().count("\n") == 1
 
 
+def test_an_error_that_python_goes_on_after_ends_nothing():
+    """Python hands such errors to the hook, too: a pickle that asks for 8 EiB can make one."""
+    code = ("import sys, utils.errors\n"
+            "sys.excepthook(SystemError, SystemError('x'), None)\nprint('goes on')")
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (ended.stdout, ended.stderr) == ("goes on\n", "SystemError: x\n")
+
+
 @pytest.mark.parametrize("module", [main_NPC, main_CLIP])
 def test_no_arguments_say_what_to_do(module):
     with pytest.raises(SystemExit) as caught:

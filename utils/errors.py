@@ -64,7 +64,15 @@ def tell(error):
     return 2 if line else 1
 
 
-sys.excepthook = lambda kind, error, trace: sys.exit(tell(error))
+def _uncaught(kind, error, trace):
+    """End a script whose imports a user's error or Ctrl-C ended. Python calls this hook also for
+    errors that end nothing: a damaged pickle makes one inside the C library."""
+    if explain(error) or isinstance(error, KeyboardInterrupt):
+        sys.exit(tell(error))
+    sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = _uncaught
 
 
 def explain(error):
